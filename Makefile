@@ -1,0 +1,65 @@
+TORCH := 2.14.1
+BIN := .venv/bin
+ARGS ?=
+OUT ?= gpu_check_out
+CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+SANITIZE := -std=c++20 -O1 -g -Wall -Icsrc -fno-math-errno -fno-trapping-math \
+            -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
+
+.PHONY: help build test lint format demo bench sanitize gpu-check clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+.venv/ready: pyproject.toml
+	python3 -m venv .venv
+	$(BIN)/pip install --quiet torch==$(TORCH) 'setuptools>=77' ninja
+	@touch $@
+
+.venv/built: .venv/ready setup.py $(shell find csrc -type f)
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[test,lint]'
+	@touch $@
+
+.venv/bench: .venv/ready | .venv/built
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+build: .venv/built  ## set up .venv and build the native libraries in place
+
+test: build  ## run the tests (ARGS="-k name" for some)
+	$(BIN)/pytest -n 2 $(ARGS)
+
+lint: build  ## ruff, mypy and clang-format, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: build  ## format everything
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+demo: build  ## the main job: speed against torch SDPA, then training on real text
+	$(BIN)/python -m reformer_kernels.demo $(ARGS)
+
+bench: build .venv/bench  ## measure against the peers
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+build/sanitize: tests/native/harness.cpp $(wildcard csrc/kernels/*.h csrc/kernels/cpu/*)
+	@mkdir -p build
+	$(CXX) $(SANITIZE) tests/native/harness.cpp $(wildcard csrc/kernels/cpu/*.cpp) -o $@
+
+sanitize: build/sanitize  ## run the CPU kernels under ASan and UBSan
+	build/sanitize
+
+# A GPU machine may have no network, so a python3 that has torch is taken as it is.
+gpu-check:  ## measure a GPU machine (OUT=dir, STAGE=name, PYTHON=python)
+	@python="$(PYTHON)"; \
+	if [ -z "$$python" ] && python3 -c 'import torch' 2>/dev/null; then python=python3; fi; \
+	if [ -z "$$python" ]; then $(MAKE) build && python=$(BIN)/python || exit; fi; \
+	"$$python" -m benchmarks.gpu_check --out "$(OUT)" $(if $(STAGE),--stage $(STAGE))
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .venv/built reformer_kernels/*.so
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

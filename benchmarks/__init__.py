@@ -1,0 +1,1 @@
+"""Measurements: benchmark cases, providers and the check of a GPU machine."""

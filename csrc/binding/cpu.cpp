@@ -1,0 +1,269 @@
+// The CPU kernels as torch ops, on torch's stable ABI. Outputs are allocated by the caller.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/kernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+rk::cpu::Threads threads() {
+  return {static_cast<int>(std::max(1u, torch::stable::get_num_threads())),
+          [](int count, void (*body)(void*, int), void* context) {
+            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
+            });
+          }};
+}
+
+void check_type(const char* name, const Tensor& t, ScalarType type) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type, name, ": wrong dtype or not on the CPU");
+}
+
+// The kernels trust shapes and strides, so each is checked against the memory that it implies.
+rk::Rows rows(const char* name, const Tensor& t, ScalarType type, int64_t B, int64_t H, int64_t L, int64_t width) {
+  check_type(name, t, type);
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == B && t.size(1) == H && t.size(2) == L && t.size(3) == width, name,
+                  " must have shape [", B, ", ", H, ", ", L, ", ", width, "]");
+  STD_TORCH_CHECK(width <= 1 || t.stride(3) == 1, name, " must have contiguous rows");
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+template <class T>
+const T* contiguous(const char* name, const OptionalTensor& t, ScalarType type, std::initializer_list<int64_t> shape) {
+  if (!t) return nullptr;
+  check_type(name, *t, type);
+  STD_TORCH_CHECK(t->is_contiguous() && t->dim() == static_cast<int64_t>(shape.size()) &&
+                      std::equal(shape.begin(), shape.end(), t->sizes().begin()),
+                  name, " has a wrong shape or is not contiguous");
+  return static_cast<const T*>(t->const_data_ptr());
+}
+
+const int32_t* sequence_bounds(const OptionalTensor& t, int64_t L, int64_t& count) {
+  count = 1;
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) >= 2, "cu_seqlens must have at least two elements");
+  const int32_t* bounds = contiguous<int32_t>("cu_seqlens", t, ScalarType::Int, {t->size(0)});
+  count = t->size(0) - 1;
+  STD_TORCH_CHECK(bounds[0] == 0 && bounds[count] == L && std::is_sorted(bounds, bounds + count + 1),
+                  "cu_seqlens must rise from 0 to ", L);
+  return bounds;
+}
+
+void check_index(const char* name, const int32_t* index, int64_t size, int64_t limit) {
+  int32_t low = 0, high = 0;
+  for (int64_t i = 0; i < size; ++i) low = std::min(low, index[i]), high = std::max(high, index[i]);
+  STD_TORCH_CHECK(size == 0 || (low >= 0 && high < limit), name, " must be between 0 and ", limit - 1, ", got ", low,
+                  " to ", high);
+}
+
+ScalarType compute_type(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "dtype must be float32 or float64");
+  return type;
+}
+
+// Calls f(kernels of the type); running out of memory becomes an error of torch's.
+template <class F>
+void with_kernels(ScalarType type, F&& f) {
+  try {
+    if (type == ScalarType::Float)
+      f(rk::cpu::kernels().f32);
+    else
+      f(rk::cpu::kernels().f64);
+  } catch (const std::bad_alloc&) {
+    STD_TORCH_CHECK(false, "reformer_kernels: out of memory");
+  }
+}
+
+void hash_buckets(Tensor x, Tensor rotations, OptionalTensor padding, std::vector<int64_t> factors, Tensor buckets) {
+  const ScalarType type = compute_type(x);
+  STD_TORCH_CHECK(rotations.dim() == 5 && x.dim() == 4, "x must have 4 and rotations 5 dimensions");
+  rk::HashParams p{};
+  p.B = x.size(0), p.H = x.size(1), p.L = x.size(2), p.D = x.size(3), p.R = rotations.size(3);
+  p.x = rows("x", x, type, p.B, p.H, p.L, p.D);
+  int64_t columns = 0, total = 1;
+  for (int64_t f : factors) {
+    STD_TORCH_CHECK(f >= 2 && f % 2 == 0 && total <= INT32_MAX / f,
+                    "n_buckets must be even factors with a product below 2**31");
+    columns += f / 2, total *= f;
+  }
+  const int64_t b = rotations.size(0), h = rotations.size(1);
+  STD_TORCH_CHECK((b == 1 || b == p.B) && (h == 1 || h == p.H) && p.R >= 1,
+                  "rotations must have shape [B|1, H|1, D, R, columns]");
+  p.rotations = contiguous<char>("rotations", rotations, type, {b, h, p.D, p.R, columns});
+  p.rotations_stride_h = h == 1 ? 0 : p.D * p.R * columns;
+  p.rotations_stride_b = b == 1 ? 0 : h * p.D * p.R * columns;
+  p.n_factors = static_cast<int64_t>(factors.size()), p.factors = factors.data();
+  p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.L});
+  p.buckets = const_cast<int32_t*>(contiguous<int32_t>("buckets", buckets, ScalarType::Int, {p.B, p.H, p.R, p.L}));
+  with_kernels(type, [&](const auto& k) { k.hash(p, threads()); });
+}
+
+// Returns how many buckets are out of range; then the order is not to be used.
+int64_t bucket_order(Tensor buckets, OptionalTensor cu_seqlens, int64_t n_buckets, Tensor order) {
+  STD_TORCH_CHECK(buckets.dim() == 4, "buckets must have 4 dimensions");
+  STD_TORCH_CHECK(n_buckets >= 1, "n_buckets must be at least 1, got ", n_buckets);
+  rk::OrderParams p{};
+  const int64_t B = buckets.size(0), H = buckets.size(1), R = buckets.size(2), L = buckets.size(3);
+  STD_TORCH_CHECK(L <= INT32_MAX, "L must be below 2**31, got ", L);
+  p.rows = B * H, p.rounds = R, p.L = L, p.n_buckets = n_buckets;
+  p.buckets = contiguous<int32_t>("buckets", buckets, ScalarType::Int, {B, H, R, L});
+  p.order = const_cast<int32_t*>(contiguous<int32_t>("order", order, ScalarType::Int, {B, H, R, L}));
+  p.cu_seqlens = sequence_bounds(cu_seqlens, L, p.n_sequences);
+  int64_t invalid = 0;
+  with_kernels(ScalarType::Float, [&](const auto&) { invalid = rk::cpu::bucket_order(p, threads()); });
+  return invalid;
+}
+
+struct Attention {
+  rk::AttentionParams p{};
+  ScalarType type;
+};
+
+Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor& value, const OptionalTensor& order,
+                    const OptionalTensor& buckets, const OptionalTensor& padding, const OptionalTensor& mask,
+                    const OptionalTensor& cu_seqlens, const OptionalTensor& dropout_seed, int64_t chunk_length,
+                    int64_t chunks_before, int64_t chunks_after, int64_t n_queries, double scale,
+                    int64_t drop_threshold, double keep_factor, int64_t flags) {
+  Attention a;
+  a.type = compute_type(query);
+  STD_TORCH_CHECK(query.dim() == 4 && value.dim() == 4, "query and value must have 4 dimensions");
+  rk::AttentionParams& p = a.p;
+  p.B = query.size(0), p.H = query.size(1), p.L = query.size(2), p.D = query.size(3), p.E = value.size(3);
+  p.R = order ? order->size(2) : 1;
+  STD_TORCH_CHECK(chunk_length >= 1 && chunks_before >= 0 && chunks_after >= 0,
+                  "chunk_length must be positive, its neighbours at least 0");
+  STD_TORCH_CHECK(n_queries >= 0 && n_queries <= p.L, "num_queries must be between 0 and ", p.L, ", got ", n_queries);
+  STD_TORCH_CHECK(p.R >= 1 && p.R * p.L <= INT32_MAX, "n_hashes * L must be below 2**31, got ", p.R, " * ", p.L);
+  p.chunk_length = chunk_length, p.chunks_before = chunks_before, p.chunks_after = chunks_after;
+  p.n_queries = n_queries, p.flags = flags, p.scale = scale, p.keep_factor = keep_factor;
+  p.drop_threshold = static_cast<uint32_t>(drop_threshold);
+  p.query = rows("query", query, a.type, p.B, p.H, p.L, p.D);
+  if (key) p.key = rows("key", *key, a.type, p.B, p.H, p.L, p.D);
+  if (key && !p.key.data) p.key.data = p.query.data;  // an empty tensor: no row of it is read
+  p.value = rows("value", value, a.type, p.B, p.H, p.L, p.E);
+  p.order = contiguous<int32_t>("order", order, ScalarType::Int, {p.B, p.H, p.R, p.L});
+  if (p.order) check_index("order", p.order, p.B * p.H * p.R * p.L, p.L);
+  p.buckets = contiguous<int32_t>("buckets", buckets, ScalarType::Int, {p.B, p.H, p.R, p.L});
+  STD_TORCH_CHECK((p.order && p.buckets) || !p.has(rk::kBucketAligned), "bucket alignment needs order and buckets");
+  p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.L});
+  if (mask) {
+    const bool boolean = mask->scalar_type() == ScalarType::Bool;
+    check_type("attn_mask", *mask, boolean ? ScalarType::Bool : a.type);
+    STD_TORCH_CHECK(mask->dim() == 4 && (mask->size(0) == 1 || mask->size(0) == p.B) &&
+                        (mask->size(1) == 1 || mask->size(1) == p.H) && mask->size(2) == n_queries &&
+                        mask->size(3) == p.L,
+                    "attn_mask must have shape [B|1, H|1, num_queries, L]");
+    (boolean ? reinterpret_cast<const void*&>(p.bool_mask) : p.float_mask) = mask->const_data_ptr();
+    p.mask_stride_b = mask->size(0) == 1 ? 0 : mask->stride(0),
+    p.mask_stride_h = mask->size(1) == 1 ? 0 : mask->stride(1);
+    p.mask_stride_q = mask->stride(2), p.mask_stride_k = mask->stride(3);
+  }
+  p.cu_seqlens = sequence_bounds(cu_seqlens, p.L, p.n_sequences);
+  STD_TORCH_CHECK(!p.cu_seqlens || n_queries == p.L, "num_queries must be L with cu_seqlens");
+  if (p.cu_seqlens && p.order)
+    for (int64_t i = 0; i < p.B * p.H; ++i)
+      for (int64_t s = 0; s < p.n_sequences; ++s)
+        check_index("order", p.order + i * p.R * p.L + p.R * p.cu_seqlens[s],
+                    p.R * (p.cu_seqlens[s + 1] - p.cu_seqlens[s]), p.cu_seqlens[s + 1] - p.cu_seqlens[s]);
+  if (p.dropout()) {
+    STD_TORCH_CHECK(dropout_seed && dropout_seed->numel() == 1, "dropout_seed must have one element");
+    check_type("dropout_seed", *dropout_seed, ScalarType::Long);
+    p.dropout_seed = static_cast<uint64_t>(*static_cast<const int64_t*>(dropout_seed->const_data_ptr()));
+  }
+  return a;
+}
+
+// out, lse and self_only, which forward writes and backward reads.
+void residuals(Attention& a, const Tensor& out, const Tensor& lse, const Tensor& self_only) {
+  rk::AttentionParams& p = a.p;
+  p.out = rows("out", out, a.type, p.B, p.H, p.n_queries, p.E);
+  p.lse = const_cast<char*>(contiguous<char>("lse", lse, a.type, {p.B, p.H, p.n_queries}));
+  p.self_only = const_cast<bool*>(contiguous<bool>("self_only", self_only, ScalarType::Bool, {p.B, p.H, p.n_queries}));
+}
+
+#define RK_ATTENTION_PARAMETERS                                                                            \
+  Tensor query, OptionalTensor key, Tensor value, OptionalTensor order, OptionalTensor buckets,            \
+      OptionalTensor padding, OptionalTensor mask, OptionalTensor cu_seqlens, OptionalTensor dropout_seed, \
+      int64_t chunk_length, int64_t chunks_before, int64_t chunks_after, int64_t n_queries, double scale,  \
+      int64_t drop_threshold, double keep_factor, int64_t flags
+#define RK_ATTENTION_ARGUMENTS                                                                             \
+  query, key, value, order, buckets, padding, mask, cu_seqlens, dropout_seed, chunk_length, chunks_before, \
+      chunks_after, n_queries, scale, drop_threshold, keep_factor, flags
+
+void chunk_attention_forward(RK_ATTENTION_PARAMETERS, Tensor out, Tensor lse, Tensor self_only) {
+  Attention a = attention(RK_ATTENTION_ARGUMENTS);
+  residuals(a, out, lse, self_only);
+  with_kernels(a.type, [&](const auto& k) { k.forward(a.p, threads()); });
+}
+
+void chunk_attention_backward(RK_ATTENTION_PARAMETERS, Tensor grad_out, Tensor out, Tensor lse, Tensor self_only,
+                              Tensor grad_query, OptionalTensor grad_key, Tensor grad_value) {
+  Attention a = attention(RK_ATTENTION_ARGUMENTS);
+  residuals(a, out, lse, self_only);
+  rk::AttentionParams& p = a.p;
+  p.grad_out = rows("grad_out", grad_out, a.type, p.B, p.H, p.n_queries, p.E);
+  p.grad_query = rows("grad_query", grad_query, a.type, p.B, p.H, p.L, p.D);
+  STD_TORCH_CHECK(key.has_value() == grad_key.has_value(), "grad_key must be given exactly if key is");
+  if (grad_key) p.grad_key = rows("grad_key", *grad_key, a.type, p.B, p.H, p.L, p.D);
+  p.grad_value = rows("grad_value", grad_value, a.type, p.B, p.H, p.L, p.E);
+  with_kernels(a.type, [&](const auto& k) { k.backward(a.p, threads()); });
+}
+
+std::string select_isa(std::string name) {
+  const std::string previous = rk::cpu::kernels().isa;
+  STD_TORCH_CHECK(rk::cpu::select(name.c_str()), "isa must be one that this processor and build have, got ", name);
+  return previous;
+}
+
+std::string build_info() {
+  std::string isas;
+  for (const rk::cpu::Kernels* k : {rk::cpu::kernels_baseline(), rk::cpu::kernels_avx2(), rk::cpu::kernels_avx512()})
+    if (k) isas += std::string(isas.empty() ? "" : ", ") + '"' + k->isa + '"';
+  return "{\"torch\": \"" RK_BUILD_TORCH "\", \"no_cuda_because\": \"" RK_REASON_AGAINST_CUDA "\", \"isa\": [" + isas +
+         "], \"isa_in_use\": \"" + rk::cpu::kernels().isa + "\"}";
+}
+
+constexpr char kAttentionSchema[] =
+    "Tensor query, Tensor? key, Tensor value, Tensor? order, Tensor? buckets, Tensor? key_padding_mask, Tensor? "
+    "attn_mask, "
+    "Tensor? cu_seqlens, Tensor? dropout_seed, int chunk_length, int chunks_before, int chunks_after, int n_queries, "
+    "float scale, int drop_threshold, float keep_factor, int flags, ";
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(reformer_kernels_cpu, m) {
+  const std::string attention = kAttentionSchema;
+  m.def(
+      "hash_buckets(Tensor x, Tensor rotations, Tensor? key_padding_mask, int[] n_buckets, Tensor(a!) buckets) -> ()");
+  m.def("bucket_order(Tensor buckets, Tensor? cu_seqlens, int n_buckets, Tensor(a!) order) -> int");
+  m.def(
+      ("chunk_attention_forward(" + attention + "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) self_only) -> ()").c_str());
+  m.def(("chunk_attention_backward(" + attention +
+         "Tensor grad_out, Tensor out, Tensor lse, Tensor self_only, Tensor(a!) grad_query, Tensor(b!)? grad_key, "
+         "Tensor(c!) grad_value) -> ()")
+            .c_str());
+  m.def("select_isa(str name) -> str");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(reformer_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("hash_buckets", TORCH_BOX(&hash_buckets));
+  m.impl("bucket_order", TORCH_BOX(&bucket_order));
+  m.impl("chunk_attention_forward", TORCH_BOX(&chunk_attention_forward));
+  m.impl("chunk_attention_backward", TORCH_BOX(&chunk_attention_backward));
+  m.impl("select_isa", TORCH_BOX(&select_isa));
+  m.impl("build_info", TORCH_BOX(&build_info));
+}

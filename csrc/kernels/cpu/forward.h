@@ -1,0 +1,177 @@
+// Attention forward: gather, scores, softmax and product of one chunk after the other, the rounds merged in place.
+#pragma once
+
+namespace rk::cpu::RK_ISA {
+
+template <class T>
+struct ForwardScratch {
+  int64_t Dp, Ep;
+  std::vector<ChunkRows<T>> chunks;  // the window of the current chunk: chunk i lies in place i modulo its size
+  Buffer<T> Q, QT, S, O, bias, drop;
+  QueryRules<T> rules;
+  Prefetch<T> prefetch;
+
+  explicit ForwardScratch(const AttentionParams& p) : Dp(round_up(p.D, kRowPad)), Ep(round_up(p.E, kRowPad)) {
+    const int64_t C = max_chunk(p), window = p.chunks_before + 1 + p.chunks_after;
+    chunks.resize(window);
+    for (auto& c : chunks) c.resize(C, Dp, Ep, false);
+    Q.resize(kQueries * Dp), QT.resize(Dp * kQueries), S.resize(window * C * kQueries), O.resize(kQueries * Ep);
+    bias.resize(C * kQueries), drop.resize(p.dropout() ? window * C * kQueries : 1);
+  }
+};
+
+// out = (out * multiplier + O) * inverse for one row.
+template <class T>
+RK_INLINE void merge_row(T* out, const T* O, int64_t E, bool first, T multiplier, T inverse) {
+  const Vec<T> m = splat(multiplier), n = splat(inverse);
+  int64_t e = 0;
+  for (; e + kLanes<T> <= E; e += kLanes<T>) {
+    Vec<T> x = load<T>(O + e);
+    if (!first) x += load<T>(out + e) * m;
+    store<T>(out + e, x * n);
+  }
+  for (; e < E; ++e) out[e] = (O[e] + (first ? T(0) : out[e] * multiplier)) * inverse;
+}
+
+// The queries [block, block + count) of a chunk, whose window lies in the scratch.
+template <class T>
+void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T>& s, int64_t index, int block,
+                   int count) {
+  const Unit& u = shared.unit;
+  const Chunk chunk = u.chunks[u.chunk_at(index, index)];
+  const int64_t start = chunk.start + block, queries = round_up(count, kLanes<T>);
+  const int round = u.round(chunk.start);
+  const bool first = round == 0, last = round == u.R - 1;
+  const int n_queries = static_cast<int>(p.n_queries - u.offset);
+  const ChunkRows<T>& own = s.chunks[index % s.chunks.size()];
+  const int* position = own.position.data() + block;
+  const T* rows = own.K + block * s.Dp;
+  if (!p.shared()) {
+    gather<T>(p.query, u, position, count, n_queries, p.D, s.Q, s.Dp);
+    rows = s.Q;
+  }
+  transpose_rows<T>(rows, s.Dp, count, p.D, s.QT);
+  fill_rules<T>(p, u, position, count, s.rules);
+  alignas(64) T highest[kQueries], total[kQueries] = {}, multiplier[kQueries];
+  std::fill(highest, highest + kQueries, kMasked<T>);
+
+  auto each_chunk = [&](auto&& f) {  // f(keys, their chunk, their first place in the window)
+    int64_t place = 0;
+    for (int o = -u.before; o <= u.after; ++o) {
+      const int k = u.chunk_at(index + o, index);
+      if (k < 0) continue;
+      const ChunkRows<T>& keys = s.chunks[(index + o) % s.chunks.size()];
+      f(keys, k, place);
+      place += keys.count;
+    }
+  };
+  each_chunk([&](const ChunkRows<T>& keys, int k, int64_t place) {
+    T* S = s.S + place * kQueries;
+    auto score = [&](auto with_bias) {
+      score_block<T, with_bias.value>(keys.K, s.Dp, keys.count, s.QT, queries, p.D, keys.factor_log2, keys.key_position,
+                                      s.bias, s.rules, S, highest, s.prefetch);
+    };
+    if (!shared.rules->any()) return score(Const<0>{});
+    shared.rules->block(round, position, count, keys, k, s.bias);
+    for (int i = 0; i < keys.count; ++i)
+      std::fill(s.bias + i * kQueries + count, s.bias + i * kQueries + queries, T(0));
+    score(Const<1>{});
+  });
+
+  T *row_max = shared.row_a, *row_sum = shared.row_b;
+  for (int l = 0; l < kQueries; ++l) {
+    const T before = first || l >= count ? kMasked<T> : row_max[position[l]];
+    highest[l] = std::max(highest[l], before);
+    multiplier[l] = before - highest[l];
+  }
+  for (int l = 0; l < kQueries; l += kLanes<T>) store<T>(multiplier + l, exp2(load<T>(multiplier + l)));
+  each_chunk([&](const ChunkRows<T>& keys, int, int64_t place) {
+    T* drop = p.dropout() ? s.drop + place * kQueries : nullptr;
+    if (drop) dropout_block<T>(p, u, start, place, keys.count, drop);
+    softmax_block<T>(s.S + place * kQueries, keys.count, queries, highest, total, drop);
+  });
+  bool add = false;
+  each_chunk([&](const ChunkRows<T>& keys, int, int64_t place) {
+    product_block<T>(s.S + place * kQueries, 1, kQueries, count, keys.V, s.Ep, keys.count, s.Ep, s.O, s.Ep, add);
+    add = true;
+  });
+
+  T* lse = static_cast<T*>(p.lse) + (u.b * p.H + u.h) * p.n_queries + u.offset;
+  bool* self_only = p.self_only + (u.b * p.H + u.h) * p.n_queries + u.offset;
+  for (int l = 0; l < count; ++l) {
+    const int i = position[l];
+    if (i >= n_queries) continue;
+    const T sum = total[l] + (first ? T(0) : row_sum[i] * multiplier[l]);
+    row_sum[i] = sum, row_max[i] = highest[l];
+    const T inverse = !last ? T(1) : sum > 0 ? 1 / sum : T(0);
+    merge_row<T>(p.out.at<T>(u.b, u.h, u.offset + i), s.O + l * s.Ep, p.E, first, multiplier[l], inverse);
+    if (!last) continue;
+    lse[i] = sum > 0 ? static_cast<T>(highest[l] * kLn2 + std::log(sum)) : -std::numeric_limits<T>::infinity();
+    self_only[i] = sum <= 0 && own_allowed<T>(p, u, *shared.rules, i);
+  }
+}
+
+template <class T>
+void forward_chunks(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T>& s, int64_t begin, int64_t end) {
+  const Unit& u = shared.unit;
+  const int64_t turn = static_cast<int64_t>(u.n_chunks()) * (u.before / u.n_chunks() + 1);  // keeps indices positive
+  for (auto& c : s.chunks) c.index = std::numeric_limits<int64_t>::min();
+  const int n_queries = static_cast<int>(p.n_queries - u.offset);
+  for (int64_t c = begin; c < end; ++c) {
+    const int64_t index = u.ring ? c + turn : c;
+    for (int o = -u.before; o <= u.after; ++o) {
+      const int k = u.chunk_at(index + o, index);
+      if (k < 0) continue;
+      ChunkRows<T>& rows = s.chunks[(index + o) % s.chunks.size()];
+      if (rows.index != index + o) rows.load(p, u, index + o, k, s.Dp, s.Ep);
+    }
+    const Chunk chunk = u.chunks[c];
+    s.prefetch.clear();
+    if (u.round(chunk.start) > 0) s.prefetch.add(p.out, u, u.order, chunk.start, chunk.count, n_queries, p.E);
+    if (const int next = u.chunk_at(index + u.after + 1, index + u.after + 1); next >= 0 && c + 1 < end) {
+      const Chunk ahead = u.chunks[next];
+      s.prefetch.add(p.shared() ? p.query : p.key, u, u.order, ahead.start, ahead.count, static_cast<int>(u.L), p.D);
+      s.prefetch.add(p.value, u, u.order, ahead.start, ahead.count, static_cast<int>(u.L), p.E);
+    }
+    for (int block = 0; block < chunk.count; block += kQueries)
+      forward_block<T>(p, shared, s, index, block, std::min(kQueries, chunk.count - block));
+  }
+}
+
+// Queries that saw nothing but themselves: their own value, and the logsumexp of their own score.
+template <class T>
+void finish_self_only(const AttentionParams& p, Shared<T>& shared) {
+  const Unit& u = shared.unit;
+  const int64_t head = (u.b * p.H + u.h) * p.n_queries + u.offset;
+  const bool* self_only = p.self_only + head;
+  T *lse = static_cast<T*>(p.lse) + head, *weight = shared.row_a, *times = shared.row_b;
+  const int64_t n = std::min(u.L, p.n_queries - u.offset);
+  if (std::none_of(self_only, self_only + n, [](bool x) { return x; })) return;
+  std::fill(weight, weight + n, T(0));
+  std::fill(times, times + n, T(0));
+  visit_self_only<T>(p, u, *shared.rules, self_only, [&](int i, T w, int t) { weight[i] += w, times[i] += t; });
+  for (int64_t i = 0; i < n; ++i) {
+    if (!self_only[i]) continue;
+    const T* q = p.query.at<T>(u.b, u.h, u.offset + i);
+    const T* v = p.value.at<T>(u.b, u.h, u.offset + i);
+    T* out = p.out.at<T>(u.b, u.h, u.offset + i);
+    T square = 0;
+    for (int64_t d = 0; d < p.D; ++d) square += q[d] * q[d];
+    const T norm = p.has(kL2Norm) ? std::max(std::sqrt(square), T(1e-12)) : std::sqrt(square + T(1e-6) * p.D);
+    const T repeated = p.has(kDedup) ? T(0) : std::log(times[i]);
+    lse[i] = static_cast<T>(p.scale) * square / norm + shared.rules->mask(i, i) + repeated;
+    for (int64_t e = 0; e < p.E; ++e) out[e] = v[e] * (weight[i] / times[i]);
+  }
+}
+
+template <class T>
+void attention_forward(const AttentionParams& p, const Threads& threads) {
+  for_each_unit<T, ForwardScratch<T>>(p, threads, [&](Shared<T>& shared, auto&& parallel) {
+    for (int r = 0; r < shared.unit.R; ++r)
+      parallel(shared.unit.round_begin[r], shared.unit.round_begin[r + 1],
+               [&](ForwardScratch<T>& s, int64_t begin, int64_t end) { forward_chunks<T>(p, shared, s, begin, end); });
+    if (p.shared()) finish_self_only<T>(p, shared);
+  });
+}
+
+}  // namespace rk::cpu::RK_ISA

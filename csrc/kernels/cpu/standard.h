@@ -1,0 +1,18 @@
+// What the kernels use of the standard library and of each other's plain code. Included before an instruction set is
+// chosen, so that shared inline functions are compiled for the baseline.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <optional>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/windows.h"

@@ -1,0 +1,224 @@
+// What forward and backward share: gathered chunks, rules of single pairs, and how units are spread over workers.
+#pragma once
+
+namespace rk::cpu::RK_ISA {
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+inline int64_t max_chunk(const AttentionParams& p) { return std::min(p.chunk_length, p.L); }
+
+// The keys of a chunk, gathered, and (in backward) the gradients that they collect.
+template <class T>
+struct ChunkRows {
+  int64_t index = std::numeric_limits<int64_t>::min();  // in the unrolled ring
+  int count = 0;
+  std::vector<int> position;
+  Buffer<T> K, V;                         // [C][Dp], [C][Ep]
+  Buffer<T> factor, factor_log2, square;  // score = factor q . K; square: see unit_scale
+  Buffer<Int<T>> key_position;            // as QueryRules wants it
+  Buffer<T> dQ, dK, dV;
+  bool fresh = true;  // dK and dV hold nothing yet
+
+  void resize(int64_t C, int64_t Dp, int64_t Ep, bool backward) {
+    const int64_t rows = round_up(C, kRowPad);
+    position.resize(rows);
+    K.resize(rows * Dp), V.resize(rows * Ep);
+    factor.resize(rows), factor_log2.resize(rows), square.resize(rows), key_position.resize(rows);
+    if (backward) dQ.resize(rows * Dp), dK.resize(rows * Dp), dV.resize(rows * Ep);
+  }
+
+  void load(const AttentionParams& p, const Unit& u, int64_t unrolled, int chunk, int64_t Dp, int64_t Ep) {
+    const Chunk c = u.chunks[chunk];
+    index = unrolled, count = c.count, fresh = true;
+    for (int i = 0; i < count; ++i) position[i] = u.position(c.start + i);
+    const int limit = static_cast<int>(u.L);
+    gather<T>(p.shared() ? p.query : p.key, u, position.data(), count, limit, p.D, K, Dp);
+    gather<T>(p.value, u, position.data(), count, limit, p.E, V, Ep);
+    const bool* padding = p.padding ? p.padding + u.b * p.L + u.offset : nullptr;
+    for (int i = 0; i < count; ++i) {
+      T scale = 1;
+      square[i] = p.shared() ? unit_scale<T>(K + i * Dp, Dp, p.D, p.has(kL2Norm), scale) : T(0);
+      factor[i] = scale * static_cast<T>(p.scale);
+      factor_log2[i] = factor[i] * static_cast<T>(kLog2e);
+      const bool context = position[i] >= p.n_queries - u.offset;
+      key_position[i] = padding && padding[position[i]] ? kNoKey<T> : context ? kEveryone<T> : position[i];
+    }
+  }
+};
+
+// Rules that depend on the pair and not on positions alone: as a bias, -inf for a masked pair.
+template <class T>
+class PairRules {
+ public:
+  PairRules(const AttentionParams& p, const Unit& u, const std::vector<int32_t>& buckets)
+      : p_(p), u_(u), buckets_(buckets) {
+    within_ = p.has(kWithinBucket) && !buckets.empty();
+    if (!p.has(kDedup)) return;
+    chunk_of_.resize(u.R * u.L);
+    for (int c = 0; c < u.n_chunks(); ++c)
+      for (int i = 0; i < u.chunks[c].count; ++i) {
+        const int64_t slot = u.chunks[c].start + i;
+        chunk_of_[u.round(slot) * u.L + u.position(slot)] = c;
+      }
+  }
+  bool any() const { return p_.bool_mask || p_.float_mask || within_ || p_.has(kDedup); }
+
+  // The mask's share of the score of a pair, in natural units.
+  T mask(int64_t query, int64_t key) const {
+    const int64_t at = u_.b * p_.mask_stride_b + u_.h * p_.mask_stride_h + (u_.offset + query) * p_.mask_stride_q +
+                       (u_.offset + key) * p_.mask_stride_k;
+    if (p_.bool_mask) return p_.bool_mask[at] ? -std::numeric_limits<T>::infinity() : T(0);
+    if (!p_.float_mask) return 0;
+    const T value = static_cast<const T*>(p_.float_mask)[at];
+    return value > kMasked<T> ? value : -std::numeric_limits<T>::infinity();
+  }
+
+  // bias [keys][64], in units of log 2.
+  void block(int round, const int* query, int queries, const ChunkRows<T>& keys, int key_chunk, T* bias) const {
+    const int key_round = u_.round(u_.chunks[key_chunk].start);
+    for (int i = 0; i < keys.count; ++i)
+      for (int l = 0; l < queries; ++l) {
+        if (query[l] >= p_.n_queries - u_.offset) {
+          bias[i * kQueries + l] = 0;
+          continue;
+        }
+        T x = mask(query[l], keys.position[i]);
+        if (within_ && !(key_round == round && bucket(round, query[l]) == bucket(round, keys.position[i])))
+          x = -std::numeric_limits<T>::infinity();
+        else if (p_.has(kDedup))
+          x -= std::log(static_cast<T>(std::max(1, times_met(query[l], keys.position[i]))));
+        bias[i * kQueries + l] = x * static_cast<T>(kLog2e);
+      }
+  }
+
+  bool meets_in_round(int round, int key_round) const { return !within_ || round == key_round; }
+
+ private:
+  int32_t bucket(int round, int position) const { return buckets_[round * u_.L + position]; }
+
+  // How often the query meets the key over all rounds.
+  int times_met(int query, int key) const {
+    int times = 0;
+    for (int r = 0; r < u_.R; ++r)
+      for (int s = 0; s < u_.R; ++s) {
+        if (within_ && (r != s || bucket(r, query) != bucket(r, key))) continue;
+        const int q = chunk_of_[r * u_.L + query], k = chunk_of_[s * u_.L + key];
+        for (int o = -u_.before; o <= u_.after; ++o) times += u_.chunk_at(q + o, q) == k;
+      }
+    return times;
+  }
+
+  const AttentionParams& p_;
+  const Unit& u_;
+  const std::vector<int32_t>& buckets_;
+  bool within_;
+  std::vector<int32_t> chunk_of_;  // [R, L] the chunk of every position
+};
+
+// Shared QK: may a query that sees nothing else use its own key?
+template <class T>
+bool own_allowed(const AttentionParams& p, const Unit& u, const PairRules<T>& rules, int64_t position) {
+  if (!p.shared() || (p.padding && p.padding[u.b * p.L + u.offset + position])) return false;
+  return rules.mask(position, position) > kMasked<T>;
+}
+
+template <class T>
+void fill_rules(const AttentionParams& p, const Unit& u, const int* position, int count, QueryRules<T>& rules) {
+  const bool* padding = p.has(kMaskPaddedQueries) && p.padding ? p.padding + u.b * p.L + u.offset : nullptr;
+  for (int l = 0; l < kQueries; ++l) {
+    const bool dead = l >= count || position[l] >= p.n_queries - u.offset || (padding && padding[position[l]]);
+    rules.limit[l] = dead ? kEveryone<T> - 1 : p.has(kCausal) ? position[l] : kNoKey<T> - 1;
+    rules.own[l] = p.shared() && l < count ? position[l] : kEveryone<T> - 1;
+  }
+}
+
+// A unit with what its workers share.
+template <class T>
+struct Shared {
+  Unit unit;
+  std::vector<int32_t> buckets;
+  std::optional<PairRules<T>> rules;
+  Buffer<T> row_a, row_b;  // [L] of state
+
+  void start(const AttentionParams& p, int64_t index) {
+    make_unit(p, index, unit, buckets);
+    rules.emplace(p, unit, buckets);
+  }
+};
+
+// Runs process(shared, parallel) for every unit. parallel(begin, end, f) calls f(scratch, begin', end') on parts of the
+// range: whole units go to workers where there are enough of them, otherwise the parts of one unit do.
+template <class T, class Scratch, class F>
+void for_each_unit(const AttentionParams& p, const Threads& threads, F&& process) {
+  const int64_t units = n_units(p);
+  const int workers = threads.count;
+  const bool by_unit = workers == 1 || units % workers == 0 || units >= 4 * workers;
+  std::vector<Scratch> scratch;
+  scratch.reserve(workers);
+  for (int w = 0; w < workers; ++w) scratch.emplace_back(p);
+  std::vector<Shared<T>> shared(by_unit ? workers : 1);
+  for (auto& s : shared) s.row_a.resize(p.L), s.row_b.resize(p.L);
+  std::atomic<bool> out_of_memory{false};
+  auto guarded = [&](auto&& f) {  // an exception must not leave a worker
+    try {
+      f();
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  };
+  if (by_unit) {
+    threads.for_each_worker([&](int w) {
+      guarded([&] {
+        for (int64_t i = units * w / workers; i < units * (w + 1) / workers; ++i) {
+          shared[w].start(p, i);
+          if (shared[w].unit.L == 0) continue;
+          process(shared[w], [&](int64_t begin, int64_t end, auto&& f) { f(scratch[w], begin, end); });
+        }
+      });
+    });
+  } else {
+    for (int64_t i = 0; i < units; ++i) {
+      shared[0].start(p, i);
+      if (shared[0].unit.L == 0) continue;
+      process(shared[0], [&](int64_t begin, int64_t end, auto&& f) {
+        threads.for_each_worker([&](int w) {
+          const int64_t from = begin + (end - begin) * w / workers, to = begin + (end - begin) * (w + 1) / workers;
+          if (from < to) guarded([&] { f(scratch[w], from, to); });
+        });
+      });
+    }
+  }
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+// Calls f(position, weight, times) once for every chunk in which a flagged query meets itself: weight is the sum of its
+// dropout factors there, times how often it does.
+template <class T, class F>
+void visit_self_only(const AttentionParams& p, const Unit& u, const PairRules<T>& rules, const bool* self_only, F&& f) {
+  for (int c = 0; c < u.n_chunks(); ++c) {
+    const Chunk q = u.chunks[c];
+    for (int i = 0; i < q.count; ++i) {
+      const int position = u.position(q.start + i);
+      if (position >= p.n_queries - u.offset || !self_only[position]) continue;
+      int64_t place = 0;
+      int times = 0;
+      T weight = 0;
+      for (int o = -u.before; o <= u.after; ++o) {
+        const int k = u.chunk_at(c + o, c);
+        if (k < 0) continue;
+        const Chunk keys = u.chunks[k];
+        for (int j = 0; j < keys.count; ++j, ++place) {
+          if (u.position(keys.start + j) != position || !rules.meets_in_round(u.round(q.start), u.round(keys.start)))
+            continue;
+          ++times;
+          T factor[kQueries] = {T(1)};
+          if (p.dropout()) dropout_block<T>(p, u, q.start + i, place, 1, factor);
+          weight += factor[0];
+        }
+      }
+      f(position, weight, times);
+    }
+  }
+}
+
+}  // namespace rk::cpu::RK_ISA

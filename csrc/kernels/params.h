@@ -1,0 +1,70 @@
+// The arguments of the kernels: plain data, no torch, no Python. Shapes as in the Python layer:
+// B batch, H heads, L length, D head size of query and key, E head size of value, R rounds, C chunk length.
+#pragma once
+#include <cstdint>
+
+namespace rk {
+
+enum Flag : int64_t {  // in the order of backends/native.py
+  kCausal = 1,
+  kL2Norm = 2,
+  kMaskPaddedQueries = 4,
+  kWithinBucket = 8,
+  kDedup = 16,
+  kBucketAligned = 32,
+};
+
+// Rows of [B, H, L, width], the last dimension contiguous; strides in elements.
+struct Rows {
+  void* data = nullptr;
+  int64_t stride_b = 0, stride_h = 0, stride_l = 0;
+  template <class T>
+  T* at(int64_t b, int64_t h, int64_t l) const {
+    return static_cast<T*>(data) + b * stride_b + h * stride_h + l * stride_l;
+  }
+};
+
+struct AttentionParams {
+  int64_t B, H, L, D, E, R, chunk_length, chunks_before, chunks_after, n_queries, flags;
+  double scale;             // of query . key, where a shared row is scaled to a unit key
+  double keep_factor;       // 1 / (1 - dropout), or 1 without dropout
+  uint32_t drop_threshold;  // a random word below it is dropped
+  uint64_t dropout_seed;
+  Rows query, key, value;  // key.data null: shared with the query
+  const int32_t* order;    // [B, H, R * L], or null: positions in their own order (then R is 1)
+  const int32_t* buckets;  // [B, H, R, L], or null
+  const bool* padding;     // [B, L], true: ignored, or null
+  const bool* bool_mask;   // [B|1, H|1, n_queries, L], true: ignored, or null
+  const void* float_mask;  // the same, added to the scores
+  int64_t mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
+  const int32_t* cu_seqlens;                        // [n_sequences + 1], or null
+  int64_t n_sequences;                              // 1 without cu_seqlens
+  Rows out;                                         // [B, H, n_queries, E]; written by forward, read by backward
+  void* lse;                                        // [B, H, n_queries] contiguous, natural logarithm, like out
+  bool* self_only;                                  // [B, H, n_queries] contiguous, like out
+  Rows grad_out, grad_query, grad_key, grad_value;  // backward only
+
+  bool has(Flag f) const { return flags & f; }
+  bool shared() const { return key.data == nullptr; }
+  bool dropout() const { return keep_factor != 1.0; }
+};
+
+struct HashParams {
+  int64_t B, H, L, D, R, n_factors;
+  Rows x;
+  const void* rotations;  // [B|1, H|1, D, R * sum(factors) / 2], the element type of x
+  int64_t rotations_stride_b, rotations_stride_h;
+  const int64_t* factors;  // [n_factors], even
+  const bool* padding;     // [B, L] or null: these go to bucket prod(factors)
+  int32_t* buckets;        // [B, H, R, L]
+};
+
+struct OrderParams {
+  int64_t rows, rounds, L, n_buckets;  // rows = B * H
+  const int32_t* buckets;              // [rows, rounds, L]
+  const int32_t* cu_seqlens;           // [n_sequences + 1], or null
+  int64_t n_sequences;
+  int32_t* order;  // [rows, rounds * L]
+};
+
+}  // namespace rk

@@ -1,0 +1,112 @@
+"""The arguments of each op as a record, in the order of its schema: what backends receive."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .hashing import bucket_factors, cached_rotations
+from .rules import AttentionRules
+
+
+class HashCall(NamedTuple):
+    x: Tensor  # [B, H, L, D]
+    rotations: Tensor | None  # [B|1, H|1, D, R, sum(n_buckets) / 2]; None: from hash_seed
+    key_padding_mask: Tensor | None  # bool [B, L]: into the extra last bucket
+    hash_seed: Tensor | None  # int64 [1], on the CPU
+    n_buckets: list[int] | None  # factors; None: from the length
+    n_hashes: int
+    chunk_length: int
+    backend: str
+
+    @property
+    def op(self) -> str:
+        return "hash_buckets"
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def resolve(self) -> tuple[Tensor, tuple[int, ...]]:
+        """Rotations and bucket factors of this call."""
+        factors = bucket_factors(self.n_buckets, self.x.shape[2], self.chunk_length)
+        if self.rotations is not None:
+            return self.rotations, factors
+        assert self.hash_seed is not None
+        _, heads, _, head_dim = self.x.shape
+        seed = int(self.hash_seed)
+        return cached_rotations(seed, heads, head_dim, self.n_hashes, factors, self.x.device), factors
+
+
+class OrderCall(NamedTuple):
+    buckets: Tensor  # int32 [B, H, R, L]
+    cu_seqlens: Tensor | None  # int32 [n + 1], on the CPU
+    n_buckets: int  # more than any bucket
+    backend: str
+
+    @property
+    def op(self) -> str:
+        return "bucket_order"
+
+    @property
+    def device(self) -> torch.device:
+        return self.buckets.device
+
+
+class AttentionCall(NamedTuple):
+    query: Tensor  # [B, H, L, D]
+    key: Tensor | None  # [B, H, L, D]; None: shared with the query
+    value: Tensor  # [B, H, L, E]
+    order: Tensor | None  # int32 [B, H, R, L]: positions in sorted order; None: one round in the order of positions
+    buckets: Tensor | None  # int32 [B, H, R, L], where alignment or the rules need them
+    key_padding_mask: Tensor | None  # bool [B, L]
+    attn_mask: Tensor | None  # bool (True: ignored) or float (added) [B|1, H|1, num_queries, L]
+    cu_seqlens: Tensor | None  # int32 [n + 1], on the CPU
+    dropout_seed: Tensor | None  # int64 [1]
+    chunk_length: int
+    chunks_before: int
+    chunks_after: int
+    causal: bool
+    num_queries: int | None
+    scale: float  # of query @ (unit) key
+    dropout_p: float
+    alignment: str  # "ring" or "bucket"
+    rules_key: str
+    backend: str
+
+    @property
+    def op(self) -> str:
+        return "chunk_attention"
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def rules(self) -> AttentionRules:
+        return AttentionRules.from_key(self.rules_key)
+
+    @property
+    def n_queries(self) -> int:
+        return self.query.shape[2] if self.num_queries is None else self.num_queries
+
+
+Call = HashCall | OrderCall | AttentionCall
+
+
+def empty_rows(model: Tensor, length: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
+    """Uninitialised [B, H, length, width], laid out like the model: as [B, L, H, D] if that is how it lies in memory.
+
+    So the heads of a projection, a view, give an output that merges into the next projection without a copy.
+    """
+    batch, heads = model.shape[:2]
+    if model.is_contiguous() or not model.transpose(1, 2).is_contiguous():
+        return model.new_empty((batch, heads, length, width))
+    return model.new_empty((batch, length, heads, width)).transpose(1, 2)
+
+
+def out_of_range(call: OrderCall) -> ValueError:
+    low, high = call.buckets.min().item(), call.buckets.max().item()
+    return ValueError(f"buckets must be between 0 and {call.n_buckets - 1}, got {low} to {high}")

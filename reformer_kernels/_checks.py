@@ -1,0 +1,124 @@
+"""Validation of public arguments: an error names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, x: Any, dims: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
+    """x is a tensor with one dimension for each name in ``dims`` and one of the dtypes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    rank = len(dims.split())
+    if x.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimensions [{', '.join(dims.split())}], got shape {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must have dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
+
+
+def check_width(name: str, x: Tensor) -> None:
+    """The rows of x are not empty."""
+    if x.shape[-1] < 1:
+        raise ValueError(f"{name} must have a last dimension of at least 1, got shape {list(x.shape)}")
+
+
+def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """x has the device of the other tensor."""
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[Any, ...]) -> None:
+    """The shape of x; a tuple in ``expected`` lists the sizes allowed in that place."""
+    for size, allowed in zip(x.shape, expected, strict=True):
+        if size not in allowed if isinstance(allowed, tuple) else size != allowed:
+            text = ", ".join(" or ".join(map(str, e)) if isinstance(e, tuple) else str(e) for e in expected)
+            raise ValueError(f"{name} must have shape [{text}], got {list(x.shape)}")
+
+
+def check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """An integer (or symbolic integer) in [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least or (most is not None and value > most):
+        limit = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise ValueError(f"{name} must be {limit}, got {value}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def check_dropout(dropout_p: Any, dropout_seed: Any) -> None:
+    """A probability, and a seed where it is needed: functions never touch the global random state."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a float, got {dropout_p!r}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    if dropout_seed is None:
+        if dropout_p > 0:
+            raise ValueError(
+                f"dropout_seed must be an int64 tensor of one element when dropout_p is {dropout_p}, got None"
+            )
+        return
+    if not isinstance(dropout_seed, Tensor):
+        raise TypeError(f"dropout_seed must be an int64 tensor of one element, got {dropout_seed!r}")
+    if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
+        raise ValueError(
+            f"dropout_seed must be an int64 tensor of one element, got {dropout_seed.dtype} {list(dropout_seed.shape)}"
+        )
+
+
+def check_scale(scale: Any) -> None:
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float or None, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
+def check_key_padding_mask(mask: Any, query_name: str, query: Tensor) -> None:
+    if mask is None:
+        return
+    check_tensor("key_padding_mask", mask, "B L", (torch.bool,))
+    check_like("key_padding_mask", mask, query_name, query)
+    check_shape("key_padding_mask", mask, (query.shape[0], query.shape[2]))
+
+
+def check_attn_mask(mask: Any, query_name: str, query: Tensor, n_queries: int) -> None:
+    if mask is None:
+        return
+    batch, heads, length, _ = query.shape
+    check_tensor("attn_mask", mask, "B|1 H|1 L S", (torch.bool, *FLOATING))
+    check_like("attn_mask", mask, query_name, query)
+    check_shape("attn_mask", mask, ((batch, 1), (heads, 1), n_queries, length))
+    if mask.requires_grad:
+        raise ValueError("attn_mask must not require a gradient (there is none for it), got requires_grad=True")
+
+
+def check_cu_seqlens(cu_seqlens: Any, query: Tensor) -> None:
+    """int32 boundaries on the CPU: they decide the launch, so they are read on the host."""
+    if cu_seqlens is None:
+        return
+    check_tensor("cu_seqlens", cu_seqlens, "n+1", (torch.int32,))
+    if cu_seqlens.device.type != "cpu":
+        raise ValueError(f"cu_seqlens must be on the CPU (it is read on the host), got {cu_seqlens.device}")
+    bounds = cu_seqlens.tolist()
+    length = query.shape[2]
+    ordered = all(a <= b for a, b in pairwise(bounds))
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or not ordered:
+        raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, got {bounds[:8]}")

@@ -1,0 +1,1 @@
+"""The implementations of the ops: modules with the functions of ``_dispatch.Backend``."""

@@ -1,0 +1,158 @@
+"""The C++ kernels for the CPU: loads the library, checks what it serves, allocates what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._calls import AttentionCall, Call, HashCall, OrderCall, empty_rows, out_of_range
+from .philox import drop_threshold, keep_factor
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_load_error: str | None = None
+
+
+def _load() -> None:
+    global _load_error
+    folder = Path(__file__).resolve().parent.parent
+    libraries = sorted(folder.glob("_cpu*.so")) + sorted(folder.glob("_cpu*.pyd"))
+    if not libraries:
+        _load_error = f"the library {folder}/_cpu*.so is not built"
+        return
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        _load_error = f"the library {libraries[0]} cannot be loaded: {error}"
+
+
+_load()
+_ops = torch.ops.reformer_kernels_cpu
+
+
+def build_info() -> dict[str, Any]:
+    """Versions and instruction sets of the library; ``{"error": why}`` without one."""
+    return {"error": _load_error} if _load_error else json.loads(_ops.build_info())
+
+
+class use_isa:  # noqa: N801
+    """Runs the kernels of one instruction set ("baseline", "avx2", "avx512") until the ``with`` block ends.
+
+    Raises:
+        RuntimeError: it is not in the library, or the processor lacks it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._previous = _ops.select_isa(name)
+
+    def __enter__(self) -> use_isa:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _ops.select_isa(self._previous)
+
+
+def not_supported_reasons(call: Call) -> list[str]:
+    reasons = []
+    if _load_error:
+        reasons.append(_load_error)
+    if call.device.type != "cpu":
+        reasons.append(f"tensors are on {call.device}, not on the CPU")
+    if isinstance(call, AttentionCall):
+        rules = call.rules
+        if call.key is None and rules.own_position == "sentinel":
+            reasons.append('rules.own_position="sentinel" is served by the reference only')
+        elif rules.combine_rounds == "exp_lse":
+            reasons.append('rules.combine_rounds="exp_lse" is served by the reference only')
+        if rules.window_order != "position" and call.chunks_before:
+            reasons.append('rules.window_order="self_first" is served by the reference only')
+    return reasons
+
+
+def _compute(x: Tensor) -> Tensor:
+    # The kernels compute in float32 or float64: half types are widened here, and rounded once at the end.
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = _compute(x)
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def hash_buckets(call: HashCall) -> Tensor:
+    rotations, factors = call.resolve()
+    x = _rows(call.x)
+    batch, heads, length, _ = x.shape
+    buckets = torch.empty((batch, heads, rotations.shape[3], length), dtype=torch.int32)
+    _ops.hash_buckets(x, rotations.to(x.dtype).contiguous(), call.key_padding_mask, factors, buckets)
+    return buckets
+
+
+def bucket_order(call: OrderCall) -> Tensor:
+    order = torch.empty(call.buckets.shape, dtype=torch.int32)
+    if _ops.bucket_order(call.buckets.contiguous(), call.cu_seqlens, call.n_buckets, order):
+        raise out_of_range(call)
+    return order
+
+
+def _options(call: AttentionCall) -> tuple[Any, ...]:
+    """The arguments that forward and backward of the library share, after the tensors that they compute with."""
+    rules = call.rules
+    attn_mask = call.attn_mask
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(torch.promote_types(call.query.dtype, torch.float32))
+    contiguous = lambda x: None if x is None else x.contiguous()  # noqa: E731
+    flags = {
+        "causal": call.causal,
+        "l2_norm": rules.key_norm == "l2",
+        "mask_padded_queries": rules.mask_padded_queries,
+        "within_bucket": rules.within_bucket and call.key is None,
+        "dedup": rules.dedup == "log_count",
+        "bucket_aligned": call.alignment == "bucket",
+    }
+    return (
+        contiguous(call.order),
+        contiguous(call.buckets),
+        contiguous(call.key_padding_mask),
+        attn_mask,
+        contiguous(call.cu_seqlens),
+        call.dropout_seed,
+        call.chunk_length,
+        call.chunks_before,
+        call.chunks_after,
+        call.n_queries,
+        call.scale,
+        drop_threshold(call.dropout_p) if call.dropout_p > 0 else 0,
+        keep_factor(call.dropout_p),
+        sum(bit << i for i, bit in enumerate(flags.values())),  # in the order of rk::Flag
+    )
+
+
+def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    query, value = _rows(call.query), _rows(call.value)
+    key = None if call.key is None else _rows(call.key)
+    batch, heads = query.shape[:2]
+    out = empty_rows(query, call.n_queries, value.shape[3])
+    lse = query.new_empty((batch, heads, call.n_queries))
+    self_only = torch.empty((batch, heads, call.n_queries), dtype=torch.bool)
+    _ops.chunk_attention_forward(query, key, value, *_options(call), out, lse, self_only)
+    return out.to(call.value.dtype), lse, self_only
+
+
+def chunk_attention_backward(
+    call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, value = _rows(call.query), _rows(call.value)
+    key = None if call.key is None else _rows(call.key)
+    grad_query, grad_value = (empty_rows(x, x.shape[2], x.shape[3]) for x in (query, value))
+    grad_key = None if key is None else empty_rows(key, key.shape[2], key.shape[3])
+    _ops.chunk_attention_backward(
+        query, key, value, *_options(call), _rows(grad_out), _rows(out), lse.contiguous(), self_only.contiguous(),
+        grad_query, grad_key, grad_value,
+    )  # fmt: skip
+    dtype = call.query.dtype
+    key_gradient = query.new_empty(0, dtype=dtype) if grad_key is None else grad_key.to(dtype)
+    return grad_query.to(dtype), key_gradient, grad_value.to(dtype)

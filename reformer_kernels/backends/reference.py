@@ -1,0 +1,436 @@
+"""The ops in plain PyTorch, written for reading: the oracle, and the backend of last resort. Any device and dtype.
+
+Notation of the shape comments: N chunks of at most C queries, each with a window of W keys; the R rounds of L sorted
+tokens form one ring of R * L slots. A slot of -1 is padding of the arrays and stands for nothing.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._calls import AttentionCall, Call, HashCall, OrderCall, empty_rows, out_of_range
+from .philox import drop_threshold, keep_factor, philox
+
+MASKED = -1e30  # a float mask at or below this masks, as -inf does
+
+
+def not_supported_reasons(call: Call) -> list[str]:
+    return []
+
+
+# ---- hashing and sorting
+
+
+def hash_buckets(call: HashCall) -> Tensor:
+    """int32 [B, H, R, L]: per factor ``argmax([x @ rot, -x @ rot])``, the factors combined as digits."""
+    rotations, factors = call.resolve()
+    dtype = torch.promote_types(call.x.dtype, torch.float32)
+    x, rotations = call.x.to(dtype), rotations.to(dtype)
+    bucket: Tensor | int = 0
+    radix, start = 1, 0
+    for factor in factors:
+        rotation = rotations[..., start : start + factor // 2]  # [B|1, H|1, D, R, f/2]
+        projected = torch.einsum("bhld,bhdrf->bhrlf", x, rotation.expand(x.shape[0], x.shape[1], -1, -1, -1))
+        bucket = bucket + radix * torch.cat([projected, -projected], dim=-1).argmax(dim=-1)
+        radix, start = radix * factor, start + factor // 2
+    assert isinstance(bucket, Tensor)
+    if call.key_padding_mask is not None:
+        bucket = bucket.masked_fill(call.key_padding_mask[:, None, None, :], radix)
+    return bucket.to(torch.int32)
+
+
+def bucket_order(call: OrderCall) -> Tensor:
+    """int32 [B, H, R, L]: positions sorted by (bucket, position).
+
+    Packed sequences are sorted one by one; the slots of a sequence (all its rounds) are contiguous in the flattened
+    result, and its positions count from its start.
+    """
+    if call.buckets.numel() and (call.buckets.min() < 0 or call.buckets.max() >= call.n_buckets):
+        raise out_of_range(call)
+    if call.cu_seqlens is None:
+        return torch.sort(call.buckets, dim=-1, stable=True).indices.to(torch.int32)
+    parts = [
+        torch.sort(call.buckets[..., start:end], dim=-1, stable=True).indices.flatten(2)
+        for start, end in _sequences(call.cu_seqlens)
+    ]
+    return torch.cat(parts, dim=-1).to(torch.int32).view(call.buckets.shape)
+
+
+def _sequences(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    return list(pairwise(cu_seqlens.tolist()))
+
+
+# ---- windows
+
+
+class _Windows(NamedTuple):
+    query_slots: Tensor  # [B|1, H|1, N, C]
+    key_slots: Tensor  # [B|1, H|1, N, W]
+    window_slots: Tensor  # [B|1, H|1, N, W] place of each key among the keys of its window
+
+
+def _ring_chunks(rounds: int, length: int, chunk_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Slots [1, 1, N, C] of the chunks of every round, the last one maybe partial, and their segment."""
+    within = torch.arange(-(-length // chunk_length) * chunk_length, device=device).view(-1, chunk_length)
+    starts = length * torch.arange(rounds, device=device).view(-1, 1, 1)
+    slots = torch.where(within < length, within + starts, -1).flatten(0, 1)
+    return slots[None, None], torch.zeros_like(slots[None, None, :, 0])
+
+
+def _bucket_chunks(sorted_buckets: Tensor, chunk_length: int) -> tuple[Tensor, Tensor]:
+    """The same [B, H, N, C] for chunks that start anew in every bucket; a segment is a bucket of a round."""
+    batch, heads, rounds, length = sorted_buckets.shape
+    size = rounds * length
+    slot = torch.arange(size, device=sorted_buckets.device)
+    flat = sorted_buckets.reshape(batch, heads, size)
+    new_segment = (flat != flat.roll(1, dims=-1)) | (slot % length == 0)
+    segment = new_segment.cumsum(-1) - 1
+    in_segment = slot - torch.where(new_segment, slot, -1).cummax(-1).values
+    chunk = (in_segment % chunk_length == 0).cumsum(-1) - 1
+    count = int(chunk.max()) + 1 if chunk.numel() else 0
+    slots = slot.new_full((batch, heads, count * chunk_length), -1)
+    slots = slots.scatter(-1, chunk * chunk_length + in_segment % chunk_length, slot.expand_as(chunk))
+    segments = slot.new_full((batch, heads, count), -1).scatter(-1, chunk, segment)
+    return slots.view(batch, heads, count, chunk_length), segments
+
+
+def _windows(call: AttentionCall, order: Tensor) -> _Windows:
+    rounds, length = order.shape[2:]
+    ring = call.alignment == "ring"
+    single = ring and length <= call.chunk_length  # one window, not hashed: the rounds would only repeat it
+    before, after = (0, 0) if single else (call.chunks_before, call.chunks_after)
+    if ring:
+        slots, segments = _ring_chunks(1 if single else rounds, length, call.chunk_length, order.device)
+    else:
+        assert call.buckets is not None
+        slots, segments = _bucket_chunks(call.buckets.long().gather(-1, order), call.chunk_length)
+    count = slots.shape[2]
+    parts = []
+    for offset in range(-before, after + 1):
+        index = torch.arange(count, device=order.device) + offset
+        inside = (index >= 0) & (index < count) | ring
+        index = index % count
+        seen = inside & (segments[..., index] == segments)
+        parts.append(torch.where(seen[..., None], slots[..., index, :], -1))
+    place = torch.cat(parts, dim=-1).ge(0).cumsum(-1) - 1
+    if call.rules.window_order == "self_first":
+        parts.insert(0, parts.pop(before))
+    return _Windows(slots, torch.cat(parts, dim=-1), place)
+
+
+# ---- attention over the windows of one sequence
+
+
+class _Scores(NamedTuple):
+    query_position: Tensor  # [B, H, N, C], also the slots below clamped to valid indices
+    key_position: Tensor  # [B, H, N, W]
+    query_slot: Tensor  # [B, H, N, C]
+    scores: Tensor  # [B, H, N, C, W]
+    included: Tensor  # bool [B, H, N, C, W]: takes part in the softmax
+    live: Tensor  # bool: the score depends on query and key (it is no sentinel)
+    dropout: Tensor | None  # factor 0 or 1 / (1 - p)
+    self_only: Tensor  # bool [B, H, L]
+
+
+def _unit_key(query: Tensor, norm: str) -> Tensor:
+    if norm == "l2":
+        return query / query.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return query * torch.rsqrt((query * query).mean(dim=-1, keepdim=True) + 1e-6) / query.shape[-1] ** 0.5
+
+
+def _unit_key_backward(query: Tensor, norm: str, grad_key: Tensor) -> Tensor:
+    if norm == "l2":
+        length = query.norm(dim=-1, keepdim=True)
+        a = 1 / length.clamp(min=1e-12)
+        along = (length > 1e-12) * a**3
+    else:
+        a = torch.rsqrt((query * query).sum(dim=-1, keepdim=True) + 1e-6 * query.shape[-1])
+        along = a**3
+    return a * grad_key - along * query * (grad_key * query).sum(dim=-1, keepdim=True)
+
+
+def _rows(x: Tensor, position: Tensor) -> Tensor:
+    """x [B, H, L, D] at position [B, H, N, K] -> [B, H, N, K, D]."""
+    batch, heads, _, width = x.shape
+    index = position.reshape(batch, heads, -1, 1).expand(-1, -1, -1, width)
+    return x.gather(2, index).view(*position.shape, width)
+
+
+def _add_rows(target: Tensor, position: Tensor, valid: Tensor, rows: Tensor) -> None:
+    """target [B, H, L, D] += rows [B, H, N, K, D] at position [B, H, N, K] where valid."""
+    batch, heads, _, width = target.shape
+    index = position.reshape(batch, heads, -1, 1).expand(-1, -1, -1, width)
+    target.scatter_add_(2, index, (rows * valid[..., None]).reshape(batch, heads, -1, width))
+
+
+def _any_per_query(call: AttentionCall, position: Tensor, flags: Tensor) -> Tensor:
+    """bool [B, H, L]: whether any of the flags [B, H, N, C] of a query is set, over all rounds."""
+    batch, heads, length = call.query.shape[:3]
+    counts = torch.zeros(batch, heads, length, dtype=torch.int64, device=flags.device)
+    return counts.scatter_add(2, position.flatten(2), flags.flatten(2).long()) > 0
+
+
+def _score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, unit_offset: tuple[int, int]) -> _Scores:
+    """Scores of every (query, key) pair of every window, and what the rules say of it."""
+    rules, shared = call.rules, call.key is None
+    batch, heads, length = call.query.shape[:3]
+    rounds = order.shape[2]
+    windows = _windows(call, order)
+    expand = lambda x: x.expand(batch, heads, -1, -1)  # noqa: E731
+    query_slots, key_slots, window_slots = map(expand, windows)
+    flat_order = order.reshape(batch, heads, -1)
+    q_slot, k_slot = query_slots.clamp(min=0), key_slots.clamp(min=0)
+    q_pos = flat_order.gather(2, q_slot.flatten(2)).view(q_slot.shape)
+    k_pos = flat_order.gather(2, k_slot.flatten(2)).view(k_slot.shape)
+    q_pair, k_pair = q_pos[..., :, None], k_pos[..., None, :]
+
+    scores = call.scale * (_rows(query, q_pos) @ _rows(key, k_pos).mT)  # [B, H, N, C, W]
+    exists = (query_slots >= 0)[..., :, None] & (key_slots >= 0)[..., None, :]
+    exists = exists & (q_pair < call.n_queries)
+    allowed = exists
+    if call.causal:
+        allowed = allowed & ((k_pair <= q_pair) | (k_pair >= call.n_queries))
+    if call.key_padding_mask is not None:
+        padded = call.key_padding_mask[:, None, :].expand(batch, heads, length)
+        allowed = allowed & ~padded.gather(2, k_pos.flatten(2)).view(k_pos.shape)[..., None, :]
+        if rules.mask_padded_queries:
+            allowed = allowed & ~padded.gather(2, q_pos.flatten(2)).view(q_pos.shape)[..., :, None]
+    if call.attn_mask is not None:
+        mask = call.attn_mask.expand(batch, heads, -1, -1)
+        pair = (q_pair.clamp(max=call.n_queries - 1) * length + k_pair).flatten(2)
+        mask = mask.reshape(batch, heads, -1).gather(2, pair).view(scores.shape)
+        if mask.dtype == torch.bool:
+            allowed = allowed & ~mask
+        else:
+            mask = mask.to(scores.dtype)
+            allowed = allowed & (mask > MASKED)
+            scores = scores + mask.clamp(min=MASKED)
+    same_bucket = torch.ones_like(exists)
+    hashed = call.buckets is not None and not (call.alignment == "ring" and length <= call.chunk_length)
+    if rules.within_bucket and shared and hashed:
+        assert call.buckets is not None
+        bucket = call.buckets.reshape(batch, heads, -1)
+
+        def bucket_of(slot: Tensor, position: Tensor) -> Tensor:
+            index = slot // length * length + position
+            value = bucket.gather(2, index.flatten(2)).view(slot.shape)
+            return value * rounds + slot // length  # the buckets of another round are other buckets
+
+        same_bucket = bucket_of(q_slot, q_pos)[..., :, None] == bucket_of(k_slot, k_pos)[..., None, :]
+
+    own = q_pair == k_pair if shared else torch.zeros_like(exists)
+    live, included = exists, exists
+    self_only = torch.zeros(batch, heads, length, dtype=torch.bool, device=scores.device)
+    if rules.own_position == "sentinel" and shared:
+        mask_value = -torch.finfo(scores.dtype).max if rules.mask_value is None else rules.mask_value
+        scores = torch.where(allowed, scores, mask_value)
+        scores = torch.where(own, rules.own_value, scores)
+        scores = torch.where(same_bucket, scores, mask_value)
+        live = allowed & ~own & same_bucket
+    else:
+        allowed = allowed & same_bucket
+        has_other = _any_per_query(call, q_pos, (allowed & ~own).any(-1))
+        self_only = _any_per_query(call, q_pos, (allowed & own).any(-1)) & ~has_other
+        lone = self_only.gather(2, q_pos.flatten(2)).view(q_pos.shape)[..., :, None]
+        live = included = allowed & (~own | lone)
+    if rules.dedup == "log_count":
+        met = torch.zeros(batch, heads, length * length, dtype=scores.dtype, device=scores.device)
+        pair = (q_pair * length + k_pair).flatten(2)
+        met = met.scatter_add(2, pair, (exists & same_bucket).flatten(2).to(scores.dtype))
+        scores = scores - met.gather(2, pair).view(scores.shape).clamp(min=1).log()
+    scores = scores.masked_fill(~included, float("-inf"))
+
+    dropout = None
+    if call.dropout_p > 0:
+        assert call.dropout_seed is not None
+        unit, n_units = unit_offset
+        head = torch.arange(batch * heads, device=scores.device).view(batch, heads, 1, 1, 1) * n_units + unit
+        group, word = window_slots.clamp(min=0)[..., None, :] // 4, window_slots.clamp(min=0)[..., None, :] % 4
+        slot = q_slot[..., :, None]
+        words = philox(call.dropout_seed.to(scores.device), group, slot % length, slot // length, head)
+        words = words.gather(-1, word.expand(scores.shape)[..., None])[..., 0]
+        kept = words >= drop_threshold(call.dropout_p)
+        dropout = kept.to(scores.dtype) * keep_factor(call.dropout_p)
+    return _Scores(q_pos, k_pos, q_slot, scores, included, live, dropout, self_only)
+
+
+def _per_query_sum(call: AttentionCall, s: _Scores, rows: Tensor) -> Tensor:
+    """Sums rows [B, H, N, C, K] of the same query over the rounds: [B, H, L, K]."""
+    batch, heads, length = call.query.shape[:3]
+    total = torch.zeros(batch, heads, length, rows.shape[-1], dtype=rows.dtype, device=rows.device)
+    index = s.query_position.flatten(2)[..., None].expand(-1, -1, -1, rows.shape[-1])
+    return total.scatter_add(2, index, rows.flatten(2, 3))
+
+
+def _per_query_max(call: AttentionCall, s: _Scores, values: Tensor) -> Tensor:
+    """The maximum of values [B, H, N, C] of the same query over the rounds: [B, H, L]."""
+    batch, heads, length = call.query.shape[:3]
+    least = torch.full((batch, heads, length), float("-inf"), dtype=values.dtype, device=values.device)
+    return least.scatter_reduce(2, s.query_position.flatten(2), values.flatten(2), "amax")
+
+
+def _of_query(s: _Scores, x: Tensor) -> Tensor:
+    """x [B, H, L] at the queries of every window: [B, H, N, C, 1]."""
+    return x.gather(2, s.query_position.flatten(2)).view(s.query_position.shape)[..., None]
+
+
+def _attend(call: AttentionCall, s: _Scores, value: Tensor) -> tuple[Tensor, Tensor]:
+    """out [B, H, L, E] and lse [B, H, L]; zero and -inf where a query sees no key."""
+    value_rows = _rows(value, s.key_position)
+    drop = 1.0 if s.dropout is None else s.dropout
+    if call.rules.combine_rounds == "exp_lse":
+        probability, round_lse = _round_softmax(s)
+        lse = _log_add(call, s, round_lse)
+        weight = torch.exp(round_lse - _finite(_of_query(s, lse)))
+        return _per_query_sum(call, s, (probability * drop) @ value_rows * weight), lse
+    # The softmax over the rounds' logsumexp of each round's softmax is one softmax over all (round, key) pairs.
+    maximum = _per_query_max(call, s, s.scores.detach().amax(dim=-1))
+    weight = torch.exp(s.scores - _finite(_of_query(s, maximum)))
+    total = _per_query_sum(call, s, weight.sum(dim=-1, keepdim=True))[..., 0]
+    out = _per_query_sum(call, s, (weight * drop) @ value_rows)
+    some = total > 0
+    total = torch.where(some, total, 1.0)
+    lse = torch.where(some, _finite(maximum) + total.log(), float("-inf"))
+    return out / total[..., None], lse
+
+
+def _round_softmax(s: _Scores) -> tuple[Tensor, Tensor]:
+    """Probabilities [B, H, N, C, W] within each round and their lse [.., 1]; 0 and -inf for rows that see nothing."""
+    some = s.included.any(dim=-1, keepdim=True)
+    scores = torch.where(some, s.scores, 0.0)
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+    return torch.where(some, torch.exp(scores - lse), 0.0), torch.where(some, lse, float("-inf"))
+
+
+def _log_add(call: AttentionCall, s: _Scores, round_lse: Tensor) -> Tensor:
+    maximum = _finite(_per_query_max(call, s, round_lse.detach()[..., 0]))
+    total = _per_query_sum(call, s, torch.exp(round_lse - _of_query(s, maximum)))[..., 0]
+    return torch.where(total > 0, maximum + torch.where(total > 0, total, 1.0).log(), float("-inf"))
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.masked_fill(x == float("-inf"), 0.0)
+
+
+def _one_sequence(call: AttentionCall, order: Tensor, unit: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    query, value = call.query.to(dtype), call.value.to(dtype)
+    key = _unit_key(query, call.rules.key_norm) if call.key is None else call.key.to(dtype)
+    s = _score(call, order, query, key, unit)
+    out, lse = _attend(call, s, value)
+    n = call.n_queries
+    return out[:, :, :n].to(call.value.dtype), lse[:, :, :n], s.self_only[:, :, :n]
+
+
+def _one_sequence_backward(
+    call: AttentionCall, order: Tensor, unit: tuple[int, int], grad_out: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """P = exp(s - lse), dV = (P drop)^T dO, dS = P (drop dO V^T - rowsum(dO O)): no state of a round is needed."""
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    query, value = call.query.to(dtype), call.value.to(dtype)
+    key = _unit_key(query, call.rules.key_norm) if call.key is None else call.key.to(dtype)
+    s = _score(call, order, query, key, unit)
+    rest = call.query.shape[2] - call.n_queries
+    grad_out, out = (torch.nn.functional.pad(x.to(dtype), (0, 0, 0, rest)) for x in (grad_out, out))
+    lse = torch.nn.functional.pad(lse.to(dtype), (0, rest))
+    if call.rules.combine_rounds == "exp_lse":  # in two steps, as exp(s - lse) is inexact next to sentinels
+        probability, round_lse = _round_softmax(s)
+        weight = probability * torch.exp(round_lse - _finite(_of_query(s, lse)))
+    else:
+        weight = torch.exp(s.scores - _finite(_of_query(s, lse)))
+    drop = 1.0 if s.dropout is None else s.dropout
+    grad_rows, query_rows = _rows(grad_out, s.query_position), _rows(query, s.query_position)
+    delta = _of_query(s, (grad_out * out).sum(-1))
+    grad_weight = drop * (grad_rows @ _rows(value, s.key_position).mT)
+    grad_scores = torch.where(s.live, weight * (grad_weight - delta) * call.scale, 0.0)
+    everywhere = torch.ones_like(s.query_position), torch.ones_like(s.key_position)
+    grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    _add_rows(grad_query, s.query_position, everywhere[0], grad_scores @ _rows(key, s.key_position))
+    _add_rows(grad_key, s.key_position, everywhere[1], grad_scores.mT @ query_rows)
+    _add_rows(grad_value, s.key_position, everywhere[1], (weight * drop).mT @ grad_rows)
+    if call.key is None:
+        grad_query = grad_query + _unit_key_backward(query, call.rules.key_norm, grad_key)
+        grad_key = grad_key.new_empty(0)
+    return tuple(g.to(call.query.dtype) for g in (grad_query, grad_key, grad_value))  # type: ignore[return-value]
+
+
+# ---- the ops: one sequence, or packed ones after each other
+
+
+def _order(call: AttentionCall) -> Tensor:
+    if call.order is not None:
+        return call.order.long()
+    batch, heads, length = call.query.shape[:3]
+    return torch.arange(length, device=call.query.device).expand(batch, heads, 1, length)
+
+
+def _split(call: AttentionCall) -> list[tuple[AttentionCall, Tensor, slice]]:
+    """The call restricted to each packed sequence, the order of its slots, and its rows."""
+    order = _order(call)
+    if call.cu_seqlens is None:
+        return [(call, order, slice(None))]
+    rounds, flat, parts = order.shape[2], order.flatten(2), []
+    for start, end in _sequences(call.cu_seqlens):
+        rows = slice(start, end)
+        part = call._replace(
+            query=call.query[:, :, rows],
+            key=None if call.key is None else call.key[:, :, rows],
+            value=call.value[:, :, rows],
+            buckets=None if call.buckets is None else call.buckets[..., rows],
+            key_padding_mask=None if call.key_padding_mask is None else call.key_padding_mask[:, rows],
+            attn_mask=None if call.attn_mask is None else call.attn_mask[:, :, rows, rows],
+        )
+        # Positions in identity order count over the whole batch of sequences.
+        slots = order[..., rows] - start if call.order is None else flat[..., rounds * start : rounds * end]
+        parts.append((part, slots.reshape(*order.shape[:3], end - start), rows))
+    return parts
+
+
+def _like(model: Tensor, x: Tensor) -> Tensor:
+    """x, laid out in memory as ``empty_rows`` does."""
+    return x if model.is_contiguous() else empty_rows(model, x.shape[2], x.shape[3]).to(x.dtype).copy_(x)
+
+
+def _empty(call: AttentionCall) -> bool:
+    return 0 in (*call.query.shape[:3], call.n_queries)
+
+
+def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``functional.lsh_attention``. Differentiable by autograd when called directly."""
+    parts = _split(call)
+    results = []
+    for unit, (part, order, _) in enumerate(parts):
+        if not _empty(part):
+            results.append(_one_sequence(part, order, (unit, len(parts))))
+    if not results:
+        rows = (*call.query.shape[:2], call.n_queries)
+        lse = call.query.new_zeros(rows, dtype=torch.promote_types(call.query.dtype, torch.float32))
+        return _like(call.query, call.value.new_zeros((*rows, call.value.shape[3]))), lse, lse > 0
+    out, lse, self_only = (torch.cat(x, dim=2) for x in zip(*results, strict=True))
+    return _like(call.query, out), lse, self_only
+
+
+def chunk_attention_backward(
+    call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key (empty when shared) and value, from the residuals alone."""
+    parts = _split(call)
+    results = []
+    for unit, (part, order, rows) in enumerate(parts):
+        if not _empty(part):
+            residuals = grad_out[:, :, rows], out[:, :, rows], lse[:, :, rows]
+            results.append(_one_sequence_backward(part, order, (unit, len(parts)), *residuals))
+    if not results:
+        zeros = [_like(x, torch.zeros_like(x)) for x in (call.query, call.value)]
+        return (
+            zeros[0],
+            call.query.new_empty(0) if call.key is None else _like(call.key, torch.zeros_like(call.key)),
+            zeros[1],
+        )
+    query, key, value = zip(*results, strict=True)
+    grads = [_like(x, torch.cat(g, dim=2)) for x, g in ((call.query, query), (call.value, value))]
+    return grads[0], key[0] if call.key is None else _like(call.key, torch.cat(key, dim=2)), grads[1]

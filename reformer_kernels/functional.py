@@ -1,0 +1,319 @@
+"""The functional API: LSH attention, local attention and the steps of LSH attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks as check
+from . import _ops
+from ._dispatch import check_backend
+from .hashing import bucket_factors
+from .rules import AttentionRules
+
+_DEFAULT_RULES = AttentionRules()
+
+
+def hash_buckets(x: Tensor, rotations: Tensor, n_buckets: int | Sequence[int], *, backend: str | None = None) -> Tensor:
+    """Angular LSH buckets: ``argmax([x @ rot, -x @ rot])`` for each factor (paper section 2; trax ``hash_vectors``).
+
+    Args:
+        x: [B, H, L, D], floating.
+        rotations: float32 [B or 1, H or 1, D, R, sum(n_buckets) / 2], for example of ``random_rotations``.
+        n_buckets: an even integer or even factors; ``bucket = a0 + f0 * a1 + f0 * f1 * a2 ...``.
+        backend: the name of a backend, or None.
+
+    Returns:
+        int32 [B, H, R, L], between 0 and prod(n_buckets) - 1.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape or value.
+        NotImplementedError: the named backend does not support the call.
+    """
+    check.check_tensor("x", x, "B H L D")
+    check.check_width("x", x)
+    check_backend(backend)
+    if n_buckets is None:
+        raise TypeError("n_buckets must be a positive even integer or a sequence of them, got None")
+    factors = bucket_factors(n_buckets, 1, 1)
+    _check_rotations(rotations, "x", x, sum(factors) // 2)
+    return _ops.hash_buckets(x, rotations, None, None, factors, rotations.shape[3], 1, backend or "")
+
+
+def bucket_order(buckets: Tensor, n_buckets: int | Sequence[int], *, backend: str | None = None) -> Tensor:
+    """Positions in the order of (bucket, position): a stable sort of every row.
+
+    Args:
+        buckets: int32 [B, H, R, L], each at least 0 and below prod(n_buckets).
+        n_buckets: their number, or its factors (a larger number only costs time).
+        backend: the name of a backend, or None.
+
+    Returns:
+        int32 [B, H, R, L], a permutation of 0 ... L - 1 in every row.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape or value, or a bucket is out of range.
+    """
+    check.check_tensor("buckets", buckets, "B H R L", (torch.int32,))
+    check_backend(backend)
+    sizes = (n_buckets,) if isinstance(n_buckets, (int, torch.SymInt)) else tuple(n_buckets)
+    for size in sizes:
+        check.check_int("n_buckets", size, 1)
+    return _ops.bucket_order(buckets, None, math.prod(sizes), backend or "")
+
+
+def lsh_attention(
+    query_key: Tensor,
+    value: Tensor,
+    *,
+    n_hashes: int = 4,
+    n_buckets: int | Sequence[int] | None = None,
+    chunk_length: int = 64,
+    chunks_before: int = 1,
+    chunks_after: int = 0,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    num_queries: int | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    rules: AttentionRules = _DEFAULT_RULES,
+    rotations: Tensor | None = None,
+    hash_seed: int | Tensor = 0,
+    buckets: Tensor | None = None,
+    alignment: str = "ring",
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+    return_buckets: bool = False,
+) -> Any:
+    """The Reformer's attention with shared queries and keys (arXiv 2001.04451, section 2).
+
+    Tokens are hashed ``n_hashes`` times and sorted by bucket; the sorted rounds form one ring of chunks, and each query
+    attends the keys of its own chunk and its neighbours. The rounds are combined by their logsumexp. Memory is linear
+    in L; the same arguments give the same bits, whatever the number of threads.
+
+    Args:
+        query_key: [B, H, L, D], float32, bfloat16, float16 or float64, any strides, L at least 1. A row is both query
+            and, scaled to unit length, key.
+        value: [B, H, L, E], same dtype.
+        n_hashes: R, hash rounds.
+        n_buckets: an even integer or even factors; None: ``2 * max(1, L // chunk_length)``, factorised above 128.
+        chunk_length: C. If L <= C, everything is one window and nothing is hashed (except with alignment "bucket").
+        chunks_before, chunks_after: neighbour chunks a query sees.
+        causal: keys at later positions are masked.
+        key_padding_mask: bool [B, L], True: ignored as key.
+        attn_mask: [B or 1, H or 1, num_queries, L], bool (True: ignored) or floating (added to the
+            score; -1e30 and below: ignored).
+        num_queries: the first rows are queries, the rest context keys that every query may see; None: all rows.
+        dropout_p: probability in [0, 1] of dropping an attention weight.
+        dropout_seed: int64 tensor of one element; needed when ``dropout_p`` is positive.
+        rules: where the published Reformers differ, see ``AttentionRules``.
+        rotations: float32 [B or 1, H or 1, D, n_hashes, sum(n_buckets) / 2]; None: from ``hash_seed``.
+        hash_seed: an int, or an int64 tensor of one element on the CPU.
+        buckets: int32 [B, H, n_hashes, L] without an offset per round, to reuse those of an earlier call.
+        alignment: "ring" as published; "bucket": chunks start anew in every bucket and windows do not leave it, which
+            is strictly causal: no output depends on later tokens in any way. Needs ``n_buckets``.
+        cu_seqlens: int32 [n + 1] on the CPU, rising from 0 to L: the rows are n packed sequences, each attended as if
+            alone. Needs ``n_buckets``.
+        backend: "cpu", "cuda", "triton" or "reference", or None for the best that supports the call.
+        return_buckets: also return the buckets.
+
+    Returns:
+        [B, H, num_queries, E], or that and int32 buckets [B, H, R, L]. A query that sees no key gives 0.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape or value.
+        NotImplementedError: the named backend does not support the call.
+    """
+    check.check_tensor("query_key", query_key, "B H L D")
+    check.check_tensor("value", value, "B H L E", (query_key.dtype,))
+    check.check_like("value", value, "query_key", query_key)
+    check.check_width("query_key", query_key)
+    check.check_width("value", value)
+    batch, heads, length, head_dim = query_key.shape
+    check.check_shape("value", value, (batch, heads, length, value.shape[3]))
+    _check_common(chunk_length, chunks_before, chunks_after, causal, dropout_p, dropout_seed, backend)
+    check.check_int("n_hashes", n_hashes, 1)
+    check.check_bool("return_buckets", return_buckets)
+    check.check_choice("alignment", alignment, ("ring", "bucket"))
+    if not isinstance(rules, AttentionRules):
+        raise TypeError(f"rules must be an AttentionRules, got {rules!r}")
+    if num_queries is not None:
+        check.check_int("num_queries", num_queries, 0, length)
+        if cu_seqlens is not None:
+            raise ValueError(f"num_queries must be None with cu_seqlens, got {num_queries}")
+    n_queries = length if num_queries is None else num_queries
+    check.check_key_padding_mask(key_padding_mask, "query_key", query_key)
+    check.check_attn_mask(attn_mask, "query_key", query_key, n_queries)
+    check.check_cu_seqlens(cu_seqlens, query_key)
+
+    factors = None
+    total: int | torch.SymInt
+    if n_buckets is not None:
+        factors = bucket_factors(n_buckets, length, chunk_length)
+        total = math.prod(factors)
+    elif alignment == "bucket" or cu_seqlens is not None:
+        needed_by = 'alignment="bucket"' if alignment == "bucket" else "cu_seqlens"
+        raise ValueError(f"n_buckets must be given with {needed_by} (the default depends on the length), got None")
+    else:
+        total = 2 * torch.sym_max(1, length // chunk_length)
+    if rotations is not None:
+        columns = sum(bucket_factors(n_buckets, length, chunk_length)) // 2
+        _check_rotations(rotations, "query_key", query_key, columns, n_hashes)
+    if buckets is not None:
+        check.check_tensor("buckets", buckets, "B H R L", (torch.int32,))
+        check.check_like("buckets", buckets, "query_key", query_key)
+        check.check_shape("buckets", buckets, (batch, heads, n_hashes, length))
+
+    order = None
+    single_window = alignment == "ring" and cu_seqlens is None and length <= chunk_length
+    if single_window and buckets is None:
+        if return_buckets:
+            buckets = query_key.new_zeros((batch, heads, n_hashes, length), dtype=torch.int32)
+    elif not single_window:
+        if buckets is None:
+            pad_bucket = key_padding_mask if rules.padding_bucket else None
+            seed = _seed_tensor(hash_seed) if rotations is None else None
+            buckets = _ops.hash_buckets(
+                query_key.detach(), rotations, pad_bucket, seed, factors, n_hashes, chunk_length, backend or ""
+            )
+        order = _ops.bucket_order(buckets, cu_seqlens, total + 1, backend or "")
+    needs_buckets = order is not None and (alignment == "bucket" or rules.within_bucket)
+    scale = head_dim**-0.5 if rules.scale is None else rules.scale
+    out = _ops.chunk_attention(
+        query_key,
+        None,
+        value,
+        order,
+        buckets if needs_buckets else None,
+        key_padding_mask,
+        attn_mask,
+        cu_seqlens,
+        dropout_seed,
+        chunk_length,
+        chunks_before,
+        chunks_after,
+        causal,
+        num_queries,
+        float(scale),
+        float(dropout_p),
+        alignment,
+        rules.key,
+        backend or "",
+    )[0]
+    return (out, buckets) if return_buckets else out
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    chunk_length: int = 64,
+    chunks_before: int = 1,
+    chunks_after: int = 0,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax attention of each chunk to itself and its neighbours, as the local layers of trax and Hugging Face.
+
+    The chunks form a ring: without ``causal`` the first chunk also sees the last. If L <= chunk_length this is plain
+    attention.
+
+    Args:
+        query, key: [B, H, L, D], floating, any strides.
+        value: [B, H, L, E], same dtype.
+        scale: of ``query @ key``; None: ``D ** -0.5``.
+        chunk_length, chunks_before, chunks_after, causal, key_padding_mask, attn_mask, dropout_p, dropout_seed,
+            backend: as in ``lsh_attention``.
+
+    Returns:
+        [B, H, L, E]. A query that sees no key gives 0.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape or value.
+        NotImplementedError: the named backend does not support the call.
+    """
+    check.check_tensor("query", query, "B H L D")
+    check.check_tensor("key", key, "B H L D", (query.dtype,))
+    check.check_tensor("value", value, "B H L E", (query.dtype,))
+    check.check_like("key", key, "query", query)
+    check.check_like("value", value, "query", query)
+    check.check_width("query", query)
+    check.check_width("value", value)
+    check.check_shape("key", key, tuple(query.shape))
+    check.check_shape("value", value, (*query.shape[:3], value.shape[3]))
+    _check_common(chunk_length, chunks_before, chunks_after, causal, dropout_p, dropout_seed, backend)
+    check.check_scale(scale)
+    check.check_key_padding_mask(key_padding_mask, "query", query)
+    check.check_attn_mask(attn_mask, "query", query, query.shape[2])
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    return _ops.chunk_attention(
+        query,
+        key,
+        value,
+        None,
+        None,
+        key_padding_mask,
+        attn_mask,
+        None,
+        dropout_seed,
+        chunk_length,
+        chunks_before,
+        chunks_after,
+        causal,
+        None,
+        float(scale),
+        float(dropout_p),
+        "ring",
+        _DEFAULT_RULES.key,
+        backend or "",
+    )[0]
+
+
+def _check_common(
+    chunk_length: Any,
+    chunks_before: Any,
+    chunks_after: Any,
+    causal: Any,
+    dropout_p: Any,
+    dropout_seed: Any,
+    backend: str | None,
+) -> None:
+    check.check_int("chunk_length", chunk_length, 1)
+    check.check_int("chunks_before", chunks_before, 0)
+    check.check_int("chunks_after", chunks_after, 0)
+    check.check_bool("causal", causal)
+    check.check_dropout(dropout_p, dropout_seed)
+    check_backend(backend)
+
+
+def _check_rotations(rotations: Any, x_name: str, x: Tensor, columns: int, n_hashes: int | None = None) -> None:
+    check.check_tensor("rotations", rotations, "B|1 H|1 D R sum(n_buckets)/2", (torch.float32,))
+    check.check_like("rotations", rotations, x_name, x)
+    rounds = rotations.shape[3] if n_hashes is None else n_hashes
+    batch, heads, _, head_dim = x.shape
+    check.check_shape("rotations", rotations, ((batch, 1), (heads, 1), head_dim, rounds, columns))
+
+
+def _seed_tensor(hash_seed: int | Tensor) -> Tensor:
+    if isinstance(hash_seed, Tensor):
+        if hash_seed.dtype != torch.int64 or hash_seed.numel() != 1 or hash_seed.device.type != "cpu":
+            raise ValueError(
+                "hash_seed must be an int or an int64 tensor of one element on the CPU, got "
+                f"{hash_seed.dtype} {list(hash_seed.shape)} on {hash_seed.device}"
+            )
+        return hash_seed
+    if isinstance(hash_seed, bool) or not isinstance(hash_seed, (int, torch.SymInt)):
+        raise TypeError(f"hash_seed must be an int, got {hash_seed!r}")
+    check.check_int("hash_seed", hash_seed, -(2**63), 2**63 - 1)
+    return torch.tensor([hash_seed], dtype=torch.int64)

@@ -1,0 +1,60 @@
+"""``python -m reformer_kernels.info``: versions, what was built, and which backend would serve what."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from . import __version__
+from ._dispatch import explain
+from .backends import native
+from .functional import local_attention, lsh_attention
+from .rules import AttentionRules
+
+
+def cuda_library() -> dict[str, Any]:
+    """What the CUDA library was built for, or the reason why there is none to use."""
+    libraries = sorted(Path(__file__).resolve().parent.glob("_cuda*.so"))
+    if not libraries:
+        return {"error": native.build_info().get("no_cuda_because") or "not built"}
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return {"error": f"{libraries[0].name} cannot be loaded: {error}"}
+    built = json.loads(torch.ops.reformer_kernels_cuda.build_info())
+    if built["cuda"] != torch.version.cuda:
+        return {"error": f"built for CUDA {built['cuda']}, but this torch has {torch.version.cuda}", **built}
+    return built
+
+
+def report() -> str:
+    """The text that this module prints."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    lines = [
+        f"reformer_kernels {__version__}, torch {torch.__version__}, numpy {numpy.__version__}, "
+        f"Python {platform.python_version()}, {platform.machine()}",
+        f"cores {os.cpu_count()}, torch threads {torch.get_num_threads()}, GPU {gpu}",
+    ]
+    for name, library in (("CPU", native.build_info()), ("CUDA", cuda_library())):
+        described = ", ".join(f"{key} {value}" for key, value in library.items() if value)
+        lines.append(f"{name} library: {described}")
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.empty(1, 2, 256, 16, dtype=dtype, device=device)
+            lines += ["", f"lsh_attention, {dtype}", explain(lsh_attention, x, x)]
+    x = torch.empty(1, 2, 256, 16)
+    lines += ["", "local_attention, torch.float32", explain(local_attention, x, x, x)]
+    lines += ["", "lsh_attention with AttentionRules.huggingface(), torch.float32"]
+    lines.append(explain(lsh_attention, x, x, rules=AttentionRules.huggingface()))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,20 @@
+"""Every test starts from the same seed, on one thread per process, with poisoned allocations."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import reformer_kernels as rk
+
+
+@pytest.fixture(autouse=True)
+def _clean_state() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # pytest-xdist runs a process per core
+    # torch.empty gives NaN (and the largest integers), so an element that a kernel forgets to write shows.
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+    rk.use_backend(None)

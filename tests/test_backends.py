@@ -1,0 +1,251 @@
+"""Every backend against the float64 oracle: rules, odd shapes, dtypes, instruction sets, crossed pairs, threads."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import reformer_kernels as rk
+from reformer_kernels import testing
+from reformer_kernels.backends import native
+
+R = rk.AttentionRules
+ISAS = native.build_info()["isa"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+RULES = {
+    "default": R(),
+    "trax": R.trax(),
+    "paper": R.paper(),
+    "dedup only": R(dedup="log_count"),
+    "within bucket only": R(within_bucket=True),
+    "l2": R(key_norm="l2", scale=None),
+    "padded queries": R(mask_padded_queries=True, padding_bucket=False),
+    "scale": R(scale=3.0),
+}
+
+
+def modes(length: int) -> dict[str, dict[str, Any]]:
+    dropout = {"dropout_p": 0.3, "dropout_seed": torch.tensor([2**40 + 5])}
+    bounds = [0, length // 3, length // 3, length - length // 5, length]
+    return {
+        "plain": {},
+        "causal": {"causal": True},
+        "dropout": {"causal": True, **dropout},
+        "padding": {"key_padding_mask": torch.rand(2, length) < 0.4},
+        "all padded": {"key_padding_mask": torch.ones(2, length, dtype=torch.bool), **dropout},
+        "bool mask": {"attn_mask": torch.rand(2, 1, length, length) < 0.5},
+        "float mask": {"attn_mask": torch.randn(1, 2, length, length), "causal": True},
+        "bucket": {"alignment": "bucket", "n_buckets": 6, "causal": True, **dropout},
+        "packed": {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "n_buckets": 4, **dropout},
+        "packed, bucket": {
+            "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+            "n_buckets": 4,
+            "alignment": "bucket",
+            "chunks_after": 1,
+        },
+        "context": {"num_queries": length // 2 + 1, "causal": True, **dropout},
+        "wide": {"chunks_before": 2, "chunks_after": 2},
+        "narrow": {"chunks_before": 0, "chunk_length": 7, "causal": True},
+        "long chunks": {"chunk_length": 150},
+        "one bucket": {"buckets": torch.zeros(2, 2, 2, length, dtype=torch.int32), "n_hashes": 2, "n_buckets": 2},
+        "more buckets than tokens": {"n_buckets": [64, 64], "n_hashes": 1},
+        "many rounds": {"n_hashes": 8, "causal": True},
+    }
+
+
+def qv(length: int, head_dim: int, value_dim: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 2, length, head_dim), torch.randn(2, 2, length, value_dim or head_dim)
+
+
+def check(length: int, head_dim: int, dtype: torch.dtype, rules: rk.AttentionRules, options: dict[str, Any]) -> None:
+    options = {"chunk_length": 16, **options}
+    call = testing.capture(rk.lsh_attention, *qv(length, head_dim), rules=rules, **options)
+    testing.assert_matches_oracle(call, dtype, "cpu")
+
+
+@pytest.mark.parametrize("mode", modes(9))
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_rule_and_mode(dtype: torch.dtype, rules: rk.AttentionRules, mode: str) -> None:
+    check(65, 17, dtype, rules, modes(65)[mode])
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 65, 300])
+@pytest.mark.parametrize("mode", modes(9))
+def test_odd_lengths(length: int, mode: str) -> None:
+    check(length, 8, torch.float32, R(), modes(length)[mode])
+
+
+@pytest.mark.parametrize("mode", ["plain", "causal", "dropout", "padding"])
+def test_length_1000_in_default_chunks(mode: str) -> None:
+    check(1000, 16, torch.float32, R(), {"chunk_length": 64, **modes(1000)[mode]})
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 17, 64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
+    check(130, head_dim, dtype, R(), {"causal": True, "chunk_length": 32})
+    call = testing.capture(rk.lsh_attention, *qv(70, head_dim, 5), chunk_length=16)
+    testing.assert_matches_oracle(call, dtype, "cpu")
+
+
+@pytest.mark.parametrize("n_hashes", [1, 2, 3, 5, 8])
+def test_rounds(n_hashes: int) -> None:
+    for rules in (R(), R.paper()):
+        check(90, 16, torch.float32, rules, {"n_hashes": n_hashes, "causal": True})
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 16, 65, 200])
+def test_local(length: int, dtype: torch.dtype, causal: bool) -> None:
+    q, k = torch.randn(2, 2, 2, length, 24)
+    v = torch.randn(2, 2, length, 9)
+    for mode in ("plain", "dropout", "padding", "bool mask", "float mask", "wide", "narrow"):
+        options = {"chunk_length": 16, "scale": 0.3, **modes(length)[mode], "causal": causal}
+        call = testing.capture(rk.local_attention, q, k, v, **options)
+        testing.assert_matches_oracle(call, dtype, "cpu")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_sets(isa: str) -> None:
+    try:
+        forced = native.use_isa(isa)
+    except RuntimeError:
+        pytest.skip(f"this processor does not run {isa}")
+    with forced:
+        assert native.build_info()["isa_in_use"] == isa
+        for length, head_dim in ((65, 17), (200, 64)):
+            for mode, options in modes(length).items():
+                for dtype in (torch.float32, torch.float64):
+                    check(length, head_dim, dtype, R.paper() if mode == "plain" else R(), options)
+        test_hash_equals_oracle(torch.float32)
+
+
+@pytest.mark.parametrize("pair", [("cpu", "reference"), ("reference", "cpu")], ids="/".join)
+@pytest.mark.parametrize("mode", modes(9))
+def test_crossed_backends(mode: str, pair: tuple[str, str]) -> None:
+    call = testing.capture(rk.lsh_attention, *qv(100, 12), **{"chunk_length": 16, **modes(100)[mode]})
+    for dtype in (torch.float32, torch.bfloat16):
+        testing.assert_matches_oracle(call, dtype, *pair)
+
+
+def test_hash_margin_is_small() -> None:
+    """The next test leaves out near ties; there must be few."""
+    x, rotations = torch.randn(2, 3, 200, 24), rk.random_rotations(1, 3, 24, 4, [16, 8])
+    assert _clear(x, rotations, [16, 8], 1e-5).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hash_equals_oracle(dtype: torch.dtype) -> None:
+    for length, head_dim, factors in (
+        (1, 1, [2]),
+        (65, 17, [6]),
+        (200, 24, [16, 8]),
+        (130, 64, [2, 4, 6]),
+        (70, 8, [300]),
+    ):
+        x = torch.randn(2, 3, length, head_dim).to(dtype)
+        for shape in ((1, 3), (2, 1), (1, 1), (2, 3)):
+            rotations = torch.randn(*shape, head_dim, 4, sum(factors) // 2)
+            actual = rk.hash_buckets(x, rotations, factors, backend="cpu")
+            oracle = rk.hash_buckets(x.double(), rotations, factors, backend="reference")
+            # float32 may decide a tie otherwise: a projection of D products is off by D roundings of |x| |r| at most.
+            bound = torch.finfo(torch.float32).eps * head_dim * float(x.float().abs().max() * rotations.abs().max()) * 2
+            clear = _clear(x.double(), rotations.double(), factors, bound)
+            assert torch.equal(actual[clear], oracle[clear])
+
+
+def _clear(x: torch.Tensor, rotations: torch.Tensor, factors: list[int], bound: float) -> torch.Tensor:
+    """bool [B, H, R, L]: no projection comes within the bound of the largest one."""
+    clear, start = torch.tensor(True), 0
+    for f in factors:
+        rotation = rotations[..., start : start + f // 2].expand(x.shape[0], x.shape[1], -1, -1, -1)
+        y = torch.einsum("bhld,bhdrf->bhrlf", x, rotation)
+        top = torch.cat([y, -y], -1).topk(2, -1).values
+        clear, start = clear & (top[..., 0] - top[..., 1] > bound), start + f // 2
+    return clear
+
+
+@pytest.mark.parametrize("length", [1, 2, 65, 1000])
+@pytest.mark.parametrize("n_buckets", [1, 2, 77, 512, 8192, 100_000, 2**30])
+def test_order_equals_oracle(length: int, n_buckets: int) -> None:
+    buckets = torch.randint(0, n_buckets, (2, 3, 2, length), dtype=torch.int32)
+    expected = torch.sort(buckets, dim=-1, stable=True).indices.to(torch.int32)
+    for backend in ("cpu", "reference"):
+        assert torch.equal(rk.bucket_order(buckets, n_buckets, backend=backend), expected)
+
+
+@pytest.mark.parametrize("mode", ["dropout", "bucket", "packed", "context", "wide", "float mask"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 8)])
+def test_thread_counts_give_the_same_bits(mode: str, shape: tuple[int, int]) -> None:
+    q, v = (torch.randn(*shape, 210, 20, requires_grad=True) for _ in range(2))
+    options = {"chunk_length": 16, **modes(210)[mode]}
+    for name in ("key_padding_mask", "attn_mask"):
+        if name in options:
+            options[name] = options[name][:1, :1]
+    runs = []
+    for threads in (1, 2, 7, 2):
+        torch.set_num_threads(threads)
+        out = rk.lsh_attention(q, v, backend="cpu", **options)
+        runs.append((out, *torch.autograd.grad(out.square().sum(), (q, v))))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_strides() -> None:
+    """Views of any strides, without a contiguous last dimension and expanded ones among them."""
+    base = torch.randn(2, 40, 3, 48)
+    views = {
+        "heads of a projection": base[..., :24].transpose(1, 2),
+        "reversed layout": torch.randn(24, 40, 3, 2).permute(3, 2, 1, 0),
+        "every other": torch.randn(2, 3, 80, 48)[:, :, ::2, ::2],
+        "expanded": torch.randn(1, 1, 40, 24).expand(2, 3, -1, -1),
+        "offset": torch.randn(2 * 3 * 40 * 24 + 1)[1:].view(2, 3, 40, 24),
+    }
+    for q in views.values():
+        for v in views.values():
+            options = {"chunk_length": 8, "causal": True, "backend": "cpu"}
+            expected = rk.lsh_attention(q.contiguous(), v.contiguous(), **options)
+            assert torch.equal(rk.lsh_attention(q, v, **options), expected)
+            call = testing.capture(rk.lsh_attention, q, v, chunk_length=8, causal=True)
+            testing.assert_matches_oracle(call, torch.float32, "cpu")
+
+
+def test_output_lies_like_the_query() -> None:
+    q = torch.randn(2, 40, 3, 8).transpose(1, 2)
+    for backend in ("cpu", "reference"):
+        assert rk.lsh_attention(q, q, backend=backend, chunk_length=8).transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 0, 5, 4), (1, 1, 0, 4)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    q = torch.randn(shape, requires_grad=True)
+    v = torch.randn(*shape[:3], 3, requires_grad=True)
+    for backend in ("cpu", "reference"):
+        out = rk.lsh_attention(q, v, chunk_length=2, backend=backend)
+        assert out.shape == v.shape
+        grads = torch.autograd.grad(out.sum(), (q, v))
+        assert [g.shape for g in grads] == [q.shape, v.shape]
+        assert all(g.isfinite().all() for g in grads)
+
+
+def test_extreme_scores() -> None:
+    """Rows of any length: the softmax is shifted by the maximum, so nothing overflows."""
+    q, v = qv(130, 16)
+    for factor in (1e-20, 30.0, 1e4):
+        call = testing.capture(rk.lsh_attention, q * factor, v, chunk_length=16, causal=True)
+        testing.assert_matches_oracle(call, torch.float32, "cpu")
+    call = testing.capture(rk.lsh_attention, torch.zeros_like(q), v, chunk_length=16)
+    testing.assert_matches_oracle(call, torch.float32, "cpu")
+
+
+def test_masked_values_do_not_leak() -> None:
+    q, v = qv(100, 16)
+    mask = torch.zeros(2, 100, dtype=torch.bool)
+    mask[:, 60:] = True
+    options = {"key_padding_mask": mask, "chunk_length": 16, "backend": "cpu"}
+    out = rk.lsh_attention(q, v, **options)
+    huge = v.clone()
+    huge[:, :, 60:] = 1e30
+    assert torch.equal(rk.lsh_attention(q, huge, **options)[:, :, :60], out[:, :, :60])
