@@ -157,7 +157,7 @@ Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor
   p.order = contiguous<int32_t>("order", order, ScalarType::Int, {p.B, p.H, p.R, p.L});
   if (p.order) check_index("order", p.order, p.B * p.H * p.R * p.L, p.L);
   p.buckets = contiguous<int32_t>("buckets", buckets, ScalarType::Int, {p.B, p.H, p.R, p.L});
-  STD_TORCH_CHECK((p.order && p.buckets) || !p.has(rk::kBucketAligned), "bucket alignment needs order and buckets");
+  STD_TORCH_CHECK((order && buckets) || !p.has(rk::kBucketAligned), "bucket alignment needs order and buckets");
   p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.L});
   if (mask) {
     const bool boolean = mask->scalar_type() == ScalarType::Bool;

@@ -1,0 +1,25 @@
+"""``python -m reformer_kernels.info`` and what it reports."""
+
+import subprocess
+import sys
+
+import torch
+
+import reformer_kernels as rk
+from reformer_kernels.backends import native
+from reformer_kernels.info import cuda_library
+
+
+def test_report() -> None:
+    run = subprocess.run([sys.executable, "-m", "reformer_kernels.info"], capture_output=True, text=True, check=True)
+    for text in (rk.__version__, torch.__version__, native.build_info()["isa_in_use"], "CUDA library", "serves it"):
+        assert text in run.stdout
+    assert 'cpu        no: rules.own_position="sentinel" is served by the reference only' in run.stdout
+
+
+def test_cuda_library_states_what_it_was_built_for_or_why_not() -> None:
+    info = cuda_library()
+    if "error" in info:
+        assert info["error"]
+    else:
+        assert info["cuda"] == torch.version.cuda and info["architectures"]
