@@ -56,9 +56,14 @@ class use_backend:  # noqa: N801  (used like torch.set_grad_enabled)
     def __init__(self, name: str | None) -> None:
         global _forced
         check_backend(name, "name")
-        self._previous, _forced = _forced, name
+        self._name, self._previous, self._entered = name, _forced, False
+        _forced = name
 
     def __enter__(self) -> use_backend:
+        global _forced
+        if self._entered:  # used again
+            self._previous = _forced
+        self._entered, _forced = True, self._name
         return self
 
     def __exit__(self, *exc: object) -> None:

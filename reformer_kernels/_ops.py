@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
+from torch.autograd import forward_ad
 
 from . import _dispatch
 from ._calls import AttentionCall, HashCall, OrderCall, empty_rows
@@ -40,6 +41,18 @@ _backward_op = _packet.chunk_attention_backward.default
 
 # ---- implementations
 
+_AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
+
+
+def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function outside autocast: what to cast was decided above."""
+
+    def implementation(*args: Any) -> Any:
+        with _ExcludeDispatchKeyGuard(_AUTOCAST):
+            return function(*args)
+
+    return implementation
+
 
 def _hash_impl(*args: Any) -> Tensor:
     call = HashCall(*args)
@@ -67,7 +80,7 @@ for _name, _impl in {
     "chunk_attention": _attention_impl,
     "chunk_attention_backward": _backward_impl,
 }.items():
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    _library.impl(_name, _as_given(_impl), "CompositeExplicitAutograd")
 
 
 # ---- shapes and dtypes
@@ -153,13 +166,19 @@ torch.library.register_autograd(
 # ---- torch.func: its transforms need autograd.Functions; they run the same formulas
 
 
+def _slice(x: Any, dim: Any, index: int) -> Any:
+    return x.select(dim, index) if isinstance(x, Tensor) and dim is not None else x
+
+
 def _loop_over_slices(op: Callable[..., Any]) -> Callable[..., Any]:
     """A vmap rule that calls the op once a slice."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        if info.batch_size == 0:
+            raise ValueError("vmap over a dimension of size 0 is not supported")
         slices = []
         for i in range(info.batch_size):
-            slices.append(op(*[a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]))
+            slices.append(op(*[_slice(a, d, i) for a, d in zip(args, in_dims, strict=True)]))
         if isinstance(slices[0], Tensor):
             return torch.stack(slices), 0
         return tuple(map(torch.stack, zip(*slices, strict=True))), (0,) * len(slices[0])
@@ -197,6 +216,10 @@ class _Attention(torch.autograd.Function):
         return _loop_over_slices(chunk_attention)(info, in_dims, *args)
 
 
+def _has_tangent(x: Tensor | None) -> bool:
+    return x is not None and forward_ad.unpack_dual(x).tangent is not None
+
+
 def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
@@ -227,6 +250,8 @@ _register_autocast("cuda", DispatchKey.AutocastCUDA)
 
 def chunk_attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, H, L, E], lse [B, H, L] and self_only [B, H, L] of an ``AttentionCall``'s arguments."""
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, args[:3])):
+        raise RuntimeError("forward-mode derivatives of lsh_attention and local_attention are not supported")
     return _Attention.apply(*args) if _transformed() else _attention_op(*args)
 
 

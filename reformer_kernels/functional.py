@@ -16,6 +16,7 @@ from .hashing import bucket_factors
 from .rules import AttentionRules
 
 _DEFAULT_RULES = AttentionRules()
+MAX_NEIGHBOURS = 1024  # chunks before or after; a longer window is a longer chunk
 
 
 def hash_buckets(x: Tensor, rotations: Tensor, n_buckets: int | Sequence[int], *, backend: str | None = None) -> Tensor:
@@ -60,7 +61,7 @@ def bucket_order(buckets: Tensor, n_buckets: int | Sequence[int], *, backend: st
     """
     check.check_tensor("buckets", buckets, "B H R L", (torch.int32,))
     check_backend(backend)
-    sizes = (n_buckets,) if isinstance(n_buckets, (int, torch.SymInt)) else tuple(n_buckets)
+    sizes = tuple(n_buckets) if isinstance(n_buckets, (tuple, list)) else (n_buckets,)
     for size in sizes:
         check.check_int("n_buckets", size, 1)
     return _ops.bucket_order(buckets, None, math.prod(sizes), backend or "")
@@ -103,7 +104,7 @@ def lsh_attention(
         n_hashes: R, hash rounds.
         n_buckets: an even integer or even factors; None: ``2 * max(1, L // chunk_length)``, factorised above 128.
         chunk_length: C. If L <= C, everything is one window and nothing is hashed (except with alignment "bucket").
-        chunks_before, chunks_after: neighbour chunks a query sees.
+        chunks_before, chunks_after: neighbour chunks a query sees, at most 1024 on each side.
         causal: keys at later positions are masked.
         key_padding_mask: bool [B, L], True: ignored as key.
         attn_mask: [B or 1, H or 1, num_queries, L], bool (True: ignored) or floating (added to the
@@ -116,7 +117,7 @@ def lsh_attention(
         hash_seed: an int, or an int64 tensor of one element on the CPU.
         buckets: int32 [B, H, n_hashes, L] without an offset per round, to reuse those of an earlier call.
         alignment: "ring" as published; "bucket": chunks start anew in every bucket and windows do not leave it, which
-            is strictly causal: no output depends on later tokens in any way. Needs ``n_buckets``.
+            with ``causal`` is strictly causal: no output depends on later tokens in any way. Needs ``n_buckets``.
         cu_seqlens: int32 [n + 1] on the CPU, rising from 0 to L: the rows are n packed sequences, each attended as if
             alone. Needs ``n_buckets``.
         backend: "cpu", "cuda", "triton" or "reference", or None for the best that supports the call.
@@ -130,13 +131,13 @@ def lsh_attention(
         NotImplementedError: the named backend does not support the call.
     """
     check.check_tensor("query_key", query_key, "B H L D")
-    check.check_tensor("value", value, "B H L E", (query_key.dtype,))
+    check.check_tensor("value", value, "B H L E", _dtypes_with(query_key))
     check.check_like("value", value, "query_key", query_key)
     check.check_width("query_key", query_key)
     check.check_width("value", value)
     batch, heads, length, head_dim = query_key.shape
     check.check_shape("value", value, (batch, heads, length, value.shape[3]))
-    _check_common(chunk_length, chunks_before, chunks_after, causal, dropout_p, dropout_seed, backend)
+    _check_common(chunk_length, chunks_before, chunks_after, causal, dropout_p, dropout_seed, backend, query_key.device)
     check.check_int("n_hashes", n_hashes, 1)
     check.check_bool("return_buckets", return_buckets)
     check.check_choice("alignment", alignment, ("ring", "bucket"))
@@ -244,15 +245,15 @@ def local_attention(
         NotImplementedError: the named backend does not support the call.
     """
     check.check_tensor("query", query, "B H L D")
-    check.check_tensor("key", key, "B H L D", (query.dtype,))
-    check.check_tensor("value", value, "B H L E", (query.dtype,))
+    check.check_tensor("key", key, "B H L D", _dtypes_with(query))
+    check.check_tensor("value", value, "B H L E", _dtypes_with(query))
     check.check_like("key", key, "query", query)
     check.check_like("value", value, "query", query)
     check.check_width("query", query)
     check.check_width("value", value)
     check.check_shape("key", key, tuple(query.shape))
     check.check_shape("value", value, (*query.shape[:3], value.shape[3]))
-    _check_common(chunk_length, chunks_before, chunks_after, causal, dropout_p, dropout_seed, backend)
+    _check_common(chunk_length, chunks_before, chunks_after, causal, dropout_p, dropout_seed, backend, query.device)
     check.check_scale(scale)
     check.check_key_padding_mask(key_padding_mask, "query", query)
     check.check_attn_mask(attn_mask, "query", query, query.shape[2])
@@ -288,13 +289,19 @@ def _check_common(
     dropout_p: Any,
     dropout_seed: Any,
     backend: str | None,
+    device: torch.device,
 ) -> None:
     check.check_int("chunk_length", chunk_length, 1)
-    check.check_int("chunks_before", chunks_before, 0)
-    check.check_int("chunks_after", chunks_after, 0)
+    check.check_int("chunks_before", chunks_before, 0, MAX_NEIGHBOURS)
+    check.check_int("chunks_after", chunks_after, 0, MAX_NEIGHBOURS)
     check.check_bool("causal", causal)
-    check.check_dropout(dropout_p, dropout_seed)
+    check.check_dropout(dropout_p, dropout_seed, device)
     check_backend(backend)
+
+
+def _dtypes_with(query: Tensor) -> tuple[torch.dtype, ...]:
+    """What key and value may be: autocast makes them equal, otherwise the caller has to."""
+    return check.FLOATING if torch.is_autocast_enabled(query.device.type) else (query.dtype,)
 
 
 def _check_rotations(rotations: Any, x_name: str, x: Tensor, columns: int, n_hashes: int | None = None) -> None:
@@ -316,4 +323,4 @@ def _seed_tensor(hash_seed: int | Tensor) -> Tensor:
     if isinstance(hash_seed, bool) or not isinstance(hash_seed, (int, torch.SymInt)):
         raise TypeError(f"hash_seed must be an int, got {hash_seed!r}")
     check.check_int("hash_seed", hash_seed, -(2**63), 2**63 - 1)
-    return torch.tensor([hash_seed], dtype=torch.int64)
+    return torch.tensor([hash_seed], dtype=torch.int64, device="cpu")

@@ -27,7 +27,7 @@ def bucket_factors(n_buckets: int | Sequence[int] | None, length: int, chunk_len
             return (n,)
         first = 2 ** math.ceil(math.log2(math.sqrt(n)))
         return (first, 2 * (n // (2 * first)))
-    factors = (n_buckets,) if isinstance(n_buckets, int) else tuple(n_buckets)
+    factors = tuple(n_buckets) if isinstance(n_buckets, (tuple, list)) else (n_buckets,)
     if not factors or any(isinstance(f, bool) or not isinstance(f, int) or f < 2 or f % 2 for f in factors):
         raise ValueError(f"n_buckets must be a positive even integer or a sequence of them, got {n_buckets!r}")
     if math.prod(factors) >= 2**31 - 1:
@@ -35,20 +35,20 @@ def bucket_factors(n_buckets: int | Sequence[int] | None, length: int, chunk_len
     return factors
 
 
-@lru_cache(maxsize=32)
-def _cpu_rotations(hash_seed: int, heads: int, head_dim: int, n_hashes: int, columns: int) -> Tensor:
+@lru_cache(maxsize=16)
+def _normals(hash_seed: int, heads: int, head_dim: int, n_hashes: int, columns: int) -> np.ndarray:
     # numpy's Philox is a counter-based generator whose raw stream is fixed, so a seed means the same values everywhere.
     count = heads * head_dim * n_hashes * columns
     raw = np.random.Philox(key=hash_seed % 2**64).random_raw(2 * ((count + 1) // 2))
     uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     radius, angle = np.sqrt(-2 * np.log(uniform[0::2])), 2 * np.pi * uniform[1::2]
     normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:count]
-    return torch.from_numpy(normal.astype(np.float32)).view(1, heads, head_dim, n_hashes, columns)
+    return normal.astype(np.float32).reshape(1, heads, head_dim, n_hashes, columns)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 def _device_rotations(device: torch.device, *key: int) -> Tensor:
-    return _cpu_rotations(*key).to(device)
+    return torch.from_numpy(_normals(*key)).to(device)
 
 
 def cached_rotations(
@@ -84,4 +84,4 @@ def random_rotations(
     if n_buckets is None:
         raise TypeError("n_buckets must be a positive even integer or a sequence of them, got None")
     factors = bucket_factors(n_buckets, 1, 1)
-    return _cpu_rotations(hash_seed, heads, head_dim, n_hashes, sum(factors) // 2).clone()
+    return torch.from_numpy(_normals(hash_seed, heads, head_dim, n_hashes, sum(factors) // 2).copy())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 
+LARGEST = 3.4028234e38  # of float32
 CHOICES: dict[str, tuple[str, ...]] = {
     "key_norm": ("rms", "l2"),
     "own_position": ("last_resort", "sentinel"),
@@ -64,8 +64,13 @@ class AttentionRules:
                 raise ValueError(f"AttentionRules.{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("scale", "own_value", "mask_value"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            if value is None and name != "own_value":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
                 raise ValueError(f"AttentionRules.{name} must be a finite number, got {value!r}")
+        for name in ("padding_bucket", "mask_padded_queries", "within_bucket"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"AttentionRules.{name} must be True or False, got {getattr(self, name)!r}")
         values = asdict(self)
         del values["key"]
         object.__setattr__(self, "key", json.dumps(values))

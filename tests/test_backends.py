@@ -249,3 +249,44 @@ def test_masked_values_do_not_leak() -> None:
     huge = v.clone()
     huge[:, :, 60:] = 1e30
     assert torch.equal(rk.lsh_attention(q, huge, **options)[:, :, :60], out[:, :, :60])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("causal", [False, True])
+def test_non_finite_inputs_show(bad: float, causal: bool) -> None:
+    """They come out where the reference has them, and are not taken for rows without keys."""
+    q, v = qv(60, 8)
+    # With a causal mask 0 * NaN of a masked value may come out or not: that is not promised.
+    for where in ("query", "mask") if causal else ("query", "value", "mask"):
+        x, y, mask = q.clone(), v.clone(), torch.zeros(1, 1, 60, 60)
+        {"query": x, "value": y}.get(where, mask)[0, 0, 5] = bad
+        outputs = []
+        buckets = torch.zeros(2, 2, 1, 60, dtype=torch.int32)  # hashing NaN is anybody's guess
+        for backend in ("cpu", "reference"):
+            out = rk.lsh_attention(
+                x, y, attn_mask=mask, buckets=buckets, n_hashes=1, n_buckets=2, chunk_length=16, causal=causal,
+                backend=backend,
+            )  # fmt: skip
+            outputs.append(out.isfinite().all(-1))
+        assert torch.equal(*outputs)
+        assert not outputs[0].all()
+
+
+def test_float_masks_between_masked_and_not() -> None:
+    q, v = qv(40, 8)
+    for value in (-8e29, -1.1e30, -torch.inf, torch.finfo(torch.float32).min):
+        mask = torch.full((1, 1, 40, 40), value)
+        outputs = [rk.lsh_attention(q, v, attn_mask=mask, chunk_length=64, backend=b) for b in ("cpu", "reference")]
+        assert bool((outputs[0] == 0).all()) == bool((outputs[1] == 0).all()) == (value < -1e30)
+
+
+def test_windows_far_larger_than_the_rows() -> None:
+    q, v = qv(50, 8)
+    whole = rk.lsh_attention(q, v, chunk_length=64, backend="cpu")
+    huge = 2**31 - 1
+    assert torch.equal(rk.lsh_attention(q, v, chunk_length=huge, chunks_before=1024, backend="cpu"), whole)
+    options: dict[str, Any] = {"alignment": "bucket", "n_buckets": 4, "backend": "cpu"}
+    expected = rk.lsh_attention(q, v, chunk_length=50, **options)
+    assert torch.equal(rk.lsh_attention(q, v, chunk_length=huge, chunks_after=1024, **options), expected)
+    call = testing.capture(rk.lsh_attention, q, v, chunk_length=16, n_hashes=1, chunks_before=9, chunks_after=5)
+    testing.assert_matches_oracle(call, torch.float32, "cpu")  # the ring goes round three times

@@ -32,8 +32,12 @@ SEED = torch.tensor([1])
         ({"n_buckets": [2**16, 2**16]}, ValueError, "n_buckets must have a product below 2**31 - 1"),
         ({"chunk_length": 0}, ValueError, "chunk_length must be at least 1, got 0"),
         ({"chunk_length": True}, TypeError, "chunk_length must be an int, got True"),
-        ({"chunks_before": -1}, ValueError, "chunks_before must be at least 0, got -1"),
-        ({"chunks_after": -1}, ValueError, "chunks_after must be at least 0, got -1"),
+        ({"chunks_before": -1}, ValueError, "chunks_before must be between 0 and 1024, got -1"),
+        ({"chunks_after": -1}, ValueError, "chunks_after must be between 0 and 1024, got -1"),
+        ({"chunks_before": 1025}, ValueError, "chunks_before must be between 0 and 1024, got 1025"),
+        ({"chunk_length": 2**64}, ValueError, "chunk_length must be between 1 and 2147483647"),
+        ({"n_buckets": 4.0}, ValueError, "n_buckets must be a positive even integer or a sequence of them, got 4.0"),
+        ({"dropout_p": 0.1, "dropout_seed": SEED.to("meta")}, ValueError, "dropout_seed must be on the device of the query, cpu, got meta"),
         ({"causal": 1}, TypeError, "causal must be a bool, got 1"),
         ({"key_padding_mask": torch.zeros(2, 19, dtype=torch.bool)}, ValueError, "key_padding_mask must have shape [2, 20]"),
         ({"key_padding_mask": torch.zeros(2, 20)}, TypeError, "key_padding_mask must have dtype torch.bool"),
@@ -82,7 +86,8 @@ def test_lsh_attention(changes: dict[str, Any], kind: type[Exception], message: 
         ({"key": Q[..., :4]}, ValueError, "key must have shape [2, 3, 20, 8], got [2, 3, 20, 4]"),
         ({"key": None}, TypeError, "key must be a torch.Tensor, got NoneType"),
         ({"value": Q[:, :, 1:]}, ValueError, "value must have shape [2, 3, 20, 8], got [2, 3, 19, 8]"),
-        ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+        ({"scale": float("inf")}, ValueError, "scale must be finite in float32, got inf"),
+        ({"scale": 1e300}, ValueError, "scale must be finite in float32, got 1e+300"),
         ({"scale": "1"}, TypeError, "scale must be a float or None, got '1'"),
         ({"chunk_length": -3}, ValueError, "chunk_length must be at least 1, got -3"),
     ],
@@ -100,7 +105,7 @@ def test_steps() -> None:
         rk.hash_buckets(Q, rotations, 5)
     with pytest.raises(TypeError, match="n_buckets must be a positive even integer or a sequence of them, got None"):
         rk.hash_buckets(Q, rotations, None)
-    with pytest.raises(TypeError, match="buckets must have dtype torch.int32"):
+    with pytest.raises(TypeError, match=r"buckets must have dtype torch\.int32"):
         rk.bucket_order(torch.zeros(1, 1, 1, 4).long(), 4)
     for bad in (-1, 4, 2**31 - 1):
         for backend in ("cpu", "reference"):
@@ -115,7 +120,8 @@ def test_steps() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("key_norm", "l1"), ("own_position", "never"), ("dedup", True), ("combine_rounds", "mean"), ("window_order", ""),
-     ("scale", float("nan")), ("own_value", "x"), ("mask_value", float("-inf"))],
+     ("scale", float("nan")), ("own_value", "x"), ("mask_value", float("-inf")),
+     ("own_value", None), ("within_bucket", "off")],
 )  # fmt: skip
 def test_rules(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"AttentionRules.{field} must be .* got"):

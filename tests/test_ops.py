@@ -223,3 +223,71 @@ def test_global_random_state_is_untouched() -> None:
     rk.lsh_attention(q, q, dropout_p=0.5, dropout_seed=torch.tensor([1]), hash_seed=3)
     rk.random_rotations(5, 2, 8, 4, 16)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_vmap_over_any_argument() -> None:
+    q, v = torch.randn(3, 1, 2, 20, 4), torch.randn(1, 2, 20, 4)
+    seeds, masks = torch.arange(3)[:, None], torch.rand(3, 1, 20) < 0.3
+
+    def attend(q: torch.Tensor, seed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        options: dict[str, Any] = {"n_buckets": [2, 2], "chunk_length": 8, "dropout_p": 0.2, "key_padding_mask": mask}
+        return rk.lsh_attention(q, v, dropout_seed=seed, **options)
+
+    expected = torch.stack([attend(*x) for x in zip(q, seeds, masks, strict=True)])
+    assert torch.equal(torch.func.vmap(attend)(q, seeds, masks), expected)
+    with pytest.raises(ValueError, match="size 0"):
+        torch.func.vmap(attend)(q[:0], seeds[:0], masks[:0])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch's own
+def test_forward_mode_raises() -> None:
+    q = torch.randn(1, 1, 10, 4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, q)
+        for function in (lambda: rk.lsh_attention(dual, q), lambda: rk.local_attention(q, dual, q)):
+            with pytest.raises(RuntimeError, match="forward-mode derivatives"):
+                function()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_around_the_backward_and_mixed_dtypes(backend: str) -> None:
+    q = torch.randn(1, 2, 40, 8, requires_grad=True)
+    v = torch.randn(1, 2, 40, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = rk.lsh_attention(q, v.bfloat16(), chunk_length=8, backend=backend)
+        out.sum().backward()
+    assert out.dtype == torch.bfloat16 and q.grad is not None and q.grad.dtype == torch.float32
+
+
+def test_compile_packed() -> None:
+    torch._dynamo.reset()
+    bounds = torch.tensor([0, 8, 20], dtype=torch.int32)
+    step = lambda q: rk.lsh_attention(q, q, cu_seqlens=bounds, n_buckets=4, chunk_length=8)  # noqa: E731
+    q = torch.randn(1, 2, 20, 4)
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="eager")(q), step(q))
+
+
+def test_explain_leaves_no_fake_tensors_behind() -> None:
+    q = torch.randn(1, 2, 40, 8)
+    function = lambda x: rk.hash_buckets(x, rk.random_rotations(78, 2, 8, 4, 4), 4)  # noqa: E731
+    rk.explain(function, q)
+    assert function(q).shape == (1, 2, 4, 40)
+    rk.lsh_attention(q, q, hash_seed=78, n_buckets=4, chunk_length=8)
+
+
+def test_default_device_does_not_matter() -> None:
+    q = torch.randn(1, 2, 40, 8)
+    expected = rk.lsh_attention(q, q, chunk_length=8)
+    torch.set_default_device("meta")
+    try:
+        assert torch.equal(rk.lsh_attention(q, q, chunk_length=8), expected)
+    finally:
+        torch.set_default_device(None)
+
+
+def test_use_backend_may_be_used_again() -> None:
+    chosen = rk.use_backend("reference")
+    for _ in range(2):
+        with chosen:
+            assert _dispatch._forced == "reference"
+        assert _dispatch._forced is None

@@ -82,7 +82,7 @@ void with_kernels(ScalarType type, F&& f) {
       f(rk::cpu::kernels().f32);
     else
       f(rk::cpu::kernels().f64);
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {  // bad_alloc or length_error
     STD_TORCH_CHECK(false, "reformer_kernels: out of memory");
   }
 }
@@ -147,7 +147,12 @@ Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor
                   "chunk_length must be positive, its neighbours at least 0");
   STD_TORCH_CHECK(n_queries >= 0 && n_queries <= p.L, "num_queries must be between 0 and ", p.L, ", got ", n_queries);
   STD_TORCH_CHECK(p.R >= 1 && p.R * p.L <= INT32_MAX, "n_hashes * L must be below 2**31, got ", p.R, " * ", p.L);
-  p.chunk_length = chunk_length, p.chunks_before = chunks_before, p.chunks_after = chunks_after;
+  // No chunk is longer than the rows, and no window longer than it can get: buffers are sized by these.
+  p.chunk_length = std::min(chunk_length, std::max<int64_t>(1, p.L));
+  const int64_t bucket_chunks = (p.L + p.chunk_length - 1) / p.chunk_length;
+  const int64_t widest = flags & rk::kBucketAligned ? bucket_chunks : p.L <= p.chunk_length ? 0 : 1024;
+  STD_TORCH_CHECK(chunks_before <= 1024 && chunks_after <= 1024, "chunks_before and chunks_after must be at most 1024");
+  p.chunks_before = std::min(chunks_before, widest), p.chunks_after = std::min(chunks_after, widest);
   p.n_queries = n_queries, p.flags = flags, p.scale = scale, p.keep_factor = keep_factor;
   p.drop_threshold = static_cast<uint32_t>(drop_threshold);
   p.query = rows("query", query, a.type, p.B, p.H, p.L, p.D);

@@ -12,7 +12,6 @@ from torch import Tensor
 from .._calls import AttentionCall, Call, HashCall, OrderCall, empty_rows, out_of_range
 from .philox import drop_threshold, keep_factor
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _load_error: str | None = None
 
 
@@ -65,7 +64,7 @@ def not_supported_reasons(call: Call) -> list[str]:
         rules = call.rules
         if call.key is None and rules.own_position == "sentinel":
             reasons.append('rules.own_position="sentinel" is served by the reference only')
-        elif rules.combine_rounds == "exp_lse":
+        if rules.combine_rounds == "exp_lse":
             reasons.append('rules.combine_rounds="exp_lse" is served by the reference only')
         if rules.window_order != "position" and call.chunks_before:
             reasons.append('rules.window_order="self_first" is served by the reference only')
@@ -86,13 +85,13 @@ def hash_buckets(call: HashCall) -> Tensor:
     rotations, factors = call.resolve()
     x = _rows(call.x)
     batch, heads, length, _ = x.shape
-    buckets = torch.empty((batch, heads, rotations.shape[3], length), dtype=torch.int32)
+    buckets = torch.empty((batch, heads, rotations.shape[3], length), dtype=torch.int32, device=x.device)
     _ops.hash_buckets(x, rotations.to(x.dtype).contiguous(), call.key_padding_mask, factors, buckets)
     return buckets
 
 
 def bucket_order(call: OrderCall) -> Tensor:
-    order = torch.empty(call.buckets.shape, dtype=torch.int32)
+    order = torch.empty_like(call.buckets, memory_format=torch.contiguous_format)
     if _ops.bucket_order(call.buckets.contiguous(), call.cu_seqlens, call.n_buckets, order):
         raise out_of_range(call)
     return order
@@ -137,7 +136,7 @@ def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads = query.shape[:2]
     out = empty_rows(query, call.n_queries, value.shape[3])
     lse = query.new_empty((batch, heads, call.n_queries))
-    self_only = torch.empty((batch, heads, call.n_queries), dtype=torch.bool)
+    self_only = torch.empty_like(lse, dtype=torch.bool)
     _ops.chunk_attention_forward(query, key, value, *_options(call), out, lse, self_only)
     return out.to(call.value.dtype), lse, self_only
 

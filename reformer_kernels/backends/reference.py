@@ -207,7 +207,7 @@ def _score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, unit_
             allowed = allowed & ~mask
         else:
             mask = mask.to(scores.dtype)
-            allowed = allowed & (mask > MASKED)
+            allowed = allowed & ~(mask <= MASKED)  # NaN is not masked
             scores = scores + mask.clamp(min=MASKED)
     same_bucket = torch.ones_like(exists)
     hashed = call.buckets is not None and not (call.alignment == "ring" and length <= call.chunk_length)

@@ -17,7 +17,7 @@ _SEED_RANGE = 2**63 - 1
 
 def _draw_seed() -> Tensor:
     # From torch's generator on the CPU: reproducible by torch.manual_seed, replayed by checkpointing, no device sync.
-    return torch.randint(_SEED_RANGE, (1,), dtype=torch.int64)
+    return torch.randint(_SEED_RANGE, (1,), dtype=torch.int64, device="cpu")
 
 
 class _SelfAttention(nn.Module):
@@ -34,6 +34,8 @@ class _SelfAttention(nn.Module):
                 raise ValueError(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}")
             head_dim = embed_dim // num_heads
         check_int("head_dim", head_dim, 1)
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+            raise TypeError(f"dropout must be a float, got {dropout!r}")
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
         self.embed_dim, self.num_heads, self.head_dim, self.dropout = embed_dim, num_heads, head_dim, dropout
@@ -109,6 +111,10 @@ class LSHSelfAttention(_SelfAttention):
         super().__init__(embed_dim, num_heads, head_dim, dropout, bias, factory)
         self.query_key, self.value = self._projection(), self._projection()
         check_choice("alignment", alignment, ("ring", "bucket"))
+        check_int("n_hashes", n_hashes, 1)
+        check_int("chunk_length", chunk_length, 1)
+        if hash_seed is not None:
+            check_int("hash_seed", hash_seed, -(2**63), 2**63 - 1)
         self.n_hashes = n_hashes
         self.hash_seed = hash_seed
         self.options: dict[str, Any] = {
@@ -195,6 +201,7 @@ class LocalSelfAttention(_SelfAttention):
     ) -> None:
         factory = {"device": device, "dtype": dtype}
         super().__init__(embed_dim, num_heads, head_dim, dropout, bias, factory)
+        check_int("chunk_length", chunk_length, 1)
         self.query, self.key, self.value = self._projection(), self._projection(), self._projection()
         self.options: dict[str, Any] = {
             "chunk_length": chunk_length,

@@ -108,19 +108,17 @@ class BackwardWalk {
       ChunkRows<T>& keys = rows_of(q + o, k);
       T* drop = nullptr;
       if (p_.dropout()) dropout_block<T>(p_, u_, chunk.start + block, place, keys.count, drop = s_.drop);
-      auto gradient = [&](auto with_bias) {
-        gradient_block<T, with_bias.value>(keys.K, s_.Dp, keys.V, s_.Ep, keys.count, s_.QT, s_.OT, queries, p_.D, p_.E,
-                                           keys.factor_log2, keys.factor, keys.key_position, s_.bias, drop, s_.rules,
-                                           lse, delta, s_.P, s_.S, s_.prefetch);
-      };
+      const T* bias = nullptr;
       if (shared_.rules->any()) {
-        shared_.rules->block(round, position, count, keys, k, s_.bias);
-        for (int i = 0; i < keys.count; ++i)
-          std::fill(s_.bias + i * kQueries + count, s_.bias + i * kQueries + queries, T(0));
-        gradient(Const<1>{});
-      } else {
-        gradient(Const<0>{});
+        shared_.rules->block(round, position, count, queries, keys, k, s_.bias);
+        bias = s_.bias;
       }
+      product_block<T>(keys.K, s_.Dp, 1, keys.count, s_.QT, kQueries, p_.D, queries, s_.P, kQueries, false,
+                       &s_.prefetch);
+      product_block<T>(keys.V, s_.Ep, 1, keys.count, s_.OT, kQueries, p_.E, queries, s_.S, kQueries, false,
+                       &s_.prefetch);
+      gradient_block<T>(s_.P, s_.S, keys.count, queries, keys.factor_log2, keys.factor, keys.key_position, bias, drop,
+                        s_.rules, lse, delta);
       if (owned(q + o)) {
         product_block<T>(s_.P, kQueries, 1, keys.count, s_.dO, s_.Ep, count, s_.Ep, keys.dV, s_.Ep, !keys.fresh);
         product_block<T>(s_.S, kQueries, 1, keys.count, s_.Q, s_.Dp, count, s_.Dp, keys.dK, s_.Dp, !keys.fresh);

@@ -110,7 +110,7 @@ RK_NOINLINE void softmax_block(T* S, int keys, int64_t queries, const T* highest
     for (int i = 0; i < keys; ++i) {
       T* s = S + i * kQueries + j;
       const Vec<T> x = load<T>(s);
-      Vec<T> e = x > splat(kMasked<T>) ? exp2(x - top) : Vec<T>{};
+      Vec<T> e = x <= splat(kMasked<T>) ? Vec<T>{} : exp2(x - top);  // NaN is not masked
       sum += e;
       if (drop) e *= load<T>(drop + i * kQueries + j);
       store<T>(s, e);
@@ -119,54 +119,15 @@ RK_NOINLINE void softmax_block(T* S, int keys, int64_t queries, const T* highest
   }
 }
 
-// P^T and dS^T = P^T (drop V dO^T - delta) factor, from the global logsumexp; then P^T times drop.
-template <class T, bool kBias>
-RK_NOINLINE void gradient_block(const T* K, int64_t k_stride, const T* V, int64_t v_stride, int keys, const T* QT,
-                                const T* OT, int64_t queries, int64_t D, int64_t E, const T* factor_log2,
-                                const T* factor, const Int<T>* key_position, const T* bias, const T* drop,
-                                const QueryRules<T>& rules, const T* lse, const T* delta, T* P, T* S,
-                                Prefetch<T>& prefetch) {
-  tiles<T>(keys, queries, [&](auto m, auto n, int64_t i0, int64_t j0) RK_LAMBDA {
-    constexpr int M = m.value, N = n.value;
-    prefetch.run(kPrefetchRows);
-    Vec<T> acc[M][N] = {};
-    multiply<T>(acc, K + i0 * k_stride, k_stride, 1, QT + j0, kQueries, D);
-    for (int jj = 0; jj < N; ++jj) {
-      const int64_t j = j0 + jj * kLanes<T>;
-      for (int i = 0; i < M; ++i) {
-        Vec<T> x = acc[i][jj] * splat(factor_log2[i0 + i]);
-        if constexpr (kBias) x += load<T>(bias + (i0 + i) * kQueries + j);
-        x = masked<T>(x, key_position[i0 + i], rules, j);
-        store<T>(P + (i0 + i) * kQueries + j, x > splat(kMasked<T>) ? exp2(x - load<T>(lse + j)) : Vec<T>{});
-      }
-    }
-    for (auto& row : acc)
-      for (auto& x : row) x = Vec<T>{};
-    multiply<T>(acc, V + i0 * v_stride, v_stride, 1, OT + j0, kQueries, E);
-    for (int jj = 0; jj < N; ++jj) {
-      const int64_t j = j0 + jj * kLanes<T>;
-      const Vec<T> d = load<T>(delta + j);
-      for (int i = 0; i < M; ++i) {
-        const int64_t at = (i0 + i) * kQueries + j;
-        const Vec<T> p = load<T>(P + at);
-        Vec<T> grad = acc[i][jj];
-        if (drop) {
-          const Vec<T> k = load<T>(drop + at);
-          grad *= k;
-          store<T>(P + at, p * k);
-        }
-        store<T>(S + at, p * (grad - d) * splat(factor[i0 + i]));
-      }
-    }
-  });
-}
-
-// to [rows][width] (+)= A B, A(i, k) = a[i * a_row + k * a_k], B [K][width]: dV, dK (rows are keys), O, dQ (queries).
+// to [rows][width] (+)= A B, A(i, k) = a[i * a_row + k * a_k], B [K][width]: S, dP, dV, dK (rows are
+// keys), O, dQ (rows are queries).
 template <class T>
 RK_NOINLINE void product_block(const T* a, int64_t a_row, int64_t a_k, int64_t rows, const T* b, int64_t b_stride,
-                               int64_t K, int64_t width, T* to, int64_t to_stride, bool add) {
+                               int64_t K, int64_t width, T* to, int64_t to_stride, bool add,
+                               Prefetch<T>* prefetch = nullptr) {
   tiles<T>(rows, width, [&](auto m, auto n, int64_t i0, int64_t j0) RK_LAMBDA {
     constexpr int M = m.value, N = n.value;
+    if (prefetch) prefetch->run(kPrefetchRows);
     T* out = to + i0 * to_stride + j0;
     Vec<T> acc[M][N] = {};
     if (add)
@@ -176,6 +137,27 @@ RK_NOINLINE void product_block(const T* a, int64_t a_row, int64_t a_k, int64_t r
     for (int i = 0; i < M; ++i)
       for (int j = 0; j < N; ++j) store<T>(out + i * to_stride + j * kLanes<T>, acc[i][j]);
   });
+}
+
+// P = K Q^T and S = V dO^T become P^T = drop exp2(score - lse) and dS^T = P^T (drop V dO^T - delta) factor. A pass of
+// its own: among the accumulators of a product the exponentials would be spilled.
+template <class T>
+RK_NOINLINE void gradient_block(T* P, T* S, int keys, int64_t queries, const T* factor_log2, const T* factor,
+                                const Int<T>* key_position, const T* bias, const T* drop, const QueryRules<T>& rules,
+                                const T* lse, const T* delta) {
+  for (int64_t j = 0; j < queries; j += kLanes<T>) {
+    const Vec<T> l = load<T>(lse + j), d = load<T>(delta + j);
+    for (int i = 0; i < keys; ++i) {
+      const int64_t at = i * kQueries + j;
+      Vec<T> x = load<T>(P + at) * splat(factor_log2[i]);
+      if (bias) x += load<T>(bias + at);
+      x = masked<T>(x, key_position[i], rules, j);
+      const Vec<T> p = x <= splat(kMasked<T>) ? Vec<T>{} : exp2(x - l);
+      const Vec<T> k = drop ? load<T>(drop + at) : splat(T(1));
+      store<T>(P + at, p * k);
+      store<T>(S + at, p * (load<T>(S + at) * k - d) * splat(factor[i]));
+    }
+  }
 }
 
 // |row|^2 as a key scale: a = 1 / sqrt(|q|^2 + 1e-6 D), or 1 / max(|q|, 1e-12); returns a^2 where a depends on q.

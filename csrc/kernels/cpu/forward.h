@@ -72,9 +72,7 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
                                       s.bias, s.rules, S, highest, s.prefetch);
     };
     if (!shared.rules->any()) return score(Const<0>{});
-    shared.rules->block(round, position, count, keys, k, s.bias);
-    for (int i = 0; i < keys.count; ++i)
-      std::fill(s.bias + i * kQueries + count, s.bias + i * kQueries + queries, T(0));
+    shared.rules->block(round, position, count, queries, keys, k, s.bias);
     score(Const<1>{});
   });
 
@@ -103,11 +101,12 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
     if (i >= n_queries) continue;
     const T sum = total[l] + (first ? T(0) : row_sum[i] * multiplier[l]);
     row_sum[i] = sum, row_max[i] = highest[l];
-    const T inverse = !last ? T(1) : sum > 0 ? 1 / sum : T(0);
+    const bool empty = sum <= 0;  // not if it is NaN
+    const T inverse = !last ? T(1) : empty ? T(0) : 1 / sum;
     merge_row<T>(p.out.at<T>(u.b, u.h, u.offset + i), s.O + l * s.Ep, p.E, first, multiplier[l], inverse);
     if (!last) continue;
-    lse[i] = sum > 0 ? static_cast<T>(highest[l] * kLn2 + std::log(sum)) : -std::numeric_limits<T>::infinity();
-    self_only[i] = sum <= 0 && own_allowed<T>(p, u, *shared.rules, i);
+    lse[i] = empty ? -std::numeric_limits<T>::infinity() : static_cast<T>(highest[l] * kLn2 + std::log(sum));
+    self_only[i] = empty && own_allowed<T>(p, u, *shared.rules, i);
   }
 }
 

@@ -36,7 +36,7 @@ constexpr int kQueries = 64;  // queries per block: the row length of transposed
 constexpr int kRowPad = 16;   // buffers of rows are padded to a multiple of this
 
 template <class T>
-constexpr T kMasked = T(-1e30);  // the score of a masked pair; far below any real one
+constexpr T kMasked = T(-3e30);  // the score of a masked pair in units of log 2; far below any real one
 
 template <class T>
 RK_INLINE Vec<T> load(const T* p) {
@@ -72,7 +72,8 @@ RK_INLINE T sum(Vec<T> x) {
 
 // 2^x for x <= 0, at least 2^-126; relative error 1.7e-7 in float (a degree 5 polynomial on [-1/2, 1/2]).
 RK_INLINE Vec<float> exp2(Vec<float> x) {
-  x = maximum<float>(x, splat(-126.0f));
+  const Vec<float> given = x;
+  x = x < splat(-126.0f) ? splat(-126.0f) : x;
   const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: the low bits of x + magic are round(x)
   const Vec<float> rounded = x + magic;
   x -= rounded - magic;
@@ -81,7 +82,8 @@ RK_INLINE Vec<float> exp2(Vec<float> x) {
   p = p * x + splat(2.4022242085e-01f);
   p = p * x + splat(6.9314697760e-01f);
   p = p * x + splat(1.0f);
-  return (Vec<float>)((IVec<float>)p + ((IVec<float>)rounded << 23));
+  const Vec<float> power = (Vec<float>)((IVec<float>)p + ((IVec<float>)rounded << 23));
+  return given == given ? power : given;  // NaN stays NaN
 }
 RK_INLINE Vec<double> exp2(Vec<double> x) {
   Vec<double> y;

@@ -10,7 +10,7 @@ namespace rk::cpu {
 namespace {
 
 // A histogram far larger than the row costs more than comparing.
-bool histogram_pays(int64_t n_buckets, int64_t length) { return n_buckets <= 65536 || n_buckets <= 8 * length; }
+bool histogram_pays(int64_t n_buckets, int64_t length) { return n_buckets <= 4096 || n_buckets <= 8 * length; }
 
 int64_t count_invalid(const int32_t* bucket, int64_t length, int64_t n_buckets) {
   int64_t invalid = 0;
@@ -60,7 +60,7 @@ int64_t bucket_order(const OrderParams& p, const Threads& threads) {
         int32_t* order = p.order + row * p.rounds * p.L + p.rounds * begin + round * length;
         if (const int64_t bad = count_invalid(bucket, length, p.n_buckets)) {
           invalid += bad;
-        } else if (histogram_pays(p.n_buckets, p.L)) {
+        } else if (histogram_pays(p.n_buckets, length)) {
           counting_sort(bucket, length, p.n_buckets, order, scratch[worker]);
         } else {
           comparison_sort(bucket, length, order);

@@ -70,15 +70,16 @@ class PairRules {
     if (p_.bool_mask) return p_.bool_mask[at] ? -std::numeric_limits<T>::infinity() : T(0);
     if (!p_.float_mask) return 0;
     const T value = static_cast<const T*>(p_.float_mask)[at];
-    return value > kMasked<T> ? value : -std::numeric_limits<T>::infinity();
+    return value <= T(-1e30) ? -std::numeric_limits<T>::infinity() : value;
   }
 
-  // bias [keys][64], in units of log 2.
-  void block(int round, const int* query, int queries, const ChunkRows<T>& keys, int key_chunk, T* bias) const {
+  // bias [keys][64], in units of log 2; the first `count` of the `queries` lanes are real.
+  void block(int round, const int* query, int count, int64_t queries, const ChunkRows<T>& keys, int key_chunk,
+             T* bias) const {
     const int key_round = u_.round(u_.chunks[key_chunk].start);
     for (int i = 0; i < keys.count; ++i)
       for (int l = 0; l < queries; ++l) {
-        if (query[l] >= p_.n_queries - u_.offset) {
+        if (l >= count || query[l] >= p_.n_queries - u_.offset) {
           bias[i * kQueries + l] = 0;
           continue;
         }
@@ -103,7 +104,7 @@ class PairRules {
       for (int s = 0; s < u_.R; ++s) {
         if (within_ && (r != s || bucket(r, query) != bucket(r, key))) continue;
         const int q = chunk_of_[r * u_.L + query], k = chunk_of_[s * u_.L + key];
-        for (int o = -u_.before; o <= u_.after; ++o) times += u_.chunk_at(q + o, q) == k;
+        times += u_.times_seen(q, k);
       }
     return times;
   }
@@ -162,7 +163,7 @@ void for_each_unit(const AttentionParams& p, const Threads& threads, F&& process
   auto guarded = [&](auto&& f) {  // an exception must not leave a worker
     try {
       f();
-    } catch (const std::bad_alloc&) {
+    } catch (const std::exception&) {  // bad_alloc or length_error
       out_of_memory = true;
     }
   };
