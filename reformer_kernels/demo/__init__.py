@@ -1,0 +1,1 @@
+"""``python -m reformer_kernels.demo``: LSH attention against torch SDPA, one layer and a language model."""

@@ -1,0 +1,112 @@
+"""The byte-level language model of the demo, with Reformer layers or with torch's SDPA."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..modules.attention import LocalSelfAttention, LSHSelfAttention
+
+VOCABULARY = 256  # one token per byte
+_STEM_BYTES = 6
+_POSITION_COLUMNS = 64
+_BUCKET_TOKENS = 64  # in the mean: a chunk
+
+
+class SDPASelfAttention(nn.Module):
+    """Causal ``scaled_dot_product_attention`` with the projections of a standard layer. [B, L, E] -> [B, L, E]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.output(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and beside a plain residual. [B, L, E] -> [B, L, E]."""
+
+    def __init__(self, width: int, attention: nn.Module, hidden: int) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = attention
+        self.mlp = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, width, bias=False))
+        for name, parameter in self.named_parameters():
+            if name in ("attention.output.weight", "mlp.2.weight"):
+                nn.init.zeros_(parameter)  # a block starts as the identity, which bears higher learning rates
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ByteLM(nn.Module):
+    """A causal language model over bytes. int64 [B, L] -> logits [B, L, 256].
+
+    Args:
+        attention: "lsh": local and LSH layers in turn; "sdpa": full causal attention in every layer.
+        context: the longest L.
+        width, layers, heads: E, the number of blocks, and H.
+        hashes: hash rounds of the LSH layers in training.
+        eval_hashes: hash rounds in evaluation.
+    """
+
+    def __init__(
+        self, attention: str, context: int, width: int, layers: int, heads: int, hashes: int, eval_hashes: int
+    ) -> None:
+        super().__init__()
+        self.hashes, self.eval_hashes = hashes, eval_hashes
+        self.n_buckets = 2 * max(1, context // (2 * _BUCKET_TOKENS))
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        # A token is a byte and the few before it: attention would spend the whole minute on learning to look there.
+        self.stem = nn.Linear(_STEM_BYTES * width, width)
+        # Position = row + column of a table, as the Reformer's axial encoding: in a few hundred steps one vector for
+        # each of 4,096 positions would hardly be trained, but a column is met 64 times in every window.
+        self.rows = nn.Parameter(torch.empty(math.ceil(context / _POSITION_COLUMNS), 1, width))
+        self.columns = nn.Parameter(torch.empty(1, _POSITION_COLUMNS, width))
+        self.blocks = nn.ModuleList(self._block(attention, layer, width, heads) for layer in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY)
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        nn.init.normal_(self.rows, std=0.05)
+        nn.init.normal_(self.columns, std=0.05)
+
+    def _block(self, attention: str, layer: int, width: int, heads: int) -> Block:
+        hidden = 4 * width
+        if attention == "sdpa":
+            return Block(width, SDPASelfAttention(width, heads), hidden)
+        if layer % 2 == 0:
+            return Block(width, LocalSelfAttention(width, heads, causal=True), hidden)
+        # Buckets that are cut into chunks one by one are strictly causal: in the ring of the published models, later
+        # tokens move the borders of the chunks, from which bits per byte could profit.
+        module = LSHSelfAttention(
+            width, heads, causal=True, n_hashes=self.hashes, alignment="bucket", n_buckets=self.n_buckets
+        )
+        # The MLP gets the weights that the projection shared by queries and keys saves, so that the models are equal.
+        return Block(width, module, hidden + width // 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        recent = F.pad(tokens, (_STEM_BYTES - 1, 0)).unfold(1, _STEM_BYTES, 1)  # [B, L, _STEM_BYTES]
+        positions = (self.rows + self.columns).flatten(0, 1)[: tokens.shape[1]]
+        x = self.stem(self.embedding(recent).flatten(2)) + positions
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def train(self, mode: bool = True) -> ByteLM:
+        """Also sets the hash rounds of the LSH layers: few are enough in training, more see more in evaluation."""
+        for module in self.modules():
+            if isinstance(module, LSHSelfAttention):
+                module.n_hashes = self.hashes if mode else self.eval_hashes
+        super().train(mode)
+        return self
