@@ -42,12 +42,19 @@ demo: build  ## the main job: speed against torch SDPA, then training on real te
 bench: build  ## measure against the peers
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-build/sanitize: tests/native/harness.cpp $(wildcard csrc/kernels/*.h csrc/kernels/cpu/*)
-	@mkdir -p build
-	$(CXX) $(SANITIZE) tests/native/harness.cpp $(wildcard csrc/kernels/cpu/*.cpp) -o $@
+HARNESS_OBJECTS := $(patsubst %.cpp,build/sanitize/%.o,$(notdir $(wildcard csrc/kernels/cpu/*.cpp)) harness.cpp)
+vpath %.cpp csrc/kernels/cpu tests/native
 
-sanitize: build/sanitize  ## run the CPU kernels under ASan and UBSan
-	build/sanitize
+build/sanitize/%.o: %.cpp $(wildcard csrc/kernels/*.h csrc/kernels/cpu/*.h)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE) -c $< -o $@
+
+build/sanitize/harness: $(HARNESS_OBJECTS)
+	$(CXX) $(SANITIZE) $^ -o $@
+
+sanitize:  ## run the CPU kernels under ASan and UBSan (ARGS="cases seed")
+	$(MAKE) -j2 build/sanitize/harness
+	build/sanitize/harness $(ARGS)
 
 # A GPU machine may have no network, so a python3 that has torch is taken as it is.
 gpu-check:  ## measure a GPU machine (OUT=dir, STAGE=name, PYTHON=python)

@@ -49,7 +49,7 @@ def test_tiny_run_from_end_to_end(tmp_path: Path) -> None:
         assert training["after"] < training["before"], name
         assert training["curve"][0] == [0.0, training["before"]] and training["curve"][-1][1] == training["after"]
         assert training["steps"] >= 1
-    assert len(results["sample"]["prompt"]) == 200
+    assert 190 <= len(results["sample"]["prompt"]) <= 200
 
 
 @pytest.mark.parametrize(

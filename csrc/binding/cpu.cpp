@@ -31,7 +31,7 @@ void check_type(const char* name, const Tensor& t, ScalarType type) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type, name, ": wrong dtype or not on the CPU");
 }
 
-// The kernels trust shapes and strides, so each is checked against the memory that it implies.
+// The kernels trust shapes, so each is checked; the strides are those of a torch tensor, inside its memory.
 rk::Rows rows(const char* name, const Tensor& t, ScalarType type, int64_t B, int64_t H, int64_t L, int64_t width) {
   check_type(name, t, type);
   STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == B && t.size(1) == H && t.size(2) == L && t.size(3) == width, name,

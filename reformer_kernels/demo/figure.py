@@ -8,7 +8,7 @@ from typing import Any
 from . import cost
 
 COLOURS = {"lsh": "#0b6e8f", "sdpa": "#d1662b"}
-MODELS = {"lsh": "local + LSH attention", "sdpa": "torch SDPA"}
+MODELS = {"lsh": "Local + LSH attention", "sdpa": "torch SDPA"}
 _GREY = "#555555"
 _LINE: Any = {"marker": "o", "markersize": 5, "linewidth": 2}
 
@@ -62,7 +62,7 @@ def _draw_curves(axes: Any, runs: dict[str, dict[str, Any]], context: int) -> No
 
 
 def draw(path: Path, attention: list[dict[str, Any]], runs: dict[str, dict[str, Any]], context: int, note: str) -> None:
-    """Writes the figure; ``attention`` is of ``cost.measure``, ``runs`` of ``training.train`` by model name."""
+    """Writes the figure; ``attention`` is of ``cost.measure``, ``runs`` the results of the models by name."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -15,7 +15,7 @@ from .text import DemoError
 
 # Shares of the training time after which the held-out text is evaluated: closer where the curve is steep.
 CHECKPOINTS = (0.1, 0.25, 0.5, 0.75)
-_WARM_UP = 0.1  # share of the time
+_WARM_UP_STEPS = 20
 
 
 def bits_per_byte(model: ByteLM, data: Tensor, context: int) -> float:
@@ -30,67 +30,85 @@ def bits_per_byte(model: ByteLM, data: Tensor, context: int) -> float:
     return total / (len(data) - 1) / math.log(2)
 
 
-def _learning_rate(peak: float, share: float) -> float:
-    """Linear warm-up, then a cosine to zero, as functions of the share of the time that has passed."""
-    # At least a tenth in the warm-up: the first step starts at share 0, and a short run may have no other.
-    return peak * max(0.1, min(1.0, share / _WARM_UP)) * (0.5 + 0.5 * math.cos(math.pi * share))
+class Run:
+    """The training of one model: AdamW on one window a step, for ``seconds`` of wall-clock time without evaluations.
 
-
-def train(
-    model: ByteLM,
-    train_data: Tensor,
-    held_out: Tensor,
-    *,
-    seconds: float,
-    context: int,
-    learning_rate: float,
-    seed: int,
-    bar: Any,
-) -> dict[str, Any]:
-    """Trains for that many seconds of wall-clock time, not counting evaluations.
+    The learning rate warms up over the first steps and then falls to zero by a cosine of the share of the time.
 
     Args:
         train_data, held_out: int64 [n], bytes.
-        seed: of the windows that are drawn; one window a step.
-        bar: a tqdm bar with ``total=seconds``.
+        seed: of the windows that are drawn.
 
-    Returns:
-        steps, seconds, the learning rate and the curve: pairs of seconds and held-out bits per byte.
-
-    Raises:
-        DemoError: the loss is not finite any more.
+    Attributes:
+        steps, elapsed: how far the training is.
+        curve: pairs of seconds and bits per byte of the held-out text.
     """
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    elapsed, step_seconds, steps = 0.0, 0.0, 0
-    checkpoints = [share * seconds for share in CHECKPOINTS]
-    curve = [(0.0, bits_per_byte(model, held_out, context))]
-    # A step that would end too late is not begun: a model with slow steps must not get more than its time.
-    while steps == 0 or elapsed + step_seconds <= seconds:
+
+    def __init__(
+        self, model: ByteLM, train_data: Tensor, held_out: Tensor, *,
+        seconds: float, context: int, learning_rate: float, seed: int,
+    ) -> None:  # fmt: skip
+        self.model, self.train_data, self.held_out = model, train_data, held_out
+        self.seconds, self.context, self.learning_rate = seconds, context, learning_rate
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimiser = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1)
+        self.checkpoints = [share * seconds for share in CHECKPOINTS]
+        self.steps, self.elapsed, self.bits = 0, 0.0, math.nan
+        self.curve: list[tuple[float, float]] = []
+
+    def evaluate(self) -> None:
+        self.curve.append((self.elapsed, bits_per_byte(self.model, self.held_out, self.context)))
+
+    def is_over(self) -> bool:
+        # A step that would end too late is not begun: a model with slow steps must not get more than its time.
+        return self.steps > 0 and self.elapsed + self.elapsed / self.steps > self.seconds
+
+    def step(self) -> None:
+        """One step; an evaluation before the first, after the last, and after those that reach a checkpoint.
+
+        Raises:
+            DemoError: the loss is not finite any more.
+        """
+        if not self.curve:
+            self.evaluate()
         begin = time.perf_counter()
-        start = int(torch.randint(len(train_data) - context, (1,), generator=generator))
-        window = train_data[start : start + context + 1]
-        rate = _learning_rate(learning_rate, min(1.0, (elapsed + step_seconds) / seconds))
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        loss = F.cross_entropy(model(window[None, :-1])[0], window[1:])
-        optimiser.zero_grad()
+        # Steps, not time, count in the warm-up, or a pause of a busy machine would leap over it.
+        warm_up = min(1.0, (self.steps + 1) / _WARM_UP_STEPS)
+        share = min(1.0, self.elapsed / self.seconds)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate * warm_up * (0.5 + 0.5 * math.cos(math.pi * share))
+        start = int(torch.randint(len(self.train_data) - self.context, (1,), generator=self.generator))
+        window = self.train_data[start : start + self.context + 1]
+        loss = F.cross_entropy(self.model(window[None, :-1])[0], window[1:])
+        self.optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        steps += 1
-        bits = float(loss.detach()) / math.log(2)
-        if not math.isfinite(bits):
-            raise DemoError(f"the loss of step {steps} is {bits}: choose a learning rate below {learning_rate}")
-        step_seconds = time.perf_counter() - begin
-        elapsed += step_seconds
-        bar.update(min(step_seconds, max(0.0, bar.total - bar.n)))
-        bar.set_postfix_str(f"step {steps}, {bits:.2f} bits per byte", refresh=False)
-        if checkpoints and elapsed >= checkpoints[0] and elapsed + step_seconds <= seconds:
-            curve.append((elapsed, bits_per_byte(model, held_out, context)))
-            checkpoints = [moment for moment in checkpoints if moment > elapsed]
-    curve.append((elapsed, bits_per_byte(model, held_out, context)))
-    return {"steps": steps, "seconds": elapsed, "learning_rate": learning_rate, "curve": curve}
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        self.bits = float(loss.detach()) / math.log(2)
+        self.steps += 1
+        self.elapsed += time.perf_counter() - begin
+        if not math.isfinite(self.bits):
+            raise DemoError(f"the loss of step {self.steps} is {self.bits}: lower the rate {self.learning_rate}")
+        due = [moment for moment in self.checkpoints if moment <= self.elapsed]
+        if due or self.is_over():
+            del self.checkpoints[: len(due)]
+            self.evaluate()
+
+
+def train_together(runs: dict[str, Run], bar: Any) -> None:
+    """Trains the models in turn, the one with less time behind it first, until the time of each is over.
+
+    So both meet the same machine: whatever else slows it for a while slows both.
+
+    Args:
+        bar: a tqdm bar whose total is the sum of the runs' seconds.
+    """
+    while waiting := [run for run in runs.values() if not run.is_over()]:
+        min(waiting, key=lambda run: run.elapsed).step()
+        bar.n = min(bar.total, sum(run.elapsed for run in runs.values()))
+        bits = ", ".join(f"{name} {run.bits:.2f}" for name, run in runs.items())
+        bar.set_postfix_str(f"bits per byte: {bits}", refresh=False)
+        bar.update(0)
 
 
 def generate(
