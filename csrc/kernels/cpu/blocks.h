@@ -84,7 +84,8 @@ RK_NOINLINE void score_block(const T* K, int64_t k_stride, int keys, const T* QT
   tiles<T>(keys, queries, [&](auto m, auto n, int64_t i0, int64_t j0) RK_LAMBDA {
     constexpr int M = m.value, N = n.value;
     prefetch.run(kPrefetchRows);
-    Vec<T> acc[M][N] = {};
+    Vec<T> acc[M][N];
+    zero<T>(acc);
     multiply<T>(acc, K + i0 * k_stride, k_stride, 1, QT + j0, kQueries, D);
     for (int jj = 0; jj < N; ++jj) {
       const int64_t j = j0 + jj * kLanes<T>;
@@ -129,8 +130,10 @@ RK_NOINLINE void product_block(const T* a, int64_t a_row, int64_t a_k, int64_t r
     constexpr int M = m.value, N = n.value;
     if (prefetch) prefetch->run(kPrefetchRows);
     T* out = to + i0 * to_stride + j0;
-    Vec<T> acc[M][N] = {};
-    if (add)
+    Vec<T> acc[M][N];
+    if (!add)
+      zero<T>(acc);
+    else
       for (int i = 0; i < M; ++i)
         for (int j = 0; j < N; ++j) acc[i][j] = load<T>(out + i * to_stride + j * kLanes<T>);
     multiply<T>(acc, a + i0 * a_row, a_row, a_k, b + j0, b_stride, K);

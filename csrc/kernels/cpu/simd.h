@@ -112,6 +112,13 @@ RK_INLINE void multiply(Vec<T> (&acc)[M][N], const T* a, int64_t a_row, int64_t 
   }
 }
 
+// Element by element: `= {}` of a whole tile becomes a slow string instruction.
+template <class T, int M, int N>
+RK_INLINE void zero(Vec<T> (&acc)[M][N]) {
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j) acc[i][j] = Vec<T>{};
+}
+
 template <class F>
 RK_INLINE void row_tiles(int64_t rows, F&& f) {
   int64_t i = 0;
