@@ -85,9 +85,13 @@ class BackwardWalk {
     const int* position = s_.position.data() + block;
     const int64_t queries = round_up(count, kLanes<T>);
     const int round = u_.round(chunk.start);
-    gather<T>(p_.query, u_, position, count, p_.shared() ? static_cast<int>(u_.L) : n_queries_, p_.D, s_.Q, s_.Dp);
+    const T* Q = s_.Q;
+    if (p_.shared())
+      Q = rows_of(q, u_.chunk_at(q, q)).K + block * s_.Dp;
+    else
+      gather<T>(p_.query, u_, position, count, n_queries_, p_.D, s_.Q, s_.Dp);
     gather<T>(p_.grad_out, u_, position, count, n_queries_, p_.E, s_.dO, s_.Ep);
-    transpose_rows<T>(s_.Q, s_.Dp, count, p_.D, s_.QT);
+    transpose_rows<T>(Q, s_.Dp, count, p_.D, s_.QT);
     transpose_rows<T>(s_.dO, s_.Ep, count, p_.E, s_.OT);
     fill_rules<T>(p_, u_, position, count, s_.rules);
     alignas(64) T lse[kQueries], delta[kQueries];
@@ -121,7 +125,7 @@ class BackwardWalk {
                         s_.rules, lse, delta);
       if (owned(q + o)) {
         product_block<T>(s_.P, kQueries, 1, keys.count, s_.dO, s_.Ep, count, s_.Ep, keys.dV, s_.Ep, !keys.fresh);
-        product_block<T>(s_.S, kQueries, 1, keys.count, s_.Q, s_.Dp, count, s_.Dp, keys.dK, s_.Dp, !keys.fresh);
+        product_block<T>(s_.S, kQueries, 1, keys.count, Q, s_.Dp, count, s_.Dp, keys.dK, s_.Dp, !keys.fresh);
         keys.fresh = false;
       }
       if (owned(q)) {
@@ -175,7 +179,7 @@ void backward_rows(const AttentionParams& p, Shared<T>& shared, int64_t begin, i
     for (; e + kLanes<T> <= p.E; e += kLanes<T>) dot += load<T>(o + e) * load<T>(g + e);
     T delta = sum<T>(dot);
     for (; e < p.E; ++e) delta += o[e] * g[e];
-    shared.row_a[i] = lse[i] * static_cast<T>(kLog2e);
+    shared.row_a[i] = std::max(lse[i] * static_cast<T>(kLog2e), kLowest<T>);  // -inf where nothing was seen
     shared.row_b[i] = delta;
   }
 }

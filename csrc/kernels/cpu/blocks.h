@@ -58,12 +58,13 @@ class Prefetch {
   std::vector<Row> rows_;
   size_t next_ = 0;
 };
-constexpr int kPrefetchRows = 8;  // per register tile
+constexpr int kPrefetchRows = 3;  // per register tile: more at once wait for each other
 
-// What the queries of a block may see: keys with key_position <= limit and != own.
+// What the queries of a block may see: keys with key_position <= limit and, where nothing is causal, != own.
 template <class T>
 struct QueryRules {
   alignas(64) Int<T> limit[kQueries], own[kQueries];
+  bool any_own;
 };
 template <class T>
 constexpr Int<T> kNoKey = std::numeric_limits<int32_t>::max();  // the position of a key that nobody may see
@@ -73,7 +74,9 @@ constexpr Int<T> kEveryone = -1;  // ... that everybody may see, below any limit
 template <class T>
 RK_INLINE Vec<T> masked(Vec<T> score, Int<T> key_position, const QueryRules<T>& rules, int64_t j) {
   const IVec<T> key = splat_int<T>(key_position);
-  return (key <= load_int<T>(rules.limit + j)) & (key != load_int<T>(rules.own + j)) ? score : splat(kMasked<T>);
+  score = key <= load_int<T>(rules.limit + j) ? score : splat(kMasked<T>);
+  if (rules.any_own) score = key != load_int<T>(rules.own + j) ? score : splat(kMasked<T>);
+  return score;
 }
 
 // S^T = factor K Q^T (+ bias), masked; highest = max over the keys. Everything in units of log 2.
@@ -102,7 +105,7 @@ RK_NOINLINE void score_block(const T* K, int64_t k_stride, int keys, const T* QT
   });
 }
 
-// S^T -> exp2(S^T - highest), zero where masked; total += sum over the keys; then times drop, if there is dropout.
+// S^T -> exp2(S^T - highest), zero where masked (highest is far above kMasked); total += sum over the keys; then times drop, if there is dropout.
 template <class T>
 RK_NOINLINE void softmax_block(T* S, int keys, int64_t queries, const T* highest, T* total, const T* drop) {
   for (int64_t j = 0; j < queries; j += kLanes<T>) {
@@ -111,7 +114,7 @@ RK_NOINLINE void softmax_block(T* S, int keys, int64_t queries, const T* highest
     for (int i = 0; i < keys; ++i) {
       T* s = S + i * kQueries + j;
       const Vec<T> x = load<T>(s);
-      Vec<T> e = x <= splat(kMasked<T>) ? Vec<T>{} : exp2(x - top);  // NaN is not masked
+      Vec<T> e = exp2(x - top);
       sum += e;
       if (drop) e *= load<T>(drop + i * kQueries + j);
       store<T>(s, e);
@@ -155,7 +158,7 @@ RK_NOINLINE void gradient_block(T* P, T* S, int keys, int64_t queries, const T* 
       Vec<T> x = load<T>(P + at) * splat(factor_log2[i]);
       if (bias) x += load<T>(bias + at);
       x = masked<T>(x, key_position[i], rules, j);
-      const Vec<T> p = x <= splat(kMasked<T>) ? Vec<T>{} : exp2(x - l);
+      const Vec<T> p = exp2(x - l);
       const Vec<T> k = drop ? load<T>(drop + at) : splat(T(1));
       store<T>(P + at, p * k);
       store<T>(S + at, p * (load<T>(S + at) * k - d) * splat(factor[i]));

@@ -53,7 +53,7 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
   transpose_rows<T>(rows, s.Dp, count, p.D, s.QT);
   fill_rules<T>(p, u, position, count, s.rules);
   alignas(64) T highest[kQueries], total[kQueries] = {}, multiplier[kQueries];
-  std::fill(highest, highest + kQueries, kMasked<T>);
+  std::fill(highest, highest + kQueries, kLowest<T>);
 
   auto each_chunk = [&](auto&& f) {  // f(keys, their chunk, their first place in the window)
     int64_t place = 0;
@@ -78,7 +78,7 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
 
   T *row_max = shared.row_a, *row_sum = shared.row_b;
   for (int l = 0; l < kQueries; ++l) {
-    const T before = first || l >= count ? kMasked<T> : row_max[position[l]];
+    const T before = first || l >= count ? kLowest<T> : row_max[position[l]];
     highest[l] = std::max(highest[l], before);
     multiplier[l] = before - highest[l];
   }

@@ -3,20 +3,21 @@
 
 namespace rk::cpu::RK_ISA {
 
-// words[w][lane]: the four words of the counter (group, query_slot[lane], round, head).
+// words[w][lane]: the four words of the counter (group, query_slot[lane], round, head). Low and high halves of the
+// products are written apart, and the ten steps out, for the sake of the vectorizer.
 inline void philox(uint64_t seed, uint32_t group, const uint32_t* query_slot, uint32_t round, uint32_t head,
                    uint32_t (&words)[4][kQueries]) {
   for (int l = 0; l < kQueries; ++l) {
     uint32_t c0 = group, c1 = query_slot[l], c2 = round, c3 = head;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int i = 0; i < 10; ++i) {
-      const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
-      c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-      c1 = static_cast<uint32_t>(p1);
-      c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-      c3 = static_cast<uint32_t>(p0);
+    auto high = [](uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); };
+    auto step = [&](int) RK_LAMBDA {
+      const uint32_t m0 = 0xD2511F53u, m1 = 0xCD9E8D57u, h0 = high(c0, m0), h1 = high(c2, m1);
+      const uint32_t l0 = c0 * m0, l1 = c2 * m1;
+      c0 = h1 ^ c1 ^ k0, c1 = l1, c2 = h0 ^ c3 ^ k1, c3 = l0;
       k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
+    };
+    [&]<int... I>(std::integer_sequence<int, I...>) RK_LAMBDA { (step(I), ...); }(std::make_integer_sequence<int, 10>{});
     words[0][l] = c0, words[1][l] = c1, words[2][l] = c2, words[3][l] = c3;
   }
 }

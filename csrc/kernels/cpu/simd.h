@@ -37,6 +37,8 @@ constexpr int kRowPad = 16;   // buffers of rows are padded to a multiple of thi
 
 template <class T>
 constexpr T kMasked = T(-3e30);  // the score of a masked pair in units of log 2; far below any real one
+template <class T>
+constexpr T kLowest = T(-2e30);  // the maximum over no score: exp2(kMasked - kLowest) is 0
 
 template <class T>
 RK_INLINE Vec<T> load(const T* p) {
@@ -70,11 +72,10 @@ RK_INLINE T sum(Vec<T> x) {
   return s;
 }
 
-// 2^x for x <= 0, at least 2^-126; relative error 1.7e-7 in float (a degree 5 polynomial on [-1/2, 1/2]).
+// 2^x for x <= 0, and 0 below 2^-126; relative error 1.7e-7 in float (a degree 5 polynomial on [-1/2, 1/2]).
 RK_INLINE Vec<float> exp2(Vec<float> x) {
-  const Vec<float> given = x;
-  x = x < splat(-126.0f) ? splat(-126.0f) : x;
-  const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: the low bits of x + magic are round(x)
+  const auto underflows = x < splat(-126.0f);
+  const Vec<float> magic = splat(12583039.0f);  // 1.5 * 2^23 + 127: the low bits of x + magic are round(x) + 127
   const Vec<float> rounded = x + magic;
   x -= rounded - magic;
   Vec<float> p = splat(1.3264727197e-03f) * x + splat(9.6715126396e-03f);
@@ -82,8 +83,8 @@ RK_INLINE Vec<float> exp2(Vec<float> x) {
   p = p * x + splat(2.4022242085e-01f);
   p = p * x + splat(6.9314697760e-01f);
   p = p * x + splat(1.0f);
-  const Vec<float> power = (Vec<float>)((IVec<float>)p + ((IVec<float>)rounded << 23));
-  return given == given ? power : given;  // NaN stays NaN
+  p *= (Vec<float>)((IVec<float>)rounded << 23);  // NaN stays NaN
+  return underflows ? Vec<float>{} : p;
 }
 RK_INLINE Vec<double> exp2(Vec<double> x) {
   Vec<double> y;

@@ -126,10 +126,12 @@ bool own_allowed(const AttentionParams& p, const Unit& u, const PairRules<T>& ru
 template <class T>
 void fill_rules(const AttentionParams& p, const Unit& u, const int* position, int count, QueryRules<T>& rules) {
   const bool* padding = p.has(kMaskPaddedQueries) && p.padding ? p.padding + u.b * p.L + u.offset : nullptr;
+  rules.any_own = p.shared() && !p.has(kCausal);
   for (int l = 0; l < kQueries; ++l) {
     const bool dead = l >= count || position[l] >= p.n_queries - u.offset || (padding && padding[position[l]]);
-    rules.limit[l] = dead ? kEveryone<T> - 1 : p.has(kCausal) ? position[l] : kNoKey<T> - 1;
-    rules.own[l] = p.shared() && l < count ? position[l] : kEveryone<T> - 1;
+    // Causal: up to the own position, and with shared rows without it.
+    rules.limit[l] = dead ? kEveryone<T> - 1 : p.has(kCausal) ? position[l] - p.shared() : kNoKey<T> - 1;
+    rules.own[l] = l < count ? position[l] : kEveryone<T> - 1;
   }
 }
 
