@@ -68,10 +68,17 @@ void check_index(const char* name, const int32_t* index, int64_t size, int64_t l
                   " to ", high);
 }
 
-ScalarType compute_type(const Tensor& t) {
+rk::Element element_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "dtype must be float32 or float64");
-  return type;
+  if (type == ScalarType::BFloat16) return rk::Element::kBFloat16;
+  if (type == ScalarType::Half) return rk::Element::kFloat16;
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
+                  "dtype must be float32, float64, bfloat16 or float16");
+  return rk::Element::kSame;
+}
+
+ScalarType compute_type(const Tensor& t) {
+  return element_of(t) == rk::Element::kSame ? t.scalar_type() : ScalarType::Float;
 }
 
 // Calls f(kernels of the type); running out of memory becomes an error of torch's.
@@ -92,7 +99,8 @@ void hash_buckets(Tensor x, Tensor rotations, OptionalTensor padding, std::vecto
   STD_TORCH_CHECK(rotations.dim() == 5 && x.dim() == 4, "x must have 4 and rotations 5 dimensions");
   rk::HashParams p{};
   p.B = x.size(0), p.H = x.size(1), p.L = x.size(2), p.D = x.size(3), p.R = rotations.size(3);
-  p.x = rows("x", x, type, p.B, p.H, p.L, p.D);
+  p.element = element_of(x);
+  p.x = rows("x", x, x.scalar_type(), p.B, p.H, p.L, p.D);
   int64_t columns = 0, total = 1;
   for (int64_t f : factors) {
     STD_TORCH_CHECK(f >= 2 && f % 2 == 0 && total <= INT32_MAX / f,
@@ -129,7 +137,7 @@ int64_t bucket_order(Tensor buckets, OptionalTensor cu_seqlens, int64_t n_bucket
 
 struct Attention {
   rk::AttentionParams p{};
-  ScalarType type;
+  ScalarType type, rows_type;  // of the arithmetic, and of the rows
 };
 
 Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor& value, const OptionalTensor& order,
@@ -138,9 +146,10 @@ Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor
                     int64_t chunks_before, int64_t chunks_after, int64_t n_queries, double scale,
                     int64_t drop_threshold, double keep_factor, int64_t flags) {
   Attention a;
-  a.type = compute_type(query);
+  a.type = compute_type(query), a.rows_type = query.scalar_type();
   STD_TORCH_CHECK(query.dim() == 4 && value.dim() == 4, "query and value must have 4 dimensions");
   rk::AttentionParams& p = a.p;
+  p.element = element_of(query);
   p.B = query.size(0), p.H = query.size(1), p.L = query.size(2), p.D = query.size(3), p.E = value.size(3);
   p.R = order ? order->size(2) : 1;
   STD_TORCH_CHECK(chunk_length >= 1 && chunks_before >= 0 && chunks_after >= 0,
@@ -155,10 +164,10 @@ Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor
   p.chunks_before = std::min(chunks_before, widest), p.chunks_after = std::min(chunks_after, widest);
   p.n_queries = n_queries, p.flags = flags, p.scale = scale, p.keep_factor = keep_factor;
   p.drop_threshold = static_cast<uint32_t>(drop_threshold);
-  p.query = rows("query", query, a.type, p.B, p.H, p.L, p.D);
-  if (key) p.key = rows("key", *key, a.type, p.B, p.H, p.L, p.D);
+  p.query = rows("query", query, a.rows_type, p.B, p.H, p.L, p.D);
+  if (key) p.key = rows("key", *key, a.rows_type, p.B, p.H, p.L, p.D);
   if (key && !p.key.data) p.key.data = p.query.data;  // an empty tensor: no row of it is read
-  p.value = rows("value", value, a.type, p.B, p.H, p.L, p.E);
+  p.value = rows("value", value, a.rows_type, p.B, p.H, p.L, p.E);
   p.order = contiguous<int32_t>("order", order, ScalarType::Int, {p.B, p.H, p.R, p.L});
   if (p.order) check_index("order", p.order, p.B * p.H * p.R * p.L, p.L);
   p.buckets = contiguous<int32_t>("buckets", buckets, ScalarType::Int, {p.B, p.H, p.R, p.L});
@@ -194,7 +203,7 @@ Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor
 // out, lse and self_only, which forward writes and backward reads.
 void residuals(Attention& a, const Tensor& out, const Tensor& lse, const Tensor& self_only) {
   rk::AttentionParams& p = a.p;
-  p.out = rows("out", out, a.type, p.B, p.H, p.n_queries, p.E);
+  p.out = rows("out", out, a.rows_type, p.B, p.H, p.n_queries, p.E);
   p.lse = const_cast<char*>(contiguous<char>("lse", lse, a.type, {p.B, p.H, p.n_queries}));
   p.self_only = const_cast<bool*>(contiguous<bool>("self_only", self_only, ScalarType::Bool, {p.B, p.H, p.n_queries}));
 }
@@ -219,11 +228,11 @@ void chunk_attention_backward(RK_ATTENTION_PARAMETERS, Tensor grad_out, Tensor o
   Attention a = attention(RK_ATTENTION_ARGUMENTS);
   residuals(a, out, lse, self_only);
   rk::AttentionParams& p = a.p;
-  p.grad_out = rows("grad_out", grad_out, a.type, p.B, p.H, p.n_queries, p.E);
-  p.grad_query = rows("grad_query", grad_query, a.type, p.B, p.H, p.L, p.D);
+  p.grad_out = rows("grad_out", grad_out, a.rows_type, p.B, p.H, p.n_queries, p.E);
+  p.grad_query = rows("grad_query", grad_query, a.rows_type, p.B, p.H, p.L, p.D);
   STD_TORCH_CHECK(key.has_value() == grad_key.has_value(), "grad_key must be given exactly if key is");
-  if (grad_key) p.grad_key = rows("grad_key", *grad_key, a.type, p.B, p.H, p.L, p.D);
-  p.grad_value = rows("grad_value", grad_value, a.type, p.B, p.H, p.L, p.E);
+  if (grad_key) p.grad_key = rows("grad_key", *grad_key, a.rows_type, p.B, p.H, p.L, p.D);
+  p.grad_value = rows("grad_value", grad_value, a.rows_type, p.B, p.H, p.L, p.E);
   with_kernels(a.type, [&](const auto& k) { k.backward(a.p, threads()); });
 }
 

@@ -14,6 +14,9 @@ enum Flag : int64_t {  // in the order of backends/native.py
   kBucketAligned = 32,
 };
 
+// What tensors hold: the type that is computed with, or a half type beside float.
+enum class Element { kSame, kBFloat16, kFloat16 };
+
 // Rows of [B, H, L, width], the last dimension contiguous; strides in elements.
 struct Rows {
   void* data = nullptr;
@@ -25,6 +28,7 @@ struct Rows {
 };
 
 struct AttentionParams {
+  Element element;  // of all rows
   int64_t B, H, L, D, E, R, chunk_length, chunks_before, chunks_after, n_queries, flags;
   double scale;             // of query . key, where a shared row is scaled to a unit key
   double keep_factor;       // 1 / (1 - dropout), or 1 without dropout
@@ -50,9 +54,10 @@ struct AttentionParams {
 };
 
 struct HashParams {
+  Element element;  // of x
   int64_t B, H, L, D, R, n_factors;
   Rows x;
-  const void* rotations;  // [B|1, H|1, D, R * sum(factors) / 2], the element type of x
+  const void* rotations;  // [B|1, H|1, D, R * sum(factors) / 2], of the type computed with
   int64_t rotations_stride_b, rotations_stride_h;
   const int64_t* factors;  // [n_factors], even
   const bool* padding;     // [B, L] or null: these go to bucket prod(factors)

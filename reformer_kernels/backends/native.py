@@ -71,13 +71,12 @@ def not_supported_reasons(call: Call) -> list[str]:
     return reasons
 
 
-def _compute(x: Tensor) -> Tensor:
-    # The kernels compute in float32 or float64: half types are widened here, and rounded once at the end.
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What the kernels compute in: half types are widened and rounded inside them."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _rows(x: Tensor) -> Tensor:
-    x = _compute(x)
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -86,7 +85,7 @@ def hash_buckets(call: HashCall) -> Tensor:
     x = _rows(call.x)
     batch, heads, length, _ = x.shape
     buckets = torch.empty((batch, heads, rotations.shape[3], length), dtype=torch.int32, device=x.device)
-    _ops.hash_buckets(x, rotations.to(x.dtype).contiguous(), call.key_padding_mask, factors, buckets)
+    _ops.hash_buckets(x, rotations.to(_compute_dtype(x)).contiguous(), call.key_padding_mask, factors, buckets)
     return buckets
 
 
@@ -102,7 +101,7 @@ def _options(call: AttentionCall) -> tuple[Any, ...]:
     rules = call.rules
     attn_mask = call.attn_mask
     if attn_mask is not None and attn_mask.dtype != torch.bool:
-        attn_mask = attn_mask.to(torch.promote_types(call.query.dtype, torch.float32))
+        attn_mask = attn_mask.to(_compute_dtype(call.query))
     contiguous = lambda x: None if x is None else x.contiguous()  # noqa: E731
     flags = {
         "causal": call.causal,
@@ -135,10 +134,10 @@ def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     key = None if call.key is None else _rows(call.key)
     batch, heads = query.shape[:2]
     out = empty_rows(query, call.n_queries, value.shape[3])
-    lse = query.new_empty((batch, heads, call.n_queries))
+    lse = query.new_empty((batch, heads, call.n_queries), dtype=_compute_dtype(query))
     self_only = torch.empty_like(lse, dtype=torch.bool)
     _ops.chunk_attention_forward(query, key, value, *_options(call), out, lse, self_only)
-    return out.to(call.value.dtype), lse, self_only
+    return out, lse, self_only
 
 
 def chunk_attention_backward(
@@ -152,6 +151,4 @@ def chunk_attention_backward(
         query, key, value, *_options(call), _rows(grad_out), _rows(out), lse.contiguous(), self_only.contiguous(),
         grad_query, grad_key, grad_value,
     )  # fmt: skip
-    dtype = call.query.dtype
-    key_gradient = query.new_empty(0, dtype=dtype) if grad_key is None else grad_key.to(dtype)
-    return grad_query.to(dtype), key_gradient, grad_value.to(dtype)
+    return grad_query, query.new_empty(0) if grad_key is None else grad_key, grad_value

@@ -205,16 +205,20 @@ void backward_self_only(const AttentionParams& p, Shared<T>& shared) {
 }
 
 template <class T>
-void attention_backward(const AttentionParams& p, const Threads& threads) {
+void attention_backward(const AttentionParams& given, const Threads& threads) {
   using Scratch = BackwardScratch<T>;
-  for_each_unit<T, Scratch>(p, threads, [&](Shared<T>& shared, auto&& parallel) {
+  for_each_unit<T, Scratch>(given, threads, [&](Shared<T>& shared, auto&& parallel) {
     const Unit& u = shared.unit;
+    const auto gradients = {kGradQuery, kGradKey, kGradValue};
+    const AttentionParams p =
+        shared.half.widen(given, u, {kQueryRows, kKeyRows, kValueRows, kOutRows, kGradOut}, gradients, parallel);
     parallel(0, std::min(u.L, p.n_queries - u.offset),
              [&](Scratch&, int64_t begin, int64_t end) { backward_rows<T>(p, shared, begin, end); });
     for (int r = 0; r < u.R; ++r)
       parallel(u.round_begin[r], u.round_begin[r + 1],
                [&](Scratch& s, int64_t begin, int64_t end) { BackwardWalk<T>(p, shared, s, begin, end).run(); });
     if (p.shared()) backward_self_only<T>(p, shared);
+    shared.half.round(given, p, u, gradients, parallel);
   });
 }
 

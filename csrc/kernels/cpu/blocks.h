@@ -105,7 +105,8 @@ RK_NOINLINE void score_block(const T* K, int64_t k_stride, int keys, const T* QT
   });
 }
 
-// S^T -> exp2(S^T - highest), zero where masked (highest is far above kMasked); total += sum over the keys; then times drop, if there is dropout.
+// S^T -> exp2(S^T - highest), zero where masked (highest is far above kMasked); total += sum over the keys; then times
+// drop, if there is dropout.
 template <class T>
 RK_NOINLINE void softmax_block(T* S, int keys, int64_t queries, const T* highest, T* total, const T* drop) {
   for (int64_t j = 0; j < queries; j += kLanes<T>) {

@@ -164,12 +164,15 @@ void finish_self_only(const AttentionParams& p, Shared<T>& shared) {
 }
 
 template <class T>
-void attention_forward(const AttentionParams& p, const Threads& threads) {
-  for_each_unit<T, ForwardScratch<T>>(p, threads, [&](Shared<T>& shared, auto&& parallel) {
+void attention_forward(const AttentionParams& given, const Threads& threads) {
+  for_each_unit<T, ForwardScratch<T>>(given, threads, [&](Shared<T>& shared, auto&& parallel) {
+    const AttentionParams p =
+        shared.half.widen(given, shared.unit, {kQueryRows, kKeyRows, kValueRows}, {kOutRows}, parallel);
     for (int r = 0; r < shared.unit.R; ++r)
       parallel(shared.unit.round_begin[r], shared.unit.round_begin[r + 1],
                [&](ForwardScratch<T>& s, int64_t begin, int64_t end) { forward_chunks<T>(p, shared, s, begin, end); });
     if (p.shared()) finish_self_only<T>(p, shared);
+    shared.half.round(given, p, shared.unit, {kOutRows}, parallel);
   });
 }
 

@@ -53,7 +53,7 @@ void hash(const HashParams& p, const Threads& threads) {
       for (int i = 0; i < kQueries; ++i) {
         T* to = s.X + i * Dp;
         const int64_t d = i < count ? p.D : 0;
-        if (d) std::memcpy(to, p.x.at<T>(b, h, first + i), d * sizeof(T));
+        if (d) copy_row<T>(p.x, p.element, b, h, first + i, d, to);
         std::fill(to + d, to + Dp, T(0));
       }
       transpose_rows<T>(s.X, Dp, kQueries, p.D, s.XT);

@@ -17,7 +17,8 @@ inline void philox(uint64_t seed, uint32_t group, const uint32_t* query_slot, ui
       c0 = h1 ^ c1 ^ k0, c1 = l1, c2 = h0 ^ c3 ^ k1, c3 = l0;
       k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     };
-    [&]<int... I>(std::integer_sequence<int, I...>) RK_LAMBDA { (step(I), ...); }(std::make_integer_sequence<int, 10>{});
+    [&]<int... I>(std::integer_sequence<int, I...>)
+        RK_LAMBDA { (step(I), ...); }(std::make_integer_sequence<int, 10>{});
     words[0][l] = c0, words[1][l] = c1, words[2][l] = c2, words[3][l] = c3;
   }
 }

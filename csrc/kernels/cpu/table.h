@@ -4,6 +4,7 @@
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/blocks.h"
 #include "kernels/cpu/random.h"
+#include "kernels/cpu/half.h"
 #include "kernels/cpu/work.h"
 #include "kernels/cpu/forward.h"
 #include "kernels/cpu/backward.h"

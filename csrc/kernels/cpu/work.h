@@ -142,6 +142,7 @@ struct Shared {
   std::vector<int32_t> buckets;
   std::optional<PairRules<T>> rules;
   Buffer<T> row_a, row_b;  // [L] of state
+  HalfRows<T> half;
 
   void start(const AttentionParams& p, int64_t index) {
     make_unit(p, index, unit, buckets);
