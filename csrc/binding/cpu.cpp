@@ -119,7 +119,7 @@ void hash_buckets(Tensor x, Tensor rotations, OptionalTensor padding, std::vecto
   with_kernels(type, [&](const auto& k) { k.hash(p, threads()); });
 }
 
-// Returns how many buckets are out of range; then the order is not to be used.
+// Returns how many rows have a bucket out of range; then the order is not to be used.
 int64_t bucket_order(Tensor buckets, OptionalTensor cu_seqlens, int64_t n_buckets, Tensor order) {
   STD_TORCH_CHECK(buckets.dim() == 4, "buckets must have 4 dimensions");
   STD_TORCH_CHECK(n_buckets >= 1, "n_buckets must be at least 1, got ", n_buckets);

@@ -36,7 +36,7 @@ const Kernels* kernels_avx512();
 const Kernels& kernels();
 bool select(const char* isa);
 
-// Stable counting sort of every row; returns the number of buckets that are not in [0, n_buckets).
+// Stable counting sort of every row; returns how many rows have a bucket that is not in [0, n_buckets).
 int64_t bucket_order(const OrderParams&, const Threads&);
 
 }  // namespace rk::cpu
