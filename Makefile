@@ -1,12 +1,13 @@
 TORCH := 2.14.1
 BIN := .venv/bin
 ARGS ?=
+SECONDS ?= 60
 OUT ?= gpu_check_out
 CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 SANITIZE := -std=c++20 -O1 -g -Wall -Icsrc -fno-math-errno -fno-trapping-math -Wno-psabi \
             -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
 
-.PHONY: help build test lint format demo bench sanitize gpu-check clean
+.PHONY: help build test lint format demo bench sanitize fuzz gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -41,6 +42,9 @@ demo: build  ## the main job: speed against torch SDPA, then training on real te
 
 bench: build  ## measure against the peers
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+fuzz: build  ## run random shapes, rules and strides against the oracle (SECONDS=60)
+	$(BIN)/python -m tests.test_random $(SECONDS)
 
 HARNESS_OBJECTS := $(patsubst %.cpp,build/sanitize/%.o,$(notdir $(wildcard csrc/kernels/cpu/*.cpp)) harness.cpp)
 vpath %.cpp csrc/kernels/cpu tests/native

@@ -1,10 +1,17 @@
-"""Random cases, drawn by hypothesis, against the float64 oracle."""
+"""Random shapes, rules and strides, drawn by hypothesis, against the float64 oracle.
 
+``python -m tests.test_random SECONDS`` goes on with new seeds for that long (``make fuzz``).
+"""
+
+import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import reformer_kernels as rk
 from reformer_kernels import testing
@@ -20,13 +27,25 @@ RULES = st.builds(
 )
 
 
+# The same values with other strides: every layout that a view of torch can have with contiguous rows, and one without.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "wider rows": lambda x: torch.nn.functional.pad(x, (1, 2))[..., 1:-2],
+    "every other row": lambda x: x.repeat_interleave(2, dim=2)[:, :, ::2],
+    "one head expanded": lambda x: x[:, :1].expand(x.shape),
+    "columns apart": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[Any, torch.dtype]:
     integer = lambda low, high: draw(st.integers(low, high))  # noqa: E731
     batch, heads, length = integer(1, 2), integer(1, 3), integer(1, 90)
     generator = torch.Generator().manual_seed(integer(0, 2**32))
     normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    q, v = normal(batch, heads, length, integer(1, 20)), normal(batch, heads, length, integer(1, 20))
+    layout = lambda x: LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](x)  # noqa: E731
+    q, v = (layout(normal(batch, heads, length, integer(1, 20))) for _ in range(2))
     options: dict[str, Any] = {
         "n_hashes": integer(1, 4),
         "n_buckets": draw(st.sampled_from([2, 6, [4, 6], 300])),
@@ -53,12 +72,38 @@ def calls(draw: st.DrawFn) -> tuple[Any, torch.dtype]:
     if draw(st.booleans()):
         mask = normal(batch, 1, options.get("num_queries", length), length)
         options["attn_mask"] = mask if draw(st.booleans()) else mask > 0
-    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
     return testing.capture(rk.lsh_attention, q, v, **options), dtype
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(calls())
-def test_random_calls(case: tuple[Any, torch.dtype]) -> None:
+def check(case: tuple[Any, torch.dtype]) -> None:
     call, dtype = case
     testing.assert_matches_oracle(call, dtype, "cpu")
+
+
+HEALTHY = settings(deadline=None, suppress_health_check=list(HealthCheck))
+test_random_calls = settings(HEALTHY, max_examples=150, derandomize=True)(given(calls())(check))
+
+
+def fuzz(budget: float) -> int:
+    """Runs new cases for ``budget`` seconds, hypothesis shrinking what fails; returns how many."""
+    examples, round_number, start = 0, 0, time.monotonic()
+    first_seed = time.time_ns()
+
+    def counted(case: tuple[Any, torch.dtype]) -> None:
+        nonlocal examples
+        examples += 1
+        check(case)
+
+    while time.monotonic() - start < budget:
+        # without the database, so that a round does not begin with the last one's examples
+        run = settings(HEALTHY, max_examples=50, database=None)(given(calls())(counted))
+        seed(first_seed + round_number)(run)()
+        round_number += 1
+    return examples
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # the cases are small
+    torch.use_deterministic_algorithms(True)  # torch.empty gives NaN, as in the tests
+    print(f"{fuzz(float(sys.argv[1]))} cases passed, 0 failed")
