@@ -1,1 +1,1 @@
-"""Measurements: benchmark cases, providers and the check of a GPU machine."""
+"""Measurements: ``python -m benchmarks.run`` (cases, providers, kernels) and the check of a GPU machine."""

@@ -1,123 +1,179 @@
-"""``python -m benchmarks.run``: forward and backward of one attention layer beside its peers, in one process.
+"""``python -m benchmarks.run``: our kernels beside their peers, and beside another revision (``--base``).
 
-The correctness gate goes first: a case is timed only if our outputs and gradients agree with the float64 oracle.
-Runs of the providers are interleaved, and medians reported.
+A case is timed only after our outputs and gradients agreed with the float64 oracle. Runs of the providers are
+interleaved in one process and medians reported; peak memory comes from a fresh process per provider.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import json
-import os
-import platform
-import statistics
 import sys
-import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import reformer_kernels as rk
-from reformer_kernels import testing
-from reformer_kernels.backends import native
+from . import gate, kernels, report
+from .base import Pair, checked_out, resolve
+from .cases import SUITES, Case, Suite
+from .machine import available_bytes, environment, fma_peak
+from .memory import measure_in_fresh_process
+from .providers import PROVIDERS, SAME_FUNCTION
+from .timing import Timer, build, interleaved, provider_spec
 
-from .cases import SUITES, Case
-from .providers import PROVIDERS, SAME_FUNCTION, Layer
-
-
-def inputs(case: Case) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    width = case.heads * case.head_dim
-    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    tensors = [normal(case.batch, case.length, width), *(normal(width, width) / width**0.5 for _ in range(2))]
-    return [t.requires_grad_() for t in tensors]
+Row = dict[str, Any]
 
 
-def step(layer: Layer, tensors: list[Tensor]) -> list[Tensor]:
-    out = layer(*tensors)
-    return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out))]
+def reason_to_skip(name: str, target: str, case: Case, gflops: float, max_seconds: float) -> str | None:
+    """Why a provider is not measured on a case; None if it is."""
+    provider = PROVIDERS[name]
+    if provider.backend and provider.backend not in kernels.backends_available():
+        return f"no backend {provider.backend}"
+    if (provider.attention if target == "attention" else provider.layer) is None:
+        return f"has no {target}"
+    cost = provider.cost(case)
+    if (seconds := cost.flop / gflops * 1e-9) > max_seconds:
+        return f"too slow: an estimated {seconds:.0f} s"
+    if cost.bytes > 0.9 * available_bytes():
+        return f"too big: an estimated {cost.bytes / 2**30:.0f} GB"
+    return None
 
 
-def gate(case: Case) -> None:
-    """Raises AssertionError unless outputs and gradients of one head are within the tests' tolerance of the oracle."""
-    generator = torch.Generator().manual_seed(0)
-    query_key, value = torch.randn(2, 1, 1, case.length, case.head_dim, generator=generator)
-    options = {"causal": True, "n_hashes": case.n_hashes, "chunk_length": case.chunk_length}
-    call = testing.capture(rk.lsh_attention, query_key, value, **options)
-    testing.assert_matches_oracle(call, torch.float32, "cpu")
-
-
-def distance(case: Case, layers: dict[str, Layer]) -> float:
-    """The largest relative norm by which outputs and gradients of the two layers of the same function differ.
-
-    Not a gate: a hash that rounds to another bucket moves the chunk borders of its neighbours.
-    """
-    pairs = zip(*(step(layers[name], inputs(case)) for name in SAME_FUNCTION), strict=True)
-    return max(float((a - b).detach().norm() / b.detach().norm()) for a, b in pairs)
-
-
-def time_case(case: Case, layers: dict[str, Layer], repeats: int) -> dict[str, dict[str, float]]:
-    tensors = inputs(case)
-    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "both": []} for name in layers}
-    for _ in range(repeats):
-        for name, layer in layers.items():
-            start = time.perf_counter()
-            with torch.no_grad():
-                layer(*tensors)
-            middle = time.perf_counter()
-            step(layer, tensors)
-            times[name]["forward"].append(middle - start)
-            times[name]["both"].append(time.perf_counter() - middle)
-    return {name: {key: statistics.median(values) for key, values in t.items()} for name, t in times.items()}
-
-
-def environment() -> dict[str, Any]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "?",
-    )
-    return {
-        "reformer_kernels": rk.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": native.build_info().get("isa_in_use"),
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--suite", choices=SUITES, default="default", help="the cases to run")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of each provider (default 3)")
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
-    options = parser.parse_args()
-    results: list[dict[str, Any]] = []
-    env = environment()
-    print(", ".join(f"{k} {v}" for k, v in env.items()))
-    for case in SUITES[options.suite]:
-        layers = {name: provide(case) for name, provide in PROVIDERS.items()}
+def measure_case(case: Case, target: str, suite: Suite, gflops: float, options: argparse.Namespace) -> Row:
+    """Interleaved times of all providers of a suite."""
+    timers: dict[str, Timer] = {}
+    row: Row = {"case": vars(case), "target": target, "seconds": {}, "skipped": {}}
+    for name in suite.providers:
+        reason = reason_to_skip(name, target, case, gflops, options.max_seconds)
+        if reason:
+            row["skipped"][name] = reason
+            continue
         try:
-            gate(case)
+            timers[name] = build(provider_spec(name, target, case))
+        except ImportError as error:
+            row["skipped"][name] = str(error)
+    row["seconds"] = interleaved(timers, options.repeats)
+    if target == "layer" and all(name in timers for name in SAME_FUNCTION):
+        row["distance"] = gate.distance(case.shorter(4096))
+    return row
+
+
+def compare_with_base(case: Case, target: str, pair: Pair, repeats: int) -> Row:
+    times = interleaved(pair.timers(provider_spec("ours", target, case)), repeats)
+    ratios = {f"ratio_{part}": times["now"][part] / times["base"][part] for part in ("forward", "both")}
+    return {**times, **ratios}
+
+
+def measure_memory(case: Case, target: str, suite: Suite, gflops: float, options: Any, base: Path | None) -> list[Row]:
+    rows: list[Row] = []
+    for name in suite.providers:
+        if reason_to_skip(name, target, case, gflops, options.max_seconds) is None:
+            measured = measure_in_fresh_process(name, target, case)
+            rows.append({"case": vars(case), "target": target, "provider": name, **measured})
+            if name == "ours" and base:
+                measured = measure_in_fresh_process(name, target, case, base)
+                rows.append({"case": vars(case), "target": target, "provider": "ours, base", **measured})
+    return rows
+
+
+def run(suite: Suite, options: argparse.Namespace, pair: Pair | None) -> Row:
+    """All measurements of a suite, printed as they come.
+
+    Raises:
+        AssertionError: the correctness gate.
+    """
+    env = environment()
+    print(", ".join(f"{key} {value}" for key, value in env.items()), flush=True)
+    if env["busy_cores"] > 0.2:  # each parallel region then waits for a time slice of the scheduler, about 8 ms
+        print(f"WARNING: other processes keep {env['busy_cores']} cores busy: all times are suspect", flush=True)
+    threads = torch.get_num_threads()
+    peaks = fma_peak(1, threads)
+    print("float32 multiply-add peak, GFLOP/s by threads:", peaks or "not measured, no C++ compiler", flush=True)
+    gflops = peaks.get(str(threads), 50.0 * threads)  # for estimates only
+    results: Row = {"suite": options.suite, "environment": env, "fma_peak_gflops": peaks}
+    results |= {"cases": [], "memory": [], "kernels": []}
+
+    def note(key: str, row: Row) -> None:
+        results[key].append(row)
+        print(report.line(key, row), flush=True)
+
+    for case in suite.cases:
+        checked = [name for name in suite.providers if name.startswith("ours")]
+        verdicts = {name: gate.check_provider(name, case) for name in checked}
+        print(f"\n{case}: {'; '.join(verdicts.values())}", flush=True)
+        for target in suite.targets:
+            row = measure_case(case, target, suite, gflops, options) | {"gate": verdicts}
+            if pair:
+                row["base"] = compare_with_base(case, target, pair, options.repeats)
+            note("cases", row)
+    for case in suite.memory:
+        if case not in suite.cases:
+            print(f"\n{case}: {gate.check_provider('ours', case)}", flush=True)
+        for target in suite.targets:
+            for row in measure_memory(case, target, suite, gflops, options, pair.base_tree if pair else None):
+                note("memory", row)
+    if suite.kernels:
+        counts = list(dict.fromkeys((1, threads)))
+        for row in kernels.measure_variants(suite.kernels, counts, peaks, options.repeats, pair):
+            note("kernels", row)
+        results["hash_and_sort"], results["calls"] = [], []
+        for count in counts:
+            note("hash_and_sort", kernels.hash_and_sort(kernels.HASH_LENGTH[suite.kernels], count))
+        for row in kernels.calls():
+            note("calls", row)
+    return results
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=SUITES, default="default", help="what to measure (default: default)")
+    parser.add_argument("--providers", help=f"only these, separated by semicolons, of: {'; '.join(PROVIDERS)}")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved runs of each (default 5; 1 above 20 s)")
+    parser.add_argument("--max-seconds", type=float, default=600, help="skip what is estimated to take longer a run")
+    parser.add_argument("--base", metavar="REV", help="also build and measure this revision, and print now / base")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {options.repeats}")
+    if options.base:
+        try:
+            options.base = resolve(options.base)
+        except RuntimeError as error:
+            parser.error(f"--base: {error}")
+    if options.providers:
+        options.providers = tuple(name.strip() for name in options.providers.split(";"))
+        if unknown := set(options.providers) - set(PROVIDERS):
+            parser.error(f"--providers: unknown {sorted(unknown)}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    suite = SUITES[options.suite]
+    if options.providers:
+        suite = replace(suite, providers=options.providers)
+    with contextlib.ExitStack() as stack:
+        pair = None
+        if options.base:
+            print(f"building {options.base[:12]} ...", flush=True)
+            pair = Pair(stack.enter_context(checked_out(options.base)))
+            stack.callback(pair.close)
+        try:
+            results = run(suite, options, pair)
         except AssertionError as error:
             sys.exit(f"correctness gate: {error}")
-        times = time_case(case, layers, options.repeats)
-        off = distance(case, layers)
-        print(
-            f"\n{case}: seconds, and how many times as long as ours ({' and '.join(SAME_FUNCTION)} differ by {off:.1e})"
-        )
-        for name, t in times.items():
-            ratio = t["both"] / times["ours"]["both"]
-            print(f"  {name:<18} forward {t['forward']:8.4f}   forward+backward {t['both']:8.4f}   {ratio:6.2f}")
-        bare = times["projections alone"]["both"]
-        for name in PROVIDERS:
-            if name not in ("ours", "projections alone"):
-                ratio = (times[name]["both"] - bare) / (times["ours"]["both"] - bare)
-                print(f"  without the projections that both contain, {name} takes {ratio:.1f} times as long")
-        results.append({"case": vars(case), "seconds": times, "distance": off})
+    if options.base:
+        results["base"] = options.base
+    print("\n" + report.markdown(results))
     if options.out:
-        options.out.write_text(json.dumps({"environment": env, "results": results}, indent=1))
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""The kernels by themselves: variants of the attention op as data, their timer and their useful work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import reformer_kernels as rk
+from reformer_kernels._calls import AttentionCall
+from reformer_kernels.backends import native
+
+from .gate import recorded
+
+BACKEND = "cpu"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One call of chunk_attention, causal. ``key``: "shared", "separate" (sorted by the queries' hashes) or "local"."""
+
+    name: str
+    length: int = 4096
+    heads: int = 8
+    head_dim: int = 64
+    chunk_length: int = 64
+    n_hashes: int = 4
+    chunks_after: int = 0
+    key: str = "shared"
+    alignment: str = "ring"
+    padded: bool = False  # an eighth of the keys
+    dropout_p: float = 0.0
+    rules: str = "trax"
+    dtype: str = "float32"
+
+    @property
+    def rounds(self) -> int:
+        return 1 if self.key == "local" else self.n_hashes
+
+    @property
+    def token_head_rounds(self) -> int:
+        return self.heads * self.length * self.rounds
+
+    @property
+    def window_keys(self) -> int:
+        return (1 + 1 + self.chunks_after) * self.chunk_length
+
+    def shorter(self, length: int) -> Variant:
+        """The variant that the gate checks: fewer heads, and no longer than the length plus the ragged rest."""
+        rest = self.length % self.chunk_length
+        return replace(self, heads=min(self.heads, 2), length=min(self.length, length + rest))
+
+
+def forward_flop(v: Variant) -> float:
+    """Of a token, head and round: a product with each key and one with each value of the window, whole as in the paper.
+
+    Masked pairs count (hashing scatters them over the window), windows that are cut short count as whole.
+    """
+    return 2 * (v.head_dim + v.head_dim) * v.window_keys
+
+
+def backward_flop(v: Variant) -> float:
+    """Five products: the scores again, the gradients of query and key (D wide), of value and of the weights (E)."""
+    return 2 * (3 * v.head_dim + 2 * v.head_dim) * v.window_keys
+
+
+def make_call(v: Variant) -> AttentionCall:
+    """The attention call, as the public function makes it."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, v.dtype)
+    shape = (1, v.heads, v.length, v.head_dim)
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    options: dict[str, Any] = {
+        "causal": True, "chunk_length": v.chunk_length, "chunks_after": v.chunks_after, "backend": BACKEND,
+        "dropout_p": v.dropout_p, "dropout_seed": torch.tensor([3]) if v.dropout_p else None,
+    }  # fmt: skip
+    if v.padded:
+        options["key_padding_mask"] = torch.rand(1, v.length, generator=generator) < 0.125
+    if v.key == "local":
+        return recorded(lambda: rk.local_attention(query, key, value, **options))[0]
+    if v.alignment != "ring":
+        options["n_buckets"] = 2 * max(1, v.length // v.chunk_length // 2)
+    options |= {"n_hashes": v.n_hashes, "alignment": v.alignment, "rules": getattr(rk.AttentionRules, v.rules)()}
+    call = recorded(lambda: rk.lsh_attention(query, value, **options))[0]
+    return call._replace(key=key, scale=v.head_dim**-0.5) if v.key == "separate" else call
+
+
+def kernel_timer(variant: Variant, threads: int) -> Callable[[], dict[str, float]]:
+    """Seconds of the forward and of the backward op, called below torch's dispatcher."""
+    call = make_call(variant)
+    grad_out = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(1)).to(call.value.dtype)
+
+    def run() -> dict[str, float]:
+        previous = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            start = time.perf_counter()
+            results = native.chunk_attention(call)
+            middle = time.perf_counter()
+            native.chunk_attention_backward(call, grad_out, *results)
+            end = time.perf_counter()
+        finally:
+            torch.set_num_threads(previous)
+        return {"forward": middle - start, "backward": end - middle}
+
+    return run
+
+
+VARIANTS: dict[str, list[Variant]] = {
+    "default": [
+        Variant("plain"),
+        Variant("D 128, C 256, H 2", heads=2, head_dim=128, chunk_length=256),
+        Variant("bucket alignment", alignment="bucket"),
+        Variant("ragged", length=4096 + 37),
+        Variant("key padding", padded=True),
+        Variant("local, separate key", key="local"),
+        Variant("LSH, separate key", key="separate"),
+        Variant("chunks_after=1", chunks_after=1),
+        Variant("dropout 0.1", dropout_p=0.1),
+        Variant("bfloat16", dtype="bfloat16"),
+        Variant("float16", dtype="float16"),
+        Variant("paper rules", rules="paper"),
+    ],
+    "small": [
+        Variant("plain", length=256, heads=2, head_dim=16, n_hashes=2),
+        Variant("ragged local", length=300, heads=2, head_dim=16, key="local"),
+    ],
+}

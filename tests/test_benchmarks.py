@@ -1,0 +1,141 @@
+"""The benchmark command: its results, its gate and its counting. Nothing here depends on how long something takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import base, gate, report, run, timing
+from benchmarks.cases import SUITES, Case
+from benchmarks.kernel_cases import VARIANTS, Variant, backward_flop, forward_flop
+from benchmarks.providers import PROVIDERS, inputs
+from reformer_kernels.backends import native
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--suite", "tiny", "--repeats", "1"]
+needs_cpu_kernels = pytest.mark.skipif("error" in native.build_info(), reason="no CPU kernels")
+
+
+def command(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@needs_cpu_kernels
+def test_the_command_writes_results_that_can_be_reported(tmp_path):
+    out = tmp_path / "results" / "tiny.json"
+    ran = command("benchmarks.run", *TINY, "--providers", "ours; torch SDPA", "--out", str(out))
+    assert ran.returncode == 0, ran.stderr
+    results = json.loads(out.read_text())
+    assert {"revision", "date", "torch", "cpu", "cores", "isa"} <= results["environment"].keys()
+    suite = SUITES["tiny"]
+    assert [(Case(**row["case"]), row["target"]) for row in results["cases"]] == [
+        (case, target) for case in suite.cases for target in suite.targets
+    ]
+    for row in results["cases"]:
+        assert "agrees with the float64 oracle" in row["gate"]["ours"]
+        assert row["seconds"].keys() == {"ours", "torch SDPA"}
+        assert {"forward", "both", "repeats", "runs"} <= row["seconds"]["ours"].keys()
+    assert [row["provider"] for row in results["memory"]] == ["ours", "torch SDPA"]
+    assert all(row["extra_bytes"] >= 0 for row in results["memory"])
+    assert [row["variant"]["name"] for row in results["kernels"]] == [v.name for v in VARIANTS["small"]]
+    assert all({"seconds", "ns", "gflops"} <= row["backward"].keys() for row in results["kernels"])
+    assert results["hash_and_sort"] and results["calls"]
+
+    reported = command("benchmarks.report", str(out))
+    assert reported.returncode == 0, reported.stderr
+    assert reported.stdout.strip() in ran.stdout
+    assert "| torch SDPA takes |" in reported.stdout
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("wrong", ["kernel", "backward kernel", "provider"])
+def test_a_wrong_result_stops_the_run_before_any_time_is_taken(monkeypatch, wrong):
+    monkeypatch.setattr(run, "fma_peak", lambda *threads: {})
+    monkeypatch.setattr(run, "interleaved", lambda *arguments: pytest.fail("timed on a red gate"))
+    if wrong == "provider":
+        doubled = lambda case: lambda query_key, value: ours(case)(query_key, value) * (1 + 1e-6)  # noqa: E731
+        ours = PROVIDERS["ours"].attention
+        monkeypatch.setitem(PROVIDERS, "ours", run.replace(PROVIDERS["ours"], attention=doubled))
+    else:
+        name = "chunk_attention" if wrong == "kernel" else "chunk_attention_backward"
+        right = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a: (right(*a)[0] * 1.001, *right(*a)[1:]))
+    with pytest.raises(SystemExit, match="correctness gate"):
+        run.main([*TINY, "--providers", "ours"])
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_every_provider_gives_an_output_and_gradients_or_has_no_such_target(name):
+    torch.use_deterministic_algorithms(False)  # the peers' gathers have no deterministic backward
+    case = Case(128, heads=2, head_dim=16)
+    for target in ("attention", "layer"):
+        function = PROVIDERS[name].make(target, case)
+        tensors, grad_out = inputs(target, case)
+        if function is None:
+            continue
+        out, *grads = gate.step(function, tensors, grad_out)
+        assert out.shape == grad_out.shape and out.isfinite().all()
+        assert [g.shape for g in grads] == [t.shape for t in tensors]
+
+
+def test_the_layer_of_hugging_face_is_ours():
+    assert gate.distance(Case(128, heads=2, head_dim=16)) < 1e-4
+
+
+def test_useful_work_by_hand():
+    plain = Variant("plain", length=100, heads=3, head_dim=64, chunk_length=64, n_hashes=4)
+    # 128 keys, each a product of 64 terms with the query's row and one with the weight: 2 * 64 * 2 * 128.
+    assert forward_flop(plain) == 32768 == 8 * 64 * 64
+    assert backward_flop(plain) == 81920  # five products instead of two
+    assert plain.token_head_rounds == 1200
+    assert Variant("local", length=100, heads=3, key="local").token_head_rounds == 300
+    assert forward_flop(Variant("after", chunks_after=1)) == 49152  # 192 keys
+
+
+def test_runs_are_interleaved_and_a_slow_one_is_not_repeated():
+    order = []
+
+    def timer(name, seconds):
+        return lambda: order.append(name) or {"both": seconds + len(order)}
+
+    times = timing.interleaved({"a": timer("a", 0.0), "slow": timer("slow", 100.0), "b": timer("b", 0.0)}, 3)
+    assert order == ["a", "slow", "b", "a", "b", "a", "b", "a", "b"]
+    assert times["a"]["both"] == 6.0 and times["a"]["repeats"] == 3
+    assert times["slow"]["both"] == 102.0 and times["slow"]["repeats"] == 1
+
+
+def test_what_would_take_too_long_is_skipped_with_a_reason():
+    reason = lambda *a: run.reason_to_skip(*a, gflops=100.0, max_seconds=60.0)  # noqa: E731
+    assert "too slow" in reason("torch SDPA", "attention", Case(2**20))
+    assert "too big" in reason("Hugging Face", "layer", Case(2**17, batch=100, head_dim=1, n_hashes=1))
+    assert reason("Hugging Face", "attention", Case(1024)) == "has no attention"
+    assert reason("ours", "attention", Case(2**16)) is None
+
+
+def test_base_is_a_commit(monkeypatch, capsys):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    asked = []
+    monkeypatch.setattr(base, "git", lambda *arguments: asked.append(arguments) or commit)
+    assert run.parse([*TINY, "--base", "HEAD"]).base == commit
+    assert asked == [("rev-parse", "--verify", "HEAD^{commit}")]
+    monkeypatch.undo()
+    with pytest.raises(SystemExit):
+        run.parse([*TINY, "--base", "no-such-revision"])
+    assert "--base: " in capsys.readouterr().err
+
+
+def test_arguments_out_of_range_are_refused(capsys):
+    for arguments in (["--repeats", "0"], ["--providers", "nobody"], ["--suite", "nonsense"]):
+        with pytest.raises(SystemExit):
+            run.parse(arguments)
+        assert arguments[1] in capsys.readouterr().err
+
+
+def test_numbers_in_tables():
+    assert [report.length_name(n) for n in (1024, 65536, 2**20, 100)] == ["1K", "64K", "1M", "100"]
+    assert [report.number(x) for x in (0.0571, 1.234, 12.3, 123.4)] == ["0.057", "1.2", "12", "123"]
