@@ -157,7 +157,31 @@ def _no_double_backward(ctx: Any, *_: Any) -> Any:
     )
 
 
-torch.library.register_autograd(f"{NAMESPACE}::chunk_attention", _backward, setup_context=_setup_context, lib=_library)
+class _AttentionBelow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keys: DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _below_autograd(keys, *args)
+        _setup_context(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return (None, *_backward(ctx, *grads))
+
+
+def _below_autograd(keys: DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _attention_op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def _attention_autograd(keys: DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    # What register_autograd makes of _setup_context and _backward, less its look at the schema in every forward, which
+    # costs more than the rest of the dispatch.
+    tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+    return _AttentionBelow.apply(keys, *args) if tracked else _below_autograd(keys, *args)
+
+
+_library.impl("chunk_attention", _attention_autograd, "Autograd", with_keyset=True)
 torch.library.register_autograd(
     f"{NAMESPACE}::chunk_attention_backward", _no_double_backward, setup_context=_nothing_to_save, lib=_library
 )

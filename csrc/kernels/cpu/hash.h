@@ -34,17 +34,15 @@ RK_NOINLINE void add_digit(const T* y, int64_t half, int64_t radix, Int<T>* buck
 
 template <class T>
 void hash(const HashParams& p, const Threads& threads) {
-  int64_t columns = 0, total = 1, widest = 0;
-  for (int64_t f = 0; f < p.n_factors; ++f) {
-    columns += p.factors[f] / 2, total *= p.factors[f], widest = std::max(widest, p.factors[f] / 2);
-  }
+  int64_t columns = 0, total = 1;
+  for (int64_t f = 0; f < p.n_factors; ++f) columns += p.factors[f] / 2, total *= p.factors[f];
   const int64_t stride = p.R * columns, Dp = round_up(p.D, kRowPad);
   const int64_t blocks = (p.L + kQueries - 1) / kQueries, tasks = p.B * p.H * blocks;
   struct Scratch {
     Buffer<T> X, XT, y;
   };
   std::vector<Scratch> scratch(threads.count);
-  for (auto& s : scratch) s.X.resize(kQueries * Dp), s.XT.resize(Dp * kQueries), s.y.resize(widest * kQueries);
+  for (auto& s : scratch) s.X.resize(kQueries * Dp), s.XT.resize(Dp * kQueries), s.y.resize(columns * kQueries);
   threads.for_each_worker([&](int w) {
     Scratch& s = scratch[w];
     for (int64_t task = tasks * w / threads.count; task < tasks * (w + 1) / threads.count; ++task) {
@@ -60,12 +58,11 @@ void hash(const HashParams& p, const Threads& threads) {
       const T* rotations = static_cast<const T*>(p.rotations) + b * p.rotations_stride_b + h * p.rotations_stride_h;
       for (int64_t r = 0; r < p.R; ++r) {
         alignas(64) Int<T> bucket[kQueries] = {};
-        int64_t column = r * columns, radix = 1;
+        project<T>(rotations + r * columns, columns, stride, s.XT, p.D, s.y);
+        int64_t column = 0, radix = 1;
         for (int64_t f = 0; f < p.n_factors; ++f) {
-          const int64_t half = p.factors[f] / 2;
-          project<T>(rotations + column, half, stride, s.XT, p.D, s.y);
-          add_digit<T>(s.y, half, radix, bucket);
-          column += half, radix *= p.factors[f];
+          add_digit<T>(s.y + column * kQueries, p.factors[f] / 2, radix, bucket);
+          column += p.factors[f] / 2, radix *= p.factors[f];
         }
         int32_t* to = p.buckets + (head * p.R + r) * p.L + first;
         for (int i = 0; i < count; ++i) {
