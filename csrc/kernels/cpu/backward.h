@@ -14,9 +14,11 @@ struct BackwardScratch {
   Buffer<T> Q, dO, QT, OT, P, S, bias, drop;
   std::vector<int> position;
   QueryRules<T> rules;
+  PairLanes<T> lanes;
   Prefetch<T> prefetch;
 
-  explicit BackwardScratch(const AttentionParams& p) : Dp(round_up(p.D, kRowPad)), Ep(round_up(p.E, kRowPad)) {
+  explicit BackwardScratch(const AttentionParams& p)
+      : Dp(round_up(p.D, kRowPad)), Ep(round_up(p.E, kRowPad)), lanes(p) {
     const int64_t C = max_chunk(p);
     chunks.resize(p.chunks_before + 1 + p.chunks_after);
     for (auto& c : chunks) c.resize(C, Dp, Ep, true);
@@ -94,6 +96,7 @@ class BackwardWalk {
     transpose_rows<T>(Q, s_.Dp, count, p_.D, s_.QT);
     transpose_rows<T>(s_.dO, s_.Ep, count, p_.E, s_.OT);
     fill_rules<T>(p_, u_, position, count, s_.rules);
+    shared_.rules->lanes(position, count, s_.lanes);
     alignas(64) T lse[kQueries], delta[kQueries];
     for (int l = 0; l < kQueries; ++l) {
       const bool real = l < count && position[l] < n_queries_;
@@ -114,7 +117,7 @@ class BackwardWalk {
       if (p_.dropout()) dropout_block<T>(p_, u_, chunk.start + block, place, keys.count, drop = s_.drop);
       const T* bias = nullptr;
       if (shared_.rules->any()) {
-        shared_.rules->block(round, position, count, queries, keys, k, s_.bias);
+        shared_.rules->block(round, position, count, queries, s_.lanes, keys, k, s_.bias);
         bias = s_.bias;
       }
       product_block<T>(keys.K, s_.Dp, 1, keys.count, s_.QT, kQueries, p_.D, queries, s_.P, kQueries, false,

@@ -9,9 +9,10 @@ struct ForwardScratch {
   std::vector<ChunkRows<T>> chunks;  // the window of the current chunk: chunk i lies in place i modulo its size
   Buffer<T> Q, QT, S, O, bias, drop;
   QueryRules<T> rules;
+  PairLanes<T> lanes;
   Prefetch<T> prefetch;
 
-  explicit ForwardScratch(const AttentionParams& p) : Dp(round_up(p.D, kRowPad)), Ep(round_up(p.E, kRowPad)) {
+  explicit ForwardScratch(const AttentionParams& p) : Dp(round_up(p.D, kRowPad)), Ep(round_up(p.E, kRowPad)), lanes(p) {
     const int64_t C = max_chunk(p), window = p.chunks_before + 1 + p.chunks_after;
     chunks.resize(window);
     for (auto& c : chunks) c.resize(C, Dp, Ep, false);
@@ -52,6 +53,7 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
   }
   transpose_rows<T>(rows, s.Dp, count, p.D, s.QT);
   fill_rules<T>(p, u, position, count, s.rules);
+  shared.rules->lanes(position, count, s.lanes);
   alignas(64) T highest[kQueries], total[kQueries] = {}, multiplier[kQueries];
   std::fill(highest, highest + kQueries, kLowest<T>);
 
@@ -72,7 +74,7 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
                                       s.bias, s.rules, S, highest, s.prefetch);
     };
     if (!shared.rules->any()) return score(Const<0>{});
-    shared.rules->block(round, position, count, queries, keys, k, s.bias);
+    shared.rules->block(round, position, count, queries, s.lanes, keys, k, s.bias);
     score(Const<1>{});
   });
 

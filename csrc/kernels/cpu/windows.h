@@ -37,13 +37,6 @@ struct Unit {
     if (index < 0 || index >= n || query < 0 || query >= n) return -1;
     return chunks[index].segment == chunks[query].segment ? static_cast<int>(index) : -1;
   }
-
-  // How often the window of chunk q contains chunk k: more than once where the ring is shorter than the window.
-  int times_seen(int q, int k) const {
-    if (!ring) return k - q >= -before && k - q <= after && chunks[k].segment == chunks[q].segment;
-    const int n = n_chunks(), first = (((k - q + before) % n) + n) % n, window = before + 1 + after;
-    return first < window ? 1 + (window - 1 - first) / n : 0;
-  }
 };
 
 inline int64_t n_units(const AttentionParams& p) { return p.B * p.H * p.n_sequences; }

@@ -46,6 +46,14 @@ struct ChunkRows {
   }
 };
 
+// What PairRules asks of the queries of a block, [R][64]: their buckets, chunks and segments in every round.
+template <class T>
+struct PairLanes {
+  Buffer<Int<T>> bucket, chunk, segment;
+  explicit PairLanes(const AttentionParams& p)
+      : bucket(p.R * kQueries), chunk(p.R * kQueries), segment(p.R * kQueries) {}
+};
+
 // Rules that depend on the pair and not on positions alone: as a bias, -inf for a masked pair.
 template <class T>
 class PairRules {
@@ -60,8 +68,10 @@ class PairRules {
         const int64_t slot = u.chunks[c].start + i;
         chunk_of_[u.round(slot) * u.L + u.position(slot)] = c;
       }
+    log2_.resize(u.R * u.R + 1);
+    for (size_t n = 1; n < log2_.size(); ++n) log2_[n] = static_cast<T>(std::log2(n));
   }
-  bool any() const { return p_.bool_mask || p_.float_mask || within_ || p_.has(kDedup); }
+  bool any() const { return masks() || within_ || p_.has(kDedup); }
 
   // The mask's share of the score of a pair, in natural units.
   T mask(int64_t query, int64_t key) const {
@@ -73,38 +83,73 @@ class PairRules {
     return value <= T(-1e30) ? -std::numeric_limits<T>::infinity() : value;
   }
 
-  // bias [keys][64], in units of log 2; the first `count` of the `queries` lanes are real.
-  void block(int round, const int* query, int count, int64_t queries, const ChunkRows<T>& keys, int key_chunk,
-             T* bias) const {
-    const int key_round = u_.round(u_.chunks[key_chunk].start);
-    for (int i = 0; i < keys.count; ++i)
-      for (int l = 0; l < queries; ++l) {
-        if (l >= count || query[l] >= p_.n_queries - u_.offset) {
-          bias[i * kQueries + l] = 0;
-          continue;
-        }
-        T x = mask(query[l], keys.position[i]);
-        if (within_ && !(key_round == round && bucket(round, query[l]) == bucket(round, keys.position[i])))
-          x = -std::numeric_limits<T>::infinity();
-        else if (p_.has(kDedup))
-          x -= std::log(static_cast<T>(std::max(1, times_met(query[l], keys.position[i]))));
-        bias[i * kQueries + l] = x * static_cast<T>(kLog2e);
+  void lanes(const int* query, int count, PairLanes<T>& to) const {
+    if (!within_ && !p_.has(kDedup)) return;
+    for (int r = 0; r < u_.R; ++r)
+      for (int l = 0; l < kQueries; ++l) {
+        const int64_t at = r * u_.L + query[l < count ? l : 0];
+        if (within_) to.bucket[r * kQueries + l] = buckets_[at];
+        if (!p_.has(kDedup)) continue;
+        to.chunk[r * kQueries + l] = chunk_of_[at];
+        to.segment[r * kQueries + l] = u_.chunks[chunk_of_[at]].segment;
       }
+  }
+
+  // bias [keys][64], in units of log 2, of the first `count` of the `queries` lanes.
+  void block(int round, const int* query, int count, int64_t queries, const PairLanes<T>& lanes,
+             const ChunkRows<T>& keys, int key_chunk, T* bias) const {
+    const Vec<T> never = splat(-std::numeric_limits<T>::infinity());
+    const bool same_round = meets_in_round(round, u_.round(u_.chunks[key_chunk].start));
+    count = std::min<int64_t>(count, queries);
+    for (int i = 0; i < keys.count; ++i) {
+      const int key = keys.position[i];
+      T* row = bias + i * kQueries;
+      std::fill(row, row + queries, T(0));
+      if (masks())
+        for (int l = 0; l < count; ++l)
+          if (query[l] < p_.n_queries - u_.offset) row[l] = mask(query[l], key) * static_cast<T>(kLog2e);
+      for (int64_t l = 0; l < queries; l += kLanes<T>) {
+        Vec<T> x = load<T>(row + l);
+        if (p_.has(kDedup)) {
+          const IVec<T> times = times_met(lanes, key, l);
+          for (int j = 0; j < kLanes<T>; ++j) x[j] -= log2(times[j]);
+        }
+        if (within_) {
+          const IVec<T> bucket = splat_int<T>(buckets_[round * u_.L + key]);
+          const auto same = load_int<T>(lanes.bucket + round * kQueries + l) == bucket;
+          x = same & splat_int<T>(same_round ? -1 : 0) ? x : never;
+        }
+        store<T>(row + l, x);
+      }
+    }
   }
 
   bool meets_in_round(int round, int key_round) const { return !within_ || round == key_round; }
 
  private:
-  int32_t bucket(int round, int position) const { return buckets_[round * u_.L + position]; }
+  bool masks() const { return p_.bool_mask || p_.float_mask; }
 
-  // How often the query meets the key over all rounds.
-  int times_met(int query, int key) const {
-    int times = 0;
+  T log2(int64_t n) const { return n < static_cast<int64_t>(log2_.size()) ? log2_[n] : static_cast<T>(std::log2(n)); }
+
+  // How often the queries at lane l meet the key over all rounds.
+  IVec<T> times_met(const PairLanes<T>& lanes, int key, int64_t l) const {
+    const int n = u_.n_chunks(), window = u_.before + 1 + u_.after;
+    IVec<T> times{};
     for (int r = 0; r < u_.R; ++r)
-      for (int s = 0; s < u_.R; ++s) {
-        if (within_ && (r != s || bucket(r, query) != bucket(r, key))) continue;
-        const int q = chunk_of_[r * u_.L + query], k = chunk_of_[s * u_.L + key];
-        times += u_.times_seen(q, k);
+      for (int s = within_ ? r : 0; s < (within_ ? r + 1 : u_.R); ++s) {
+        const int64_t at = r * kQueries + l;
+        const int chunk = chunk_of_[s * u_.L + key];
+        // The chunk's place in the query's window, and (in a ring shorter than the window) every n after it.
+        IVec<T> place = splat_int<T>(chunk + (u_.ring ? u_.before % n : u_.before)) - load_int<T>(lanes.chunk + at);
+        IVec<T> meets = splat_int<T>(-1);
+        if (u_.ring) {
+          place = place < 0 ? place + n : place;
+          place = place >= n ? place - n : place;
+        } else {
+          meets = (place >= 0) & (load_int<T>(lanes.segment + at) == splat_int<T>(u_.chunks[chunk].segment));
+        }
+        if (within_) meets &= load_int<T>(lanes.bucket + at) == splat_int<T>(buckets_[s * u_.L + key]);
+        for (int first = 0; first < (u_.ring ? window : 1); first += n) times -= meets & (place < window - first);
       }
     return times;
   }
@@ -114,6 +159,7 @@ class PairRules {
   const std::vector<int32_t>& buckets_;
   bool within_;
   std::vector<int32_t> chunk_of_;  // [R, L] the chunk of every position
+  std::vector<T> log2_;
 };
 
 // Shared QK: may a query that sees nothing else use its own key?
