@@ -132,9 +132,9 @@ RK_INLINE void row_tiles(int64_t rows, F&& f) {
 template <class T, class F>
 RK_INLINE void tiles(int64_t rows, int64_t columns, F&& f) {
   int64_t j = 0;
-  auto strip = [&](auto vectors) {
+  auto strip = [&](auto vectors) RK_LAMBDA {
     for (; j + vectors.value * kLanes<T> <= columns; j += vectors.value * kLanes<T>)
-      row_tiles(rows, [&](auto m, int64_t i) { f(m, vectors, i, j); });
+      row_tiles(rows, [&](auto m, int64_t i) RK_LAMBDA { f(m, vectors, i, j); });
   };
   strip(Const<kTileVectors>{});
   if constexpr (kTileVectors > 2) strip(Const<2>{});
