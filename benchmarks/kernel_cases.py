@@ -44,27 +44,43 @@ class Variant:
     def token_head_rounds(self) -> int:
         return self.heads * self.length * self.rounds
 
-    @property
-    def window_keys(self) -> int:
-        return (1 + 1 + self.chunks_after) * self.chunk_length
-
     def shorter(self, length: int) -> Variant:
         """The variant that the gate checks: fewer heads, and no longer than the length plus the ragged rest."""
         rest = self.length % self.chunk_length
         return replace(self, heads=min(self.heads, 2), length=min(self.length, length + rest))
 
 
-def forward_flop(v: Variant) -> float:
-    """Of a token, head and round: a product with each key and one with each value of the window, whole as in the paper.
+def window_keys(call: AttentionCall) -> float:
+    """The mean number of keys in a query's window. Masked pairs count: hashing scatters them over the window."""
+    length, chunk = call.query.shape[2], call.chunk_length
 
-    Masked pairs count (hashing scatters them over the window), windows that are cut short count as whole.
-    """
-    return 2 * (v.head_dim + v.head_dim) * v.window_keys
+    def pairs(rows: int, rounds: int, ring: bool) -> int:
+        counts = torch.tensor([min(chunk, rows - start) for start in range(0, rows, chunk)] * rounds)
+        places = torch.arange(len(counts))
+        total = 0
+        for offset in range(-call.chunks_before, call.chunks_after + 1):
+            other = places + offset
+            there = torch.ones_like(other, dtype=torch.bool) if ring else (other >= 0) & (other < len(counts))
+            total += int((counts * counts[other % len(counts)] * there).sum())
+        return total
+
+    if call.alignment == "ring":
+        rounds = 1 if call.order is None else call.order.shape[2]
+        return pairs(length, rounds, True) / (rounds * length)
+    assert call.buckets is not None
+    sizes, times = torch.cat([row.bincount() for row in call.buckets.flatten(0, 2)]).unique(return_counts=True)
+    total = sum(n * pairs(size, 1, False) for size, n in zip(sizes.tolist(), times.tolist(), strict=True) if size)
+    return total / call.buckets.numel()
 
 
-def backward_flop(v: Variant) -> float:
+def forward_flop(call: AttentionCall) -> float:
+    """Of a token, head and round: a product with each key and one with each value of the window."""
+    return 2 * (call.query.shape[3] + call.value.shape[3]) * window_keys(call)
+
+
+def backward_flop(call: AttentionCall) -> float:
     """Five products: the scores again, the gradients of query and key (D wide), of value and of the weights (E)."""
-    return 2 * (3 * v.head_dim + 2 * v.head_dim) * v.window_keys
+    return 2 * (3 * call.query.shape[3] + 2 * call.value.shape[3]) * window_keys(call)
 
 
 def make_call(v: Variant) -> AttentionCall:

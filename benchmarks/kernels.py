@@ -33,7 +33,8 @@ def measure_variant(v: Variant, threads: int, peak: float | None, repeats: int, 
     checked = make_call(v.shorter(GATE_LENGTH))
     row["gate"] = check_call(checked, BACKEND)
     times = interleaved({"now": kernel_timer(v, threads)}, repeats)["now"]
-    for part, flop in (("forward", forward_flop(v)), ("backward", backward_flop(v))):
+    call = make_call(v)
+    for part, flop in (("forward", forward_flop(call)), ("backward", backward_flop(call))):
         ns = times[part] / v.token_head_rounds * 1e9
         row[part] = {"seconds": times[part], "ns": ns, "gflops": flop / ns}
         if peak:

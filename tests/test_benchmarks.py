@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from benchmarks import base, gate, report, run, timing
 from benchmarks.cases import SUITES, Case
-from benchmarks.kernel_cases import VARIANTS, Variant, backward_flop, forward_flop
+from benchmarks.kernel_cases import VARIANTS, Variant, backward_flop, forward_flop, make_call, window_keys
 from benchmarks.providers import PROVIDERS, inputs
 from reformer_kernels.backends import native
 
@@ -88,13 +89,25 @@ def test_the_layer_of_hugging_face_is_ours():
 
 
 def test_useful_work_by_hand():
-    plain = Variant("plain", length=100, heads=3, head_dim=64, chunk_length=64, n_hashes=4)
+    plain = Variant("plain", length=128, heads=3, head_dim=64, chunk_length=64, n_hashes=4)
+    call = make_call(plain)
     # 128 keys, each a product of 64 terms with the query's row and one with the weight: 2 * 64 * 2 * 128.
-    assert forward_flop(plain) == 32768 == 8 * 64 * 64
-    assert backward_flop(plain) == 81920  # five products instead of two
-    assert plain.token_head_rounds == 1200
+    assert forward_flop(call) == 32768 == 8 * 64 * 64
+    assert backward_flop(call) == 81920  # five products instead of two
+    assert plain.token_head_rounds == 1536
     assert Variant("local", length=100, heads=3, key="local").token_head_rounds == 300
-    assert forward_flop(Variant("after", chunks_after=1)) == 49152  # 192 keys
+    assert window_keys(make_call(Variant("after", length=256, chunks_after=1))) == 192
+    assert window_keys(make_call(replace(plain, length=100))) == 100  # chunks of 64 and 36, and each sees both
+
+
+def test_windows_that_end_at_a_bucket_are_counted_as_they_are():
+    call = make_call(Variant("bucket", length=200, heads=1, chunk_length=16, n_hashes=2, alignment="bucket"))
+    pairs = 0
+    for buckets in call.buckets[0, 0].tolist():
+        for bucket in set(buckets):
+            slots = range(buckets.count(bucket))
+            pairs += sum(q // 16 - k // 16 in (0, 1) for q in slots for k in slots)
+    assert window_keys(call) == pairs / 400
 
 
 def test_runs_are_interleaved_and_a_slow_one_is_not_repeated():

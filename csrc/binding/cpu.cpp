@@ -5,6 +5,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <string>
@@ -38,6 +42,22 @@ rk::Rows rows(const char* name, const Tensor& t, ScalarType type, int64_t B, int
                   " must have shape [", B, ", ", H, ", ", L, ", ", width, "]");
   STD_TORCH_CHECK(width <= 1 || t.stride(3) == 1, name, " must have contiguous rows");
   return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Rows that a kernel will write: fresh memory in large pages costs fewer faults, and rows in bucket order fewer misses.
+rk::Rows written_rows(const char* name, const Tensor& t, ScalarType type, int64_t B, int64_t H, int64_t L,
+                      int64_t width) {
+  const rk::Rows result = rows(name, t, type, B, H, L, width);
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(result.data);
+  const uintptr_t begin = (data + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (data + t.numel() * t.element_size()) / kPage * kPage;
+  const int64_t last = (B - 1) * result.stride_b + (H - 1) * result.stride_h + (L - 1) * result.stride_l + width - 1;
+  const bool dense = t.numel() == last + 1;  // in whatever order: no memory of others lies between
+  if (dense && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return result;
 }
 
 template <class T>
@@ -201,9 +221,9 @@ Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor
 }
 
 // out, lse and self_only, which forward writes and backward reads.
-void residuals(Attention& a, const Tensor& out, const Tensor& lse, const Tensor& self_only) {
+void residuals(Attention& a, const Tensor& out, const Tensor& lse, const Tensor& self_only, bool write) {
   rk::AttentionParams& p = a.p;
-  p.out = rows("out", out, a.rows_type, p.B, p.H, p.n_queries, p.E);
+  p.out = (write ? written_rows : rows)("out", out, a.rows_type, p.B, p.H, p.n_queries, p.E);
   p.lse = const_cast<char*>(contiguous<char>("lse", lse, a.type, {p.B, p.H, p.n_queries}));
   p.self_only = const_cast<bool*>(contiguous<bool>("self_only", self_only, ScalarType::Bool, {p.B, p.H, p.n_queries}));
 }
@@ -219,20 +239,20 @@ void residuals(Attention& a, const Tensor& out, const Tensor& lse, const Tensor&
 
 void chunk_attention_forward(RK_ATTENTION_PARAMETERS, Tensor out, Tensor lse, Tensor self_only) {
   Attention a = attention(RK_ATTENTION_ARGUMENTS);
-  residuals(a, out, lse, self_only);
+  residuals(a, out, lse, self_only, true);
   with_kernels(a.type, [&](const auto& k) { k.forward(a.p, threads()); });
 }
 
 void chunk_attention_backward(RK_ATTENTION_PARAMETERS, Tensor grad_out, Tensor out, Tensor lse, Tensor self_only,
                               Tensor grad_query, OptionalTensor grad_key, Tensor grad_value) {
   Attention a = attention(RK_ATTENTION_ARGUMENTS);
-  residuals(a, out, lse, self_only);
+  residuals(a, out, lse, self_only, false);
   rk::AttentionParams& p = a.p;
   p.grad_out = rows("grad_out", grad_out, a.rows_type, p.B, p.H, p.n_queries, p.E);
-  p.grad_query = rows("grad_query", grad_query, a.rows_type, p.B, p.H, p.L, p.D);
+  p.grad_query = written_rows("grad_query", grad_query, a.rows_type, p.B, p.H, p.L, p.D);
   STD_TORCH_CHECK(key.has_value() == grad_key.has_value(), "grad_key must be given exactly if key is");
-  if (grad_key) p.grad_key = rows("grad_key", *grad_key, a.rows_type, p.B, p.H, p.L, p.D);
-  p.grad_value = rows("grad_value", grad_value, a.rows_type, p.B, p.H, p.L, p.E);
+  if (grad_key) p.grad_key = written_rows("grad_key", *grad_key, a.rows_type, p.B, p.H, p.L, p.D);
+  p.grad_value = written_rows("grad_value", grad_value, a.rows_type, p.B, p.H, p.L, p.E);
   with_kernels(a.type, [&](const auto& k) { k.backward(a.p, threads()); });
 }
 
