@@ -9,13 +9,12 @@ namespace rk::cpu::RK_ISA {
 
 template <class T>
 struct BackwardScratch {
-  int64_t Dp, Ep;
+  int64_t Dp, Ep, most_steps;  // of the sum in a product
   std::vector<ChunkRows<T>> chunks;
   Buffer<T> Q, dO, QT, OT, P, S, bias, drop;
-  std::vector<int> position;
   QueryRules<T> rules;
   PairLanes<T> lanes;
-  Prefetch<T> prefetch;
+  Prefetch prefetch;
 
   explicit BackwardScratch(const AttentionParams& p)
       : Dp(round_up(p.D, kRowPad)), Ep(round_up(p.E, kRowPad)), lanes(p) {
@@ -24,7 +23,7 @@ struct BackwardScratch {
     for (auto& c : chunks) c.resize(C, Dp, Ep, true);
     Q.resize(kQueries * Dp), dO.resize(kQueries * Ep), QT.resize(Dp * kQueries), OT.resize(Ep * kQueries);
     P.resize(C * kQueries), S.resize(C * kQueries), bias.resize(C * kQueries), drop.resize(C * kQueries);
-    position.resize(C);
+    most_steps = std::max({Dp, Ep, C, int64_t{kQueries}});
   }
 };
 
@@ -61,10 +60,9 @@ class BackwardWalk {
     bool needed = owned(q);
     for (int o = -u_.before; o <= u_.after; ++o) needed |= owned(q + o) && u_.chunk_at(q + o, q) >= 0;
     if (!needed) return;
-    for (int i = 0; i < chunk.count; ++i) s_.position[i] = u_.position(chunk.start + i);
     prefetch(q);
     for (int block = 0; block < chunk.count; block += kQueries)
-      query_block(q, chunk, block, std::min(kQueries, chunk.count - block));
+      query_block_at(q, chunk, block, std::min(kQueries, chunk.count - block));
   }
 
   void prefetch(int64_t q) {
@@ -72,30 +70,28 @@ class BackwardWalk {
     if (const int next = u_.chunk_at(q + 1, q + 1); next >= 0 && q + 1 < end_ + u_.before) {
       const Chunk c = u_.chunks[next];
       const int length = static_cast<int>(u_.L);
-      s_.prefetch.add(p_.query, u_, u_.order, c.start, c.count, length, p_.D);
-      s_.prefetch.add(p_.value, u_, u_.order, c.start, c.count, length, p_.E);
-      s_.prefetch.add(p_.grad_out, u_, u_.order, c.start, c.count, n_queries_, p_.E);
+      s_.prefetch.template add<T>(p_.query, u_, u_.order, c.start, c.count, length, p_.D);
+      s_.prefetch.template add<T>(p_.value, u_, u_.order, c.start, c.count, length, p_.E);
+      s_.prefetch.template add<T>(p_.grad_out, u_, u_.order, c.start, c.count, n_queries_, p_.E);
     }
     if (owned(q - u_.before)) {  // about to be added to
       const Chunk c = u_.chunks[u_.chunk_at(q - u_.before, q - u_.before)];
-      s_.prefetch.add(p_.grad_query, u_, u_.order, c.start, c.count, static_cast<int>(u_.L), p_.D);
-      s_.prefetch.add(p_.grad_value, u_, u_.order, c.start, c.count, static_cast<int>(u_.L), p_.E);
+      s_.prefetch.template add<T>(p_.grad_query, u_, u_.order, c.start, c.count, static_cast<int>(u_.L), p_.D);
+      s_.prefetch.template add<T>(p_.grad_value, u_, u_.order, c.start, c.count, static_cast<int>(u_.L), p_.E);
     }
+    s_.prefetch.ready(s_.most_steps);
   }
 
-  void query_block(int64_t q, Chunk chunk, int block, int count) {
-    const int* position = s_.position.data() + block;
+  void query_block_at(int64_t q, Chunk chunk, int block, int count) {
+    ChunkRows<T>& own = rows_of(q, u_.chunk_at(q, q));
+    const int* position = own.position.data() + block;
     const int64_t queries = round_up(count, kLanes<T>);
-    const int round = u_.round(chunk.start);
-    const T* Q = s_.Q;
-    if (p_.shared())
-      Q = rows_of(q, u_.chunk_at(q, q)).K + block * s_.Dp;
-    else
-      gather<T>(p_.query, u_, position, count, n_queries_, p_.D, s_.Q, s_.Dp);
+    const T* Q = p_.shared() ? own.K + block * s_.Dp : s_.Q;
+    if (!p_.shared()) gather<T>(p_.query, u_, position, count, n_queries_, p_.D, s_.Q, s_.Dp);
     gather<T>(p_.grad_out, u_, position, count, n_queries_, p_.E, s_.dO, s_.Ep);
     transpose_rows<T>(Q, s_.Dp, count, p_.D, s_.QT);
     transpose_rows<T>(s_.dO, s_.Ep, count, p_.E, s_.OT);
-    fill_rules<T>(p_, u_, position, count, s_.rules);
+    s_.rules.fill(p_, u_, position, count);
     shared_.rules->lanes(position, count, s_.lanes);
     alignas(64) T lse[kQueries], delta[kQueries];
     for (int l = 0; l < kQueries; ++l) {
@@ -113,28 +109,23 @@ class BackwardWalk {
         continue;
       }
       ChunkRows<T>& keys = rows_of(q + o, k);
-      T* drop = nullptr;
-      if (p_.dropout()) dropout_block<T>(p_, u_, chunk.start + block, place, keys.count, drop = s_.drop);
-      const T* bias = nullptr;
-      if (shared_.rules->any()) {
-        shared_.rules->block(round, position, count, queries, s_.lanes, keys, k, s_.bias);
-        bias = s_.bias;
-      }
-      product_block<T>(keys.K, s_.Dp, 1, keys.count, s_.QT, kQueries, p_.D, queries, s_.P, kQueries, false,
-                       &s_.prefetch);
-      product_block<T>(keys.V, s_.Ep, 1, keys.count, s_.OT, kQueries, p_.E, queries, s_.S, kQueries, false,
-                       &s_.prefetch);
-      gradient_block<T>(s_.P, s_.S, keys.count, queries, keys.factor_log2, keys.factor, keys.key_position, bias, drop,
-                        s_.rules, lse, delta);
+      const Sight<T> sight{s_.rules, keys.key_position, keys.count};
+      T *drop = nullptr, *bias = nullptr;
+      if (p_.dropout())
+        dropout_block<T>(p_, u_, chunk.start, own.place.data() + block, count, place, keys.row.data(), keys.count,
+                         drop = s_.drop);
+      if (shared_.rules->any())
+        shared_.rules->block(u_.round(chunk.start), position, count, queries, s_.lanes, keys, k, bias = s_.bias);
+      pair_block<T>(sight, keys.K, s_.Dp, s_.QT, queries, p_.D, s_.P, s_.prefetch);
+      pair_block<T>(sight, keys.V, s_.Ep, s_.OT, queries, p_.E, s_.S, s_.prefetch);
+      gradient_block<T>(sight, s_.P, s_.S, queries, keys.factor_log2, keys.factor, bias, drop, lse, delta);
       if (owned(q + o)) {
-        product_block<T>(s_.P, kQueries, 1, keys.count, s_.dO, s_.Ep, count, s_.Ep, keys.dV, s_.Ep, !keys.fresh);
-        product_block<T>(s_.S, kQueries, 1, keys.count, Q, s_.Dp, count, s_.Dp, keys.dK, s_.Dp, !keys.fresh);
+        key_block<T>(sight, s_.P, count, s_.dO, s_.Ep, keys.dV, !keys.fresh, s_.prefetch);
+        key_block<T>(sight, s_.S, count, Q, s_.Dp, keys.dK, !keys.fresh, s_.prefetch);
         keys.fresh = false;
       }
       if (owned(q)) {
-        ChunkRows<T>& own = rows_of(q, u_.chunk_at(q, q));
-        product_block<T>(s_.S, 1, kQueries, count, keys.K, s_.Dp, keys.count, s_.Dp, own.dQ + block * s_.Dp, s_.Dp,
-                         !first_keys);
+        query_block<T>(sight, s_.S, count, keys.K, s_.Dp, own.dQ + block * s_.Dp, !first_keys, s_.prefetch);
         first_keys = false;
       }
       place += keys.count;

@@ -1,102 +1,55 @@
 // The steps of forward and backward on blocks of at most 64 queries.
 //
 // Scores lie transposed, [keys][64 queries]: keys and values are used as gathered, only queries and output gradients
-// are transposed, and the softmax needs no sum across lanes. Each block is a function of its own, so that the register
-// allocator sees one loop nest at a time.
+// are transposed, and the softmax needs no sum across lanes. Pairs that no query of a vector sees are left out of every
+// product; their weights are zero. Each block is a function of its own, so that the register allocator sees one loop
+// nest at a time.
 #pragma once
 
 namespace rk::cpu::RK_ISA {
 
-// The rows of a chunk, gathered: [padded rows][padded width], zero beyond the real rows and columns.
-template <class T>
-void gather(const Rows& source, const Unit& u, const int* position, int count, int limit, int64_t width, T* rows,
-            int64_t row_stride) {
-  const T* base = source.at<T>(u.b, u.h, u.offset);
-  for (int i = 0; i < count; ++i) {
-    T* to = rows + i * row_stride;
-    int64_t d = 0;
-    if (position[i] < limit) {
-      const T* from = base + position[i] * source.stride_l;
-      for (; d + kLanes<T> <= width; d += kLanes<T>) store<T>(to + d, load<T>(from + d));
-      for (; d < width; ++d) to[d] = from[d];
-    }
-    for (; d < row_stride; ++d) to[d] = 0;
-  }
-  std::fill(rows + count * row_stride, rows + round_up(count, kRowPad) * row_stride, T(0));
+// One tile's product, while a few lines are prefetched.
+template <class T, bool kTransposed, int M, int N>
+RK_INLINE void multiply(Vec<T> (&acc)[M][N], const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t K,
+                        Prefetch& prefetch) {
+  const char* const* line = prefetch.begin();
+  multiply<T, kTransposed>(acc, a, a_stride, b, b_stride, K, [&]() RK_LAMBDA { __builtin_prefetch(*line++); });
+  prefetch.end(line);
 }
 
-// t [width][64] of at most 64 rows.
-template <class T>
-void transpose_rows(const T* rows, int64_t row_stride, int count, int64_t width, T* t) {
-  for (int64_t i = 0; i < count; i += kLanes<T>)
-    for (int64_t d = 0; d < round_up(width, kLanes<T>); d += kLanes<T>)
-      transpose<T>(rows + i * row_stride + d, row_stride, t + d * kQueries + i, kQueries);
+// f(rows, vectors, first key, first query) over the tiles of keys x queries that hold pairs which are not masked. For
+// the vector of queries at j these are all tiles with keys below keys_until(its last query).
+template <class T, class F>
+RK_INLINE void seen_tiles(const Sight<T>& sight, int64_t queries, F&& f) {
+  row_tiles(sight.n_keys, [&](auto m, int64_t i0) RK_LAMBDA {
+    column_tiles<T>(sight.first_query(i0) / kLanes<T> * kLanes<T>, queries,
+                    [&](auto n, int64_t j0) RK_LAMBDA { f(m, n, i0, j0); });
+  });
 }
 
-// Rows that will be needed soon; run(n) asks for the next n while the arithmetic goes on.
+// Zero where seen_tiles did not come.
 template <class T>
-class Prefetch {
- public:
-  void clear() { next_ = 0, rows_.clear(); }
-  void add(const Rows& source, const Unit& u, const int32_t* order, int64_t slot, int count, int limit, int64_t width) {
-    const char* base = reinterpret_cast<const char*>(source.at<T>(u.b, u.h, u.offset));
-    for (int i = 0; i < count; ++i) {
-      const int64_t position = order ? order[slot + i] : (slot + i) % u.L;
-      if (position < limit) rows_.push_back({base + position * source.stride_l * sizeof(T), width * sizeof(T)});
-    }
-  }
-  RK_INLINE void run(int n) {
-    for (; n && next_ < rows_.size(); --n, ++next_)
-      for (size_t b = 0; b < rows_[next_].bytes; b += 64) __builtin_prefetch(rows_[next_].from + b);
-  }
-
- private:
-  struct Row {
-    const char* from;
-    size_t bytes;
-  };
-  std::vector<Row> rows_;
-  size_t next_ = 0;
-};
-constexpr int kPrefetchRows = 3;  // per register tile: more at once wait for each other
-
-// What the queries of a block may see: keys with key_position <= limit and, where nothing is causal, != own.
-template <class T>
-struct QueryRules {
-  alignas(64) Int<T> limit[kQueries], own[kQueries];
-  bool any_own;
-};
-template <class T>
-constexpr Int<T> kNoKey = std::numeric_limits<int32_t>::max();  // the position of a key that nobody may see
-template <class T>
-constexpr Int<T> kEveryone = -1;  // ... that everybody may see, below any limit
-
-template <class T>
-RK_INLINE Vec<T> masked(Vec<T> score, Int<T> key_position, const QueryRules<T>& rules, int64_t j) {
-  const IVec<T> key = splat_int<T>(key_position);
-  score = key <= load_int<T>(rules.limit + j) ? score : splat(kMasked<T>);
-  if (rules.any_own) score = key != load_int<T>(rules.own + j) ? score : splat(kMasked<T>);
-  return score;
+RK_INLINE void clear_unseen(const Sight<T>& sight, int64_t queries, T* P) {
+  for (int64_t j = 0; j < queries; j += kLanes<T>)
+    for (int i = sight.keys_until(j + kLanes<T> - 1); i < sight.n_keys; ++i) store<T>(P + i * kQueries + j, Vec<T>{});
 }
 
 // S^T = factor K Q^T (+ bias), masked; highest = max over the keys. Everything in units of log 2.
 template <class T, bool kBias>
-RK_NOINLINE void score_block(const T* K, int64_t k_stride, int keys, const T* QT, int64_t queries, int64_t D,
-                             const T* factor, const Int<T>* key_position, const T* bias, const QueryRules<T>& rules,
-                             T* S, T* highest, Prefetch<T>& prefetch) {
-  tiles<T>(keys, queries, [&](auto m, auto n, int64_t i0, int64_t j0) RK_LAMBDA {
+RK_NOINLINE void score_block(const Sight<T>& sight, const T* K, int64_t k_stride, const T* QT, int64_t queries,
+                             int64_t D, const T* factor, const T* bias, T* S, T* highest, Prefetch& prefetch) {
+  seen_tiles<T>(sight, queries, [&](auto m, auto n, int64_t i0, int64_t j0) RK_LAMBDA {
     constexpr int M = m.value, N = n.value;
-    prefetch.run(kPrefetchRows);
     Vec<T> acc[M][N];
     zero<T>(acc);
-    multiply<T>(acc, K + i0 * k_stride, k_stride, 1, QT + j0, kQueries, D);
+    multiply<T, false>(acc, K + i0 * k_stride, k_stride, QT + j0, kQueries, D, prefetch);
     for (int jj = 0; jj < N; ++jj) {
       const int64_t j = j0 + jj * kLanes<T>;
       Vec<T> top = load<T>(highest + j);
       for (int i = 0; i < M; ++i) {
         Vec<T> x = acc[i][jj] * splat(factor[i0 + i]);
         if constexpr (kBias) x += load<T>(bias + (i0 + i) * kQueries + j);
-        x = masked<T>(x, key_position[i0 + i], rules, j);
+        x = sight.masked(x, i0 + i, j);
         top = maximum<T>(top, x);
         store<T>(S + (i0 + i) * kQueries + j, x);
       }
@@ -105,81 +58,133 @@ RK_NOINLINE void score_block(const T* K, int64_t k_stride, int keys, const T* QT
   });
 }
 
+// The two blocks around this one in one, where `highest` is a bound that is known before.
+template <class T>
+RK_NOINLINE void weight_block(const Sight<T>& sight, const T* K, int64_t k_stride, const T* QT, int64_t queries,
+                              int64_t D, const T* factor, const T* highest, T* P, T* total, const T* drop,
+                              Prefetch& prefetch) {
+  seen_tiles<T>(sight, queries, [&](auto m, auto n, int64_t i0, int64_t j0) RK_LAMBDA {
+    constexpr int M = m.value, N = n.value;
+    Vec<T> acc[M][N];
+    zero<T>(acc);
+    multiply<T, false>(acc, K + i0 * k_stride, k_stride, QT + j0, kQueries, D, prefetch);
+    for (int jj = 0; jj < N; ++jj) {
+      const int64_t j = j0 + jj * kLanes<T>;
+      const Vec<T> top = load<T>(highest + j);
+      Vec<T> sum = load<T>(total + j);
+      for (int i = 0; i < M; ++i) {
+        const int64_t at = (i0 + i) * kQueries + j;
+        // Masked before the subtraction, or both would become one operation that rounds differently from two.
+        Vec<T> e = exp2(sight.masked(acc[i][jj] * splat(factor[i0 + i]), i0 + i, j) - top);
+        sum += e;
+        if (drop) e *= load<T>(drop + at);
+        store<T>(P + at, e);
+      }
+      store<T>(total + j, sum);
+    }
+  });
+  clear_unseen<T>(sight, queries, P);
+}
+
 // S^T -> exp2(S^T - highest), zero where masked (highest is far above kMasked); total += sum over the keys; then times
 // drop, if there is dropout.
 template <class T>
-RK_NOINLINE void softmax_block(T* S, int keys, int64_t queries, const T* highest, T* total, const T* drop) {
+RK_NOINLINE void softmax_block(const Sight<T>& sight, T* S, int64_t queries, const T* highest, T* total,
+                               const T* drop) {
   for (int64_t j = 0; j < queries; j += kLanes<T>) {
     const Vec<T> top = load<T>(highest + j);
+    const int keys = sight.keys_until(j + kLanes<T> - 1);
     Vec<T> sum = load<T>(total + j);
     for (int i = 0; i < keys; ++i) {
       T* s = S + i * kQueries + j;
-      const Vec<T> x = load<T>(s);
-      Vec<T> e = exp2(x - top);
+      Vec<T> e = exp2(load<T>(s) - top);
       sum += e;
       if (drop) e *= load<T>(drop + i * kQueries + j);
       store<T>(s, e);
     }
     store<T>(total + j, sum);
   }
+  clear_unseen<T>(sight, queries, S);
 }
 
-// to [rows][width] (+)= A B, A(i, k) = a[i * a_row + k * a_k], B [K][width]: S, dP, dV, dK (rows are
-// keys), O, dQ (rows are queries).
-template <class T>
-RK_NOINLINE void product_block(const T* a, int64_t a_row, int64_t a_k, int64_t rows, const T* b, int64_t b_stride,
-                               int64_t K, int64_t width, T* to, int64_t to_stride, bool add,
-                               Prefetch<T>* prefetch = nullptr) {
-  tiles<T>(rows, width, [&](auto m, auto n, int64_t i0, int64_t j0) RK_LAMBDA {
-    constexpr int M = m.value, N = n.value;
-    if (prefetch) prefetch->run(kPrefetchRows);
-    T* out = to + i0 * to_stride + j0;
-    Vec<T> acc[M][N];
-    if (!add)
-      zero<T>(acc);
-    else
+// to [rows][width] = or += A B, A(i, k) = a[i * a_stride + k], or a[k * a_stride + i] where A is transposed, B
+// [K][width]. part(i, m) gives the range of k in which the rows [i, i + m) of A are not zero.
+template <class T, bool kTransposed, class F>
+RK_INLINE void product(const T* a, int64_t a_stride, int64_t rows, const T* b, int64_t b_stride, int64_t width, T* to,
+                       int64_t to_stride, bool add, Prefetch& prefetch, F&& part) {
+  row_tiles(rows, [&](auto m, int64_t i0) RK_LAMBDA {
+    constexpr int M = m.value;
+    const auto [begin, end] = part(i0, M);
+    if (add && begin >= end) return;
+    const T* first = a + (kTransposed ? begin * a_stride + i0 : i0 * a_stride + begin);
+    column_tiles<T>(0, width, [&](auto n, int64_t j0) RK_LAMBDA {
+      constexpr int N = n.value;
+      T* out = to + i0 * to_stride + j0;
+      Vec<T> acc[M][N];
+      if (!add)
+        zero<T>(acc);
+      else
+        for (int i = 0; i < M; ++i)
+          for (int j = 0; j < N; ++j) acc[i][j] = load<T>(out + i * to_stride + j * kLanes<T>);
+      multiply<T, kTransposed>(acc, first, a_stride, b + begin * b_stride + j0, b_stride, end - begin, prefetch);
       for (int i = 0; i < M; ++i)
-        for (int j = 0; j < N; ++j) acc[i][j] = load<T>(out + i * to_stride + j * kLanes<T>);
-    multiply<T>(acc, a + i0 * a_row, a_row, a_k, b + j0, b_stride, K);
+        for (int j = 0; j < N; ++j) store<T>(out + i * to_stride + j * kLanes<T>, acc[i][j]);
+    });
+  });
+}
+
+// S = K Q^T, dP = V dO^T, where a pair is seen.
+template <class T>
+RK_NOINLINE void pair_block(const Sight<T>& sight, const T* rows, int64_t stride, const T* t, int64_t queries,
+                            int64_t width, T* to, Prefetch& prefetch) {
+  seen_tiles<T>(sight, queries, [&](auto m, auto n, int64_t i0, int64_t j0) RK_LAMBDA {
+    constexpr int M = m.value, N = n.value;
+    Vec<T> acc[M][N];
+    zero<T>(acc);
+    multiply<T, false>(acc, rows + i0 * stride, stride, t + j0, kQueries, width, prefetch);
     for (int i = 0; i < M; ++i)
-      for (int j = 0; j < N; ++j) store<T>(out + i * to_stride + j * kLanes<T>, acc[i][j]);
+      for (int j = 0; j < N; ++j) store<T>(to + (i0 + i) * kQueries + j0 + j * kLanes<T>, acc[i][j]);
+  });
+}
+
+// Sums over keys, rows are queries: O = P V, dQ = dS K.
+template <class T>
+RK_NOINLINE void query_block(const Sight<T>& sight, const T* P, int count, const T* rows, int64_t stride, T* to,
+                             bool add, Prefetch& prefetch) {
+  product<T, true>(P, kQueries, count, rows, stride, stride, to, stride, add, prefetch,
+                   [&](int64_t i, int m) { return std::pair<int64_t, int64_t>(0, sight.keys_until(i + m - 1)); });
+}
+
+// Sums over queries, rows are keys: dV = P^T dO, dK = dS^T Q.
+template <class T>
+RK_NOINLINE void key_block(const Sight<T>& sight, const T* P, int count, const T* rows, int64_t stride, T* to, bool add,
+                           Prefetch& prefetch) {
+  product<T, false>(P, kQueries, sight.n_keys, rows, stride, stride, to, stride, add, prefetch, [&](int64_t i, int) {
+    return std::pair<int64_t, int64_t>(std::min(sight.first_query(i), count), count);
   });
 }
 
 // P = K Q^T and S = V dO^T become P^T = drop exp2(score - lse) and dS^T = P^T (drop V dO^T - delta) factor. A pass of
 // its own: among the accumulators of a product the exponentials would be spilled.
 template <class T>
-RK_NOINLINE void gradient_block(T* P, T* S, int keys, int64_t queries, const T* factor_log2, const T* factor,
-                                const Int<T>* key_position, const T* bias, const T* drop, const QueryRules<T>& rules,
-                                const T* lse, const T* delta) {
+RK_NOINLINE void gradient_block(const Sight<T>& sight, T* P, T* S, int64_t queries, const T* factor_log2,
+                                const T* factor, const T* bias, const T* drop, const T* lse, const T* delta) {
   for (int64_t j = 0; j < queries; j += kLanes<T>) {
     const Vec<T> l = load<T>(lse + j), d = load<T>(delta + j);
+    const int keys = sight.keys_until(j + kLanes<T> - 1);
     for (int i = 0; i < keys; ++i) {
       const int64_t at = i * kQueries + j;
       Vec<T> x = load<T>(P + at) * splat(factor_log2[i]);
       if (bias) x += load<T>(bias + at);
-      x = masked<T>(x, key_position[i], rules, j);
+      x = sight.masked(x, i, j);
       const Vec<T> p = exp2(x - l);
       const Vec<T> k = drop ? load<T>(drop + at) : splat(T(1));
       store<T>(P + at, p * k);
       store<T>(S + at, p * (load<T>(S + at) * k - d) * splat(factor[i]));
     }
   }
-}
-
-// |row|^2 as a key scale: a = 1 / sqrt(|q|^2 + 1e-6 D), or 1 / max(|q|, 1e-12); returns a^2 where a depends on q.
-template <class T>
-RK_INLINE T unit_scale(const T* row, int64_t stride, int64_t D, bool l2, T& a) {
-  Vec<T> squares{};
-  for (int64_t d = 0; d < stride; d += kLanes<T>) squares += load<T>(row + d) * load<T>(row + d);
-  const T square = sum<T>(squares);
-  if (!l2) {
-    a = 1 / std::sqrt(square + T(1e-6) * D);
-    return a * a;
-  }
-  const T length = std::sqrt(square);
-  a = 1 / std::max(length, T(1e-12));
-  return length > T(1e-12) ? a * a : 0;
+  clear_unseen<T>(sight, queries, P);
+  clear_unseen<T>(sight, queries, S);
 }
 
 }  // namespace rk::cpu::RK_ISA

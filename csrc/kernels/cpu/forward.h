@@ -5,19 +5,20 @@ namespace rk::cpu::RK_ISA {
 
 template <class T>
 struct ForwardScratch {
-  int64_t Dp, Ep;
+  int64_t Dp, Ep, most_steps;        // of the sum in a product
   std::vector<ChunkRows<T>> chunks;  // the window of the current chunk: chunk i lies in place i modulo its size
   Buffer<T> Q, QT, S, O, bias, drop;
   QueryRules<T> rules;
   PairLanes<T> lanes;
-  Prefetch<T> prefetch;
+  Prefetch prefetch;
 
   explicit ForwardScratch(const AttentionParams& p) : Dp(round_up(p.D, kRowPad)), Ep(round_up(p.E, kRowPad)), lanes(p) {
     const int64_t C = max_chunk(p), window = p.chunks_before + 1 + p.chunks_after;
     chunks.resize(window);
     for (auto& c : chunks) c.resize(C, Dp, Ep, false);
     Q.resize(kQueries * Dp), QT.resize(Dp * kQueries), S.resize(window * C * kQueries), O.resize(kQueries * Ep);
-    bias.resize(C * kQueries), drop.resize(p.dropout() ? window * C * kQueries : 1);
+    bias.resize(C * kQueries), drop.resize(C * kQueries);
+    most_steps = std::max({Dp, Ep, C});
   }
 };
 
@@ -40,7 +41,7 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
                    int count) {
   const Unit& u = shared.unit;
   const Chunk chunk = u.chunks[u.chunk_at(index, index)];
-  const int64_t start = chunk.start + block, queries = round_up(count, kLanes<T>);
+  const int64_t queries = round_up(count, kLanes<T>);
   const int round = u.round(chunk.start);
   const bool first = round == 0, last = round == u.R - 1;
   const int n_queries = static_cast<int>(p.n_queries - u.offset);
@@ -52,47 +53,59 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
     rows = s.Q;
   }
   transpose_rows<T>(rows, s.Dp, count, p.D, s.QT);
-  fill_rules<T>(p, u, position, count, s.rules);
+  s.rules.fill(p, u, position, count);
   shared.rules->lanes(position, count, s.lanes);
-  alignas(64) T highest[kQueries], total[kQueries] = {}, multiplier[kQueries];
-  std::fill(highest, highest + kQueries, kLowest<T>);
 
-  auto each_chunk = [&](auto&& f) {  // f(keys, their chunk, their first place in the window)
+  auto each_chunk = [&](auto&& f) {  // f(keys, their chunk, their first place in the window, what is seen of them)
     int64_t place = 0;
     for (int o = -u.before; o <= u.after; ++o) {
       const int k = u.chunk_at(index + o, index);
       if (k < 0) continue;
       const ChunkRows<T>& keys = s.chunks[(index + o) % s.chunks.size()];
-      f(keys, k, place);
+      f(keys, k, place, Sight<T>{s.rules, keys.key_position, keys.count});
       place += keys.count;
     }
   };
-  each_chunk([&](const ChunkRows<T>& keys, int k, int64_t place) {
-    T* S = s.S + place * kQueries;
-    auto score = [&](auto with_bias) {
-      score_block<T, with_bias.value>(keys.K, s.Dp, keys.count, s.QT, queries, p.D, keys.factor_log2, keys.key_position,
-                                      s.bias, s.rules, S, highest, s.prefetch);
-    };
-    if (!shared.rules->any()) return score(Const<0>{});
-    shared.rules->block(round, position, count, queries, s.lanes, keys, k, s.bias);
-    score(Const<1>{});
-  });
-
+  // The exponentials are taken of scores less a bound of them. Where nothing is known, or where it is so far above the
+  // scores that they might vanish, it is their maximum, for which they are computed first. Each query decides by
+  // itself, so that its result does not depend, in any bit, on queries that it does not see.
+  alignas(64) T bound[kQueries], highest[kQueries], total[kQueries] = {}, multiplier[kQueries];
+  const bool known = p.shared() && !shared.rules->any();
+  bool bounded = known;
+  for (int l = 0; l < kQueries; ++l) {
+    bound[l] = known && l < count ? own.bound[block + l] : kLowest<T>;
+    if (!(bound[l] <= kSafeBound<T>)) bound[l] = kLowest<T>, bounded = false;  // nor if it is NaN
+  }
+  std::fill(highest, highest + kQueries, kLowest<T>);
+  if (!bounded) {
+    each_chunk([&](const ChunkRows<T>& keys, int k, int64_t place, const Sight<T>& sight) {
+      auto score = [&](auto with_bias) {
+        score_block<T, with_bias.value>(sight, keys.K, s.Dp, s.QT, queries, p.D, keys.factor_log2, s.bias,
+                                        s.S + place * kQueries, highest, s.prefetch);
+      };
+      if (!shared.rules->any()) return score(Const<0>{});
+      shared.rules->block(round, position, count, queries, s.lanes, keys, k, s.bias);
+      score(Const<1>{});
+    });
+  }
   T *row_max = shared.row_a, *row_sum = shared.row_b;
   for (int l = 0; l < kQueries; ++l) {
     const T before = first || l >= count ? kLowest<T> : row_max[position[l]];
-    highest[l] = std::max(highest[l], before);
+    highest[l] = std::max(bound[l] > kLowest<T> ? bound[l] : highest[l], before);
     multiplier[l] = before - highest[l];
   }
   for (int l = 0; l < kQueries; l += kLanes<T>) store<T>(multiplier + l, exp2(load<T>(multiplier + l)));
-  each_chunk([&](const ChunkRows<T>& keys, int, int64_t place) {
-    T* drop = p.dropout() ? s.drop + place * kQueries : nullptr;
-    if (drop) dropout_block<T>(p, u, start, place, keys.count, drop);
-    softmax_block<T>(s.S + place * kQueries, keys.count, queries, highest, total, drop);
-  });
   bool add = false;
-  each_chunk([&](const ChunkRows<T>& keys, int, int64_t place) {
-    product_block<T>(s.S + place * kQueries, 1, kQueries, count, keys.V, s.Ep, keys.count, s.Ep, s.O, s.Ep, add);
+  each_chunk([&](const ChunkRows<T>& keys, int, int64_t place, const Sight<T>& sight) {
+    T *S = s.S + place * kQueries, *drop = nullptr;
+    if (p.dropout())
+      dropout_block<T>(p, u, chunk.start, own.place.data() + block, count, place, keys.row.data(), keys.count,
+                       drop = s.drop);
+    if (bounded)
+      weight_block<T>(sight, keys.K, s.Dp, s.QT, queries, p.D, keys.factor_log2, highest, S, total, drop, s.prefetch);
+    else
+      softmax_block<T>(sight, S, queries, highest, total, drop);
+    query_block<T>(sight, S, count, keys.V, s.Ep, s.O, add, s.prefetch);
     add = true;
   });
 
@@ -128,12 +141,15 @@ void forward_chunks(const AttentionParams& p, Shared<T>& shared, ForwardScratch<
     }
     const Chunk chunk = u.chunks[c];
     s.prefetch.clear();
-    if (u.round(chunk.start) > 0) s.prefetch.add(p.out, u, u.order, chunk.start, chunk.count, n_queries, p.E);
+    if (u.round(chunk.start) > 0)
+      s.prefetch.template add<T>(p.out, u, u.order, chunk.start, chunk.count, n_queries, p.E);
     if (const int next = u.chunk_at(index + u.after + 1, index + u.after + 1); next >= 0 && c + 1 < end) {
       const Chunk ahead = u.chunks[next];
-      s.prefetch.add(p.shared() ? p.query : p.key, u, u.order, ahead.start, ahead.count, static_cast<int>(u.L), p.D);
-      s.prefetch.add(p.value, u, u.order, ahead.start, ahead.count, static_cast<int>(u.L), p.E);
+      s.prefetch.template add<T>(p.shared() ? p.query : p.key, u, u.order, ahead.start, ahead.count,
+                                 static_cast<int>(u.L), p.D);
+      s.prefetch.template add<T>(p.value, u, u.order, ahead.start, ahead.count, static_cast<int>(u.L), p.E);
     }
+    s.prefetch.ready(s.most_steps);
     for (int block = 0; block < chunk.count; block += kQueries)
       forward_block<T>(p, shared, s, index, block, std::min(kQueries, chunk.count - block));
   }

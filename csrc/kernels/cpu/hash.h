@@ -5,12 +5,14 @@ namespace rk::cpu::RK_ISA {
 
 template <class T>
 RK_NOINLINE void project(const T* rotations, int64_t columns, int64_t stride, const T* XT, int64_t D, T* y) {
-  tiles<T>(columns, kQueries, [&](auto m, auto n, int64_t i0, int64_t j0) RK_LAMBDA {
-    Vec<T> acc[m.value][n.value];
-    zero<T>(acc);
-    multiply<T>(acc, rotations + i0, 1, stride, XT + j0, kQueries, D);
-    for (int i = 0; i < m.value; ++i)
-      for (int j = 0; j < n.value; ++j) store<T>(y + (i0 + i) * kQueries + j0 + j * kLanes<T>, acc[i][j]);
+  row_tiles(columns, [&](auto m, int64_t i0) RK_LAMBDA {
+    column_tiles<T>(0, kQueries, [&](auto n, int64_t j0) RK_LAMBDA {
+      Vec<T> acc[m.value][n.value];
+      zero<T>(acc);
+      multiply<T, true>(acc, rotations + i0, stride, XT + j0, kQueries, D, []() RK_LAMBDA {});
+      for (int i = 0; i < m.value; ++i)
+        for (int j = 0; j < n.value; ++j) store<T>(y + (i0 + i) * kQueries + j0 + j * kLanes<T>, acc[i][j]);
+    });
   });
 }
 

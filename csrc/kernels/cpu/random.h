@@ -23,20 +23,22 @@ inline void philox(uint64_t seed, uint32_t group, const uint32_t* query_slot, ui
   }
 }
 
-// drop [keys][64]: the factor of every pair of a block whose first key has place `first` in the window.
+// drop [keys][64]: the factor of every pair of queries and keys. Query l is slot place[l] of the chunk that starts at
+// chunk_start; key i is at place first + i of the window and has row row_of[i].
 template <class T>
-RK_NOINLINE void dropout_block(const AttentionParams& p, const Unit& u, int64_t query_start, int64_t first, int keys,
-                               T* drop) {
+RK_NOINLINE void dropout_block(const AttentionParams& p, const Unit& u, int64_t chunk_start, const int32_t* place,
+                               int queries, int64_t first, const int32_t* row_of, int keys, T* drop) {
   uint32_t slot[kQueries], words[4][kQueries];
-  for (int l = 0; l < kQueries; ++l) slot[l] = static_cast<uint32_t>(query_start % u.L + l);
+  for (int l = 0; l < kQueries; ++l) slot[l] = static_cast<uint32_t>(chunk_start % u.L + place[l < queries ? l : 0]);
   const T keep = static_cast<T>(p.keep_factor);
   for (int64_t group = first / 4; group * 4 < first + keys; ++group) {
-    philox(p.dropout_seed, static_cast<uint32_t>(group), slot, u.round(query_start), static_cast<uint32_t>(u.index),
+    philox(p.dropout_seed, static_cast<uint32_t>(group), slot, u.round(chunk_start), static_cast<uint32_t>(u.index),
            words);
     for (int w = 0; w < 4; ++w) {
       const int64_t i = group * 4 + w - first;
       if (i < 0 || i >= keys) continue;
-      for (int l = 0; l < kQueries; ++l) drop[i * kQueries + l] = words[w][l] >= p.drop_threshold ? keep : T(0);
+      T* row = drop + row_of[i] * kQueries;
+      for (int l = 0; l < kQueries; ++l) row[l] = words[w][l] >= p.drop_threshold ? keep : T(0);
     }
   }
 }

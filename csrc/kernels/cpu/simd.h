@@ -65,13 +65,6 @@ template <class T>
 RK_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
-template <class T>
-RK_INLINE T sum(Vec<T> x) {
-  T s = 0;
-  for (int i = 0; i < kLanes<T>; ++i) s += x[i];
-  return s;
-}
-
 // 2^x for x <= 0, and 0 below 2^-126; relative error 1.7e-7 in float (a degree 5 polynomial on [-1/2, 1/2]).
 RK_INLINE Vec<float> exp2(Vec<float> x) {
   const auto underflows = x < splat(-126.0f);
@@ -87,7 +80,7 @@ RK_INLINE Vec<float> exp2(Vec<float> x) {
   return underflows ? Vec<float>{} : p;
 }
 RK_INLINE Vec<double> exp2(Vec<double> x) {
-  Vec<double> y;
+  Vec<double> y = x;
   for (int i = 0; i < kLanes<double>; ++i) y[i] = std::exp2(x[i]);
   return y;
 }
@@ -97,20 +90,27 @@ struct Const {
   static constexpr int value = N;
 };
 
-// acc[i][j] += sum_k A(i, k) B(k, j); A(i, k) = a[i * a_row + k * a_k], B(k, :) = b[k * b_k ...]. The sum over k runs
-// in order, one fused multiply-add at a time, so a result does not depend on the tile that it was computed in.
-template <class T, int M, int N>
-RK_INLINE void multiply(Vec<T> (&acc)[M][N], const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_k,
-                        int64_t K) {
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < K; ++k) {
+// acc[i][j] += sum_k A(i, k) B(k, j); A(i, k) = a[i * a_stride + k], or a[k * a_stride + i] where A is transposed. The
+// sum over k runs in order, one fused multiply-add at a time, so a result does not depend on the tile that it was
+// computed in. between() is called once in every two steps.
+template <class T, bool kTransposed, int M, int N, class F>
+RK_INLINE void multiply(Vec<T> (&acc)[M][N], const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t K,
+                        F&& between) {
+  auto step = [&](int64_t k) RK_LAMBDA {
     Vec<T> row[N];
-    for (int j = 0; j < N; ++j) row[j] = load<T>(b + k * b_k + j * kLanes<T>);
+    for (int j = 0; j < N; ++j) row[j] = load<T>(b + k * b_stride + j * kLanes<T>);
     for (int i = 0; i < M; ++i) {
-      const Vec<T> x = splat<T>(a[i * a_row + k * a_k]);
+      const Vec<T> x = splat<T>(kTransposed ? a[k * a_stride + i] : a[i * a_stride + k]);
       for (int j = 0; j < N; ++j) acc[i][j] += x * row[j];
     }
+  };
+  int64_t k = 0;
+  for (; k + 2 <= K; k += 2) {
+    between();
+    step(k);
+    step(k + 1);
   }
+  if (k < K) step(k);
 }
 
 // Element by element: `= {}` of a whole tile becomes a slow string instruction.
@@ -128,21 +128,21 @@ RK_INLINE void row_tiles(int64_t rows, F&& f) {
   for (; i + 2 <= rows; i += 2) f(Const<2>{}, i);
   if (i < rows) f(Const<1>{}, i);
 }
-// f(rows, vectors, first row, first column) over the tiles of rows x columns; columns is a multiple of the lanes.
+// f(vectors, first column) over strips of the columns [begin, end), a multiple of the lanes.
 template <class T, class F>
-RK_INLINE void tiles(int64_t rows, int64_t columns, F&& f) {
-  int64_t j = 0;
-  auto strip = [&](auto vectors) RK_LAMBDA {
-    for (; j + vectors.value * kLanes<T> <= columns; j += vectors.value * kLanes<T>)
-      row_tiles(rows, [&](auto m, int64_t i) RK_LAMBDA { f(m, vectors, i, j); });
-  };
-  strip(Const<kTileVectors>{});
-  if constexpr (kTileVectors > 2) strip(Const<2>{});
-  strip(Const<1>{});
+RK_INLINE void column_tiles(int64_t begin, int64_t end, F&& f) {
+  int64_t j = begin;
+  for (; j + kTileVectors * kLanes<T> <= end; j += kTileVectors * kLanes<T>) f(Const<kTileVectors>{}, j);
+  const int64_t rest = (end - j) / kLanes<T>;
+  if constexpr (kTileVectors > 3)
+    if (rest == 3) f(Const<3>{}, j);
+  if constexpr (kTileVectors > 2)
+    if (rest == 2) f(Const<2>{}, j);
+  if (rest == 1) f(Const<1>{}, j);
 }
 
-template <int S, int... I>
-RK_INLINE void swap_halves(auto& a, auto& b, std::integer_sequence<int, I...>) {
+template <class T, int S, int... I>
+RK_INLINE void swap_halves(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, I...>) {
   // In blocks of S lanes: the second blocks of a change places with the first blocks of b.
   constexpr int n = sizeof...(I);
   const auto low = __builtin_shufflevector(a, b, (I / S % 2 == 0 ? I : n + I - S)...);
@@ -160,10 +160,24 @@ RK_INLINE void transpose(const T* rows, int64_t row_stride, T* t, int64_t t_stri
     if constexpr (S < n)
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i)
-        if (i / S % 2 == 0) swap_halves<S>(r[i], r[i + S], std::make_integer_sequence<int, n>{});
+        if (i / S % 2 == 0) swap_halves<T, S>(r[i], r[i + S], std::make_integer_sequence<int, n>{});
   };
   step(Const<1>{}), step(Const<2>{}), step(Const<4>{}), step(Const<8>{});
   for (int i = 0; i < n; ++i) store<T>(t + i * t_stride, r[i]);
+}
+
+// By halves, so that few additions wait for each other.
+template <class T>
+RK_INLINE T sum(Vec<T> x) {
+  auto fold = [&](auto s) RK_LAMBDA {
+    if constexpr (s.value < kLanes<T>) {
+      Vec<T> a = x, b = x;
+      swap_halves<T, s.value>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+      x = a + b;
+    }
+  };
+  fold(Const<1>{}), fold(Const<2>{}), fold(Const<4>{}), fold(Const<8>{});
+  return x[0];
 }
 
 RK_INLINE int64_t round_up(int64_t x, int64_t n) { return (x + n - 1) / n * n; }

@@ -2,6 +2,7 @@
 #pragma once
 // clang-format off
 #include "kernels/cpu/simd.h"
+#include "kernels/cpu/chunk.h"
 #include "kernels/cpu/blocks.h"
 #include "kernels/cpu/random.h"
 #include "kernels/cpu/half.h"

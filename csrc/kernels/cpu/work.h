@@ -1,50 +1,7 @@
-// What forward and backward share: gathered chunks, rules of single pairs, and how units are spread over workers.
+// What forward and backward share: rules of single pairs, and how units are spread over workers.
 #pragma once
 
 namespace rk::cpu::RK_ISA {
-
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-
-inline int64_t max_chunk(const AttentionParams& p) { return std::min(p.chunk_length, p.L); }
-
-// The keys of a chunk, gathered, and (in backward) the gradients that they collect.
-template <class T>
-struct ChunkRows {
-  int64_t index = std::numeric_limits<int64_t>::min();  // in the unrolled ring
-  int count = 0;
-  std::vector<int> position;
-  Buffer<T> K, V;                         // [C][Dp], [C][Ep]
-  Buffer<T> factor, factor_log2, square;  // score = factor q . K; square: see unit_scale
-  Buffer<Int<T>> key_position;            // as QueryRules wants it
-  Buffer<T> dQ, dK, dV;
-  bool fresh = true;  // dK and dV hold nothing yet
-
-  void resize(int64_t C, int64_t Dp, int64_t Ep, bool backward) {
-    const int64_t rows = round_up(C, kRowPad);
-    position.resize(rows);
-    K.resize(rows * Dp), V.resize(rows * Ep);
-    factor.resize(rows), factor_log2.resize(rows), square.resize(rows), key_position.resize(rows);
-    if (backward) dQ.resize(rows * Dp), dK.resize(rows * Dp), dV.resize(rows * Ep);
-  }
-
-  void load(const AttentionParams& p, const Unit& u, int64_t unrolled, int chunk, int64_t Dp, int64_t Ep) {
-    const Chunk c = u.chunks[chunk];
-    index = unrolled, count = c.count, fresh = true;
-    for (int i = 0; i < count; ++i) position[i] = u.position(c.start + i);
-    const int limit = static_cast<int>(u.L);
-    gather<T>(p.shared() ? p.query : p.key, u, position.data(), count, limit, p.D, K, Dp);
-    gather<T>(p.value, u, position.data(), count, limit, p.E, V, Ep);
-    const bool* padding = p.padding ? p.padding + u.b * p.L + u.offset : nullptr;
-    for (int i = 0; i < count; ++i) {
-      T scale = 1;
-      square[i] = p.shared() ? unit_scale<T>(K + i * Dp, Dp, p.D, p.has(kL2Norm), scale) : T(0);
-      factor[i] = scale * static_cast<T>(p.scale);
-      factor_log2[i] = factor[i] * static_cast<T>(kLog2e);
-      const bool context = position[i] >= p.n_queries - u.offset;
-      key_position[i] = padding && padding[position[i]] ? kNoKey<T> : context ? kEveryone<T> : position[i];
-    }
-  }
-};
 
 // What PairRules asks of the queries of a block, [R][64]: their buckets, chunks and segments in every round.
 template <class T>
@@ -169,18 +126,6 @@ bool own_allowed(const AttentionParams& p, const Unit& u, const PairRules<T>& ru
   return rules.mask(position, position) > kMasked<T>;
 }
 
-template <class T>
-void fill_rules(const AttentionParams& p, const Unit& u, const int* position, int count, QueryRules<T>& rules) {
-  const bool* padding = p.has(kMaskPaddedQueries) && p.padding ? p.padding + u.b * p.L + u.offset : nullptr;
-  rules.any_own = p.shared() && !p.has(kCausal);
-  for (int l = 0; l < kQueries; ++l) {
-    const bool dead = l >= count || position[l] >= p.n_queries - u.offset || (padding && padding[position[l]]);
-    // Causal: up to the own position, and with shared rows without it.
-    rules.limit[l] = dead ? kEveryone<T> - 1 : p.has(kCausal) ? position[l] - p.shared() : kNoKey<T> - 1;
-    rules.own[l] = l < count ? position[l] : kEveryone<T> - 1;
-  }
-}
-
 // A unit with what its workers share.
 template <class T>
 struct Shared {
@@ -262,7 +207,8 @@ void visit_self_only(const AttentionParams& p, const Unit& u, const PairRules<T>
             continue;
           ++times;
           T factor[kQueries] = {T(1)};
-          if (p.dropout()) dropout_block<T>(p, u, q.start + i, place, 1, factor);
+          const int32_t query_place = i, row = 0;
+          if (p.dropout()) dropout_block<T>(p, u, q.start, &query_place, 1, place, &row, 1, factor);
           weight += factor[0];
         }
       }

@@ -1,0 +1,220 @@
+// The rows of a chunk, gathered, and what its queries may see of it.
+//
+// Rows lie in the order of what decides whether a query may see them: context keys, positions, padding. Then the keys
+// that a query sees are the first ones of every chunk, the queries that see a key are the last ones of their block,
+// and causal attention computes little more than half of the pairs.
+#pragma once
+
+namespace rk::cpu::RK_ISA {
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+inline int64_t max_chunk(const AttentionParams& p) { return std::min(p.chunk_length, p.L); }
+
+// The rows at the positions: [padded rows][padded width], zero beyond the real rows and columns.
+template <class T>
+void gather(const Rows& source, const Unit& u, const int* position, int count, int limit, int64_t width, T* rows,
+            int64_t row_stride) {
+  const T* base = source.at<T>(u.b, u.h, u.offset);
+  for (int i = 0; i < count; ++i) {
+    T* to = rows + i * row_stride;
+    int64_t d = 0;
+    if (position[i] < limit) {
+      const T* from = base + position[i] * source.stride_l;
+      for (; d + kLanes<T> <= width; d += kLanes<T>) store<T>(to + d, load<T>(from + d));
+      for (; d < width; ++d) to[d] = from[d];
+    }
+    for (; d < row_stride; ++d) to[d] = 0;
+  }
+  std::fill(rows + count * row_stride, rows + round_up(count, kRowPad) * row_stride, T(0));
+}
+
+// t [width][64] of at most 64 rows.
+template <class T>
+void transpose_rows(const T* rows, int64_t row_stride, int count, int64_t width, T* t) {
+  for (int64_t i = 0; i < count; i += kLanes<T>)
+    for (int64_t d = 0; d < round_up(width, kLanes<T>); d += kLanes<T>)
+      transpose<T>(rows + i * row_stride + d, row_stride, t + d * kQueries + i, kQueries);
+}
+
+// |row|^2 as a key scale: a = 1 / sqrt(|q|^2 + 1e-6 D), or 1 / max(|q|, 1e-12).
+template <class T>
+struct UnitScale {
+  T length, a, square;  // square: a^2 where a depends on q
+};
+template <class T>
+RK_INLINE UnitScale<T> unit_scale(const T* row, int64_t stride, int64_t D, bool l2) {
+  Vec<T> squares{};
+  for (int64_t d = 0; d < stride; d += kLanes<T>) squares += load<T>(row + d) * load<T>(row + d);
+  const T square = sum<T>(squares), length = std::sqrt(square);
+  if (!l2) {
+    const T a = 1 / std::sqrt(square + T(1e-6) * D);
+    return {length, a, a * a};
+  }
+  const T a = 1 / std::max(length, T(1e-12));
+  return {length, a, length > T(1e-12) ? a * a : T(0)};
+}
+
+// rank[i]: how many of the keys, all different, are smaller than key[i]. Quadratic but without branches: a small part
+// of what the pairs of a chunk cost anyway. Both arrays are padded to whole vectors.
+inline void rank_keys(const int32_t* key, int count, int32_t* rank) {
+  for (int i = 0; i < count; i += kLanes<float>) {
+    const IVec<float> x = load_int<float>(key + i);
+    IVec<float> smaller{};
+    for (int j = 0; j < count; ++j) smaller -= splat_int<float>(key[j]) < x;
+    *reinterpret_cast<IVec<float>*>(rank + i) = smaller;
+  }
+}
+
+// Bounds up to this leave weights that add up without underflow: 2^-80 and above.
+template <class T>
+constexpr T kSafeBound = 40;
+
+template <class T>
+constexpr Int<T> kNoKey = std::numeric_limits<int32_t>::max();  // the position of a key that nobody may see
+template <class T>
+constexpr Int<T> kEveryone = -1;  // ... that everybody may see, below any limit
+
+// The keys of a chunk, gathered, and (in backward) the gradients that they collect.
+template <class T>
+struct ChunkRows {
+  int64_t index = std::numeric_limits<int64_t>::min();  // in the unrolled ring
+  int count = 0;
+  std::vector<int> position;               // of every row
+  std::vector<int32_t> place, row, order;  // row i was slot place[i] of the chunk; slot s became row[s]
+  Buffer<T> K, V;                          // [C][Dp], [C][Ep]
+  Buffer<T> factor, factor_log2, square;   // score = factor q . K; square: see unit_scale
+  Buffer<T> bound;                         // no score of this row as a query is above it, in units of log 2
+  Buffer<Int<T>> key_position;             // as QueryRules wants it, rising
+  Buffer<T> dQ, dK, dV;
+  bool fresh = true;  // dK and dV hold nothing yet
+
+  void resize(int64_t C, int64_t Dp, int64_t Ep, bool backward) {
+    const int64_t rows = round_up(C, kRowPad);
+    position.resize(rows), place.resize(rows), row.resize(rows), order.resize(rows);
+    K.resize(rows * Dp), V.resize(rows * Ep);
+    factor.resize(rows), factor_log2.resize(rows), square.resize(rows), bound.resize(rows), key_position.resize(rows);
+    if (backward) dQ.resize(rows * Dp), dK.resize(rows * Dp), dV.resize(rows * Ep);
+  }
+
+  void load(const AttentionParams& p, const Unit& u, int64_t unrolled, int chunk, int64_t Dp, int64_t Ep) {
+    const Chunk c = u.chunks[chunk];
+    index = unrolled, count = c.count, fresh = true;
+    const bool* padding = p.padding ? p.padding + u.b * p.L + u.offset : nullptr;
+    arrange(p, u, c, padding);
+    const int limit = static_cast<int>(u.L);
+    gather<T>(p.shared() ? p.query : p.key, u, position.data(), count, limit, p.D, K, Dp);
+    gather<T>(p.value, u, position.data(), count, limit, p.E, V, Ep);
+    const T scale = static_cast<T>(p.scale), log2e = static_cast<T>(kLog2e);
+    for (int i = 0; i < count; ++i) {
+      UnitScale<T> unit{0, 1, 0};
+      if (p.shared()) unit = unit_scale<T>(K + i * Dp, Dp, p.D, p.has(kL2Norm));
+      square[i] = unit.square;
+      factor[i] = unit.a * scale, factor_log2[i] = factor[i] * log2e;
+      bound[i] = unit.length * std::abs(scale) * log2e;
+      const bool context = position[i] >= p.n_queries - u.offset;
+      key_position[i] = padding && padding[position[i]] ? kNoKey<T> : context ? kEveryone<T> : position[i];
+    }
+  }
+
+ private:
+  void arrange(const AttentionParams& p, const Unit& u, Chunk c, const bool* padding) {
+    // The signed order of the keys is: context, the others, padding; a position and u.L are below 2^31.
+    const uint32_t context = static_cast<uint32_t>(std::max<int64_t>(0, p.n_queries - u.offset));
+    auto key = [&](int position) {
+      const uint32_t at = static_cast<uint32_t>(position), length = static_cast<uint32_t>(u.L);
+      const uint32_t unpadded = at >= context ? at - context : at + (length - std::min(length, context));
+      return static_cast<int32_t>((padding && padding[position] ? 0u : 0x80000000u) + unpadded);
+    };
+    bool sorted = true;
+    for (int i = 0; i < count; ++i) {
+      row[i] = i, place[i] = i, position[i] = u.position(c.start + i);
+      order[i] = key(position[i]);
+      sorted &= i == 0 || order[i - 1] < order[i];
+    }
+    if (sorted || !(p.has(kCausal) || padding)) return;
+    rank_keys(order.data(), count, row.data());
+    for (int i = 0; i < count; ++i) place[row[i]] = i;
+    for (int i = 0; i < count; ++i) position[i] = u.position(c.start + place[i]);
+  }
+};
+
+// What the queries of a block may see: keys with key_position <= limit and, where nothing is causal, != own.
+template <class T>
+struct QueryRules {
+  alignas(64) Int<T> limit[kQueries], own[kQueries];
+  alignas(64) Int<T> reach[kQueries];  // the largest limit up to here: rising, so it can be searched
+  bool any_own;
+
+  QueryRules() = default;
+  void fill(const AttentionParams& p, const Unit& u, const int* position, int count) {
+    const bool* padding = p.has(kMaskPaddedQueries) && p.padding ? p.padding + u.b * p.L + u.offset : nullptr;
+    any_own = p.shared() && !p.has(kCausal);
+    Int<T> highest = kEveryone<T> - 1;
+    for (int l = 0; l < kQueries; ++l) {
+      const bool dead = l >= count || position[l] >= p.n_queries - u.offset || (padding && padding[position[l]]);
+      // Causal: up to the own position, and with shared rows without it.
+      limit[l] = dead ? kEveryone<T> - 1 : p.has(kCausal) ? position[l] - p.shared() : kNoKey<T> - 1;
+      own[l] = l < count ? position[l] : kEveryone<T> - 1;
+      reach[l] = highest = std::max(highest, limit[l]);
+    }
+  }
+};
+
+// Which part of a block of queries and a chunk of keys is not masked by positions.
+template <class T>
+struct Sight {
+  const QueryRules<T>& queries;
+  const Int<T>* key_position;
+  int n_keys;
+
+  // The first query that may see this key or a later one.
+  int first_query(int64_t key) const { return below(queries.reach, kQueries, key_position[key]); }
+  // How many of the keys this query or an earlier one may see.
+  int keys_until(int64_t query) const { return below(key_position, n_keys, queries.reach[query] + 1); }
+
+  RK_INLINE Vec<T> masked(Vec<T> score, int64_t key, int64_t j) const {
+    const IVec<T> at = splat_int<T>(key_position[key]);
+    score = at <= load_int<T>(queries.limit + j) ? score : splat(kMasked<T>);
+    if (queries.any_own) score = at != load_int<T>(queries.own + j) ? score : splat(kMasked<T>);
+    return score;
+  }
+
+ private:
+  // How many of n rising numbers are below x.
+  static int below(const Int<T>* rising, int n, Int<T> x) {
+    const Int<T>* from = rising;
+    for (; n > 0; n -= (n + 1) / 2) from += from[(n - 1) / 2] < x ? (n + 1) / 2 : 0;
+    return static_cast<int>(from - rising);
+  }
+};
+
+// The cache lines of rows that will be needed soon. The products ask for one every few multiplications: many at once
+// would wait for each other and for the products' own loads.
+class Prefetch {
+ public:
+  void clear() { lines_.clear(); }
+  template <class T>
+  void add(const Rows& source, const Unit& u, const int32_t* order, int64_t slot, int count, int limit, int64_t width) {
+    const char* base = reinterpret_cast<const char*>(source.at<T>(u.b, u.h, u.offset));
+    const int64_t stride = source.stride_l * static_cast<int64_t>(sizeof(T)), bytes = width * sizeof(T);
+    for (int i = 0; i < count; ++i) {
+      const int64_t position = order ? order[slot + i] : (slot + i) % u.L;
+      if (position >= limit) continue;
+      for (int64_t b = 0; b < bytes; b += 64) lines_.push_back(base + position * stride + b);
+    }
+  }
+  // After the last row; no product asks for more than `most` lines.
+  void ready(int64_t most) {
+    next_ = 0, size_ = lines_.size();
+    lines_.resize(size_ + most, reinterpret_cast<const char*>(this));  // so that asking needs no test
+  }
+  const char* const* begin() const { return lines_.data() + next_; }
+  void end(const char* const* line) { next_ = std::min<size_t>(line - lines_.data(), size_); }
+
+ private:
+  std::vector<const char*> lines_;
+  size_t next_ = 0, size_ = 0;
+};
+
+}  // namespace rk::cpu::RK_ISA
