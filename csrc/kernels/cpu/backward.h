@@ -125,7 +125,8 @@ class BackwardWalk {
         keys.fresh = false;
       }
       if (owned(q)) {
-        query_block<T>(sight, s_.S, count, keys.K, s_.Dp, own.dQ + block * s_.Dp, !first_keys, s_.prefetch);
+        const Weighted<T> weighted{sight, s_.S, keys.K};
+        query_block<T>(&weighted, 1, count, s_.Dp, own.dQ + block * s_.Dp, !first_keys, s_.prefetch);
         first_keys = false;
       }
       place += keys.count;

@@ -37,22 +37,14 @@ void transpose_rows(const T* rows, int64_t row_stride, int count, int64_t width,
       transpose<T>(rows + i * row_stride + d, row_stride, t + d * kQueries + i, kQueries);
 }
 
-// |row|^2 as a key scale: a = 1 / sqrt(|q|^2 + 1e-6 D), or 1 / max(|q|, 1e-12).
 template <class T>
-struct UnitScale {
-  T length, a, square;  // square: a^2 where a depends on q
-};
-template <class T>
-RK_INLINE UnitScale<T> unit_scale(const T* row, int64_t stride, int64_t D, bool l2) {
-  Vec<T> squares{};
-  for (int64_t d = 0; d < stride; d += kLanes<T>) squares += load<T>(row + d) * load<T>(row + d);
-  const T square = sum<T>(squares), length = std::sqrt(square);
-  if (!l2) {
-    const T a = 1 / std::sqrt(square + T(1e-6) * D);
-    return {length, a, a * a};
+void squares(const T* rows, int64_t row_stride, int count, T* square) {
+  for (int i = 0; i < count; ++i) {
+    Vec<T> s{};
+    for (const T* x = rows + i * row_stride; x < rows + (i + 1) * row_stride; x += kLanes<T>)
+      s += load<T>(x) * load<T>(x);
+    square[i] = sum<T>(s);
   }
-  const T a = 1 / std::max(length, T(1e-12));
-  return {length, a, length > T(1e-12) ? a * a : T(0)};
 }
 
 // rank[i]: how many of the keys, all different, are smaller than key[i]. Quadratic but without branches: a small part
@@ -83,7 +75,8 @@ struct ChunkRows {
   std::vector<int> position;               // of every row
   std::vector<int32_t> place, row, order;  // row i was slot place[i] of the chunk; slot s became row[s]
   Buffer<T> K, V;                          // [C][Dp], [C][Ep]
-  Buffer<T> factor, factor_log2, square;   // score = factor q . K; square: see unit_scale
+  Buffer<T> factor, factor_log2;           // score = factor q . K
+  Buffer<T> square;                        // a^2, where K = q but the key is a q
   Buffer<T> bound;                         // no score of this row as a query is above it, in units of log 2
   Buffer<Int<T>> key_position;             // as QueryRules wants it, rising
   Buffer<T> dQ, dK, dV;
@@ -105,13 +98,19 @@ struct ChunkRows {
     const int limit = static_cast<int>(u.L);
     gather<T>(p.shared() ? p.query : p.key, u, position.data(), count, limit, p.D, K, Dp);
     gather<T>(p.value, u, position.data(), count, limit, p.E, V, Ep);
-    const T scale = static_cast<T>(p.scale), log2e = static_cast<T>(kLog2e);
+    const T scale = static_cast<T>(p.scale), log2e = static_cast<T>(kLog2e), eps = T(1e-6) * p.D;
+    const bool shared = p.shared(), l2 = p.has(kL2Norm);
+    // The key is a row over its length: over sqrt(|q|^2 + 1e-6 D), or over max(|q|, 1e-12).
+    if (shared) squares<T>(K, Dp, count, square);
     for (int i = 0; i < count; ++i) {
-      UnitScale<T> unit{0, 1, 0};
-      if (p.shared()) unit = unit_scale<T>(K + i * Dp, Dp, p.D, p.has(kL2Norm));
-      square[i] = unit.square;
-      factor[i] = unit.a * scale, factor_log2[i] = factor[i] * log2e;
-      bound[i] = unit.length * std::abs(scale) * log2e;
+      const T length = shared ? std::sqrt(square[i]) : T(0);
+      const T divisor = !shared ? T(1) : l2 ? std::max(length, T(1e-12)) : std::sqrt(square[i] + eps);
+      const T a = 1 / divisor;
+      factor[i] = a * scale, factor_log2[i] = a * scale * log2e;
+      bound[i] = length * std::abs(scale) * log2e;
+      square[i] = !shared || (l2 && length <= T(1e-12)) ? T(0) : a * a;  // where it depends on q
+    }
+    for (int i = 0; i < count; ++i) {
       const bool context = position[i] >= p.n_queries - u.offset;
       key_position[i] = padding && padding[position[i]] ? kNoKey<T> : context ? kEveryone<T> : position[i];
     }
@@ -198,11 +197,15 @@ class Prefetch {
   void add(const Rows& source, const Unit& u, const int32_t* order, int64_t slot, int count, int limit, int64_t width) {
     const char* base = reinterpret_cast<const char*>(source.at<T>(u.b, u.h, u.offset));
     const int64_t stride = source.stride_l * static_cast<int64_t>(sizeof(T)), bytes = width * sizeof(T);
+    const size_t most = count * ((bytes + 63) / 64), before = lines_.size();
+    lines_.resize(before + most);
+    const char** to = lines_.data() + before;
     for (int i = 0; i < count; ++i) {
       const int64_t position = order ? order[slot + i] : (slot + i) % u.L;
       if (position >= limit) continue;
-      for (int64_t b = 0; b < bytes; b += 64) lines_.push_back(base + position * stride + b);
+      for (int64_t b = 0; b < bytes; b += 64) *to++ = base + position * stride + b;
     }
+    lines_.resize(to - lines_.data());
   }
   // After the last row; no product asks for more than `most` lines.
   void ready(int64_t most) {

@@ -8,6 +8,7 @@ struct ForwardScratch {
   int64_t Dp, Ep, most_steps;        // of the sum in a product
   std::vector<ChunkRows<T>> chunks;  // the window of the current chunk: chunk i lies in place i modulo its size
   Buffer<T> Q, QT, S, O, bias, drop;
+  std::vector<Weighted<T>> weighted;
   QueryRules<T> rules;
   PairLanes<T> lanes;
   Prefetch prefetch;
@@ -77,17 +78,19 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
     if (!(bound[l] <= kSafeBound<T>)) bound[l] = kLowest<T>, bounded = false;  // nor if it is NaN
   }
   std::fill(highest, highest + kQueries, kLowest<T>);
-  if (!bounded) {
+  auto products = [&](const ChunkRows<T>& keys, int64_t place, const Sight<T>& sight) {
+    pair_block<T>(sight, keys.K, s.Dp, s.QT, queries, p.D, s.S + place * kQueries, s.prefetch);
+  };
+  auto biases = [&](const ChunkRows<T>& keys, int chunk) -> const T* {
+    if (!shared.rules->any()) return nullptr;
+    shared.rules->block(round, position, count, queries, s.lanes, keys, chunk, s.bias);
+    return s.bias;
+  };
+  if (!bounded)
     each_chunk([&](const ChunkRows<T>& keys, int k, int64_t place, const Sight<T>& sight) {
-      auto score = [&](auto with_bias) {
-        score_block<T, with_bias.value>(sight, keys.K, s.Dp, s.QT, queries, p.D, keys.factor_log2, s.bias,
-                                        s.S + place * kQueries, highest, s.prefetch);
-      };
-      if (!shared.rules->any()) return score(Const<0>{});
-      shared.rules->block(round, position, count, queries, s.lanes, keys, k, s.bias);
-      score(Const<1>{});
+      products(keys, place, sight);
+      highest_block<T>(sight, s.S + place * kQueries, queries, keys.factor_log2, biases(keys, k), highest);
     });
-  }
   T *row_max = shared.row_a, *row_sum = shared.row_b;
   for (int l = 0; l < kQueries; ++l) {
     const T before = first || l >= count ? kLowest<T> : row_max[position[l]];
@@ -95,19 +98,17 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
     multiplier[l] = before - highest[l];
   }
   for (int l = 0; l < kQueries; l += kLanes<T>) store<T>(multiplier + l, exp2(load<T>(multiplier + l)));
-  bool add = false;
-  each_chunk([&](const ChunkRows<T>& keys, int, int64_t place, const Sight<T>& sight) {
+  s.weighted.clear();
+  each_chunk([&](const ChunkRows<T>& keys, int k, int64_t place, const Sight<T>& sight) {
     T *S = s.S + place * kQueries, *drop = nullptr;
     if (p.dropout())
       dropout_block<T>(p, u, chunk.start, own.place.data() + block, count, place, keys.row.data(), keys.count,
                        drop = s.drop);
-    if (bounded)
-      weight_block<T>(sight, keys.K, s.Dp, s.QT, queries, p.D, keys.factor_log2, highest, S, total, drop, s.prefetch);
-    else
-      softmax_block<T>(sight, S, queries, highest, total, drop);
-    query_block<T>(sight, S, count, keys.V, s.Ep, s.O, add, s.prefetch);
-    add = true;
+    if (bounded) products(keys, place, sight);
+    weight_block<T>(sight, S, queries, keys.factor_log2, biases(keys, k), highest, total, drop);
+    s.weighted.push_back({sight, S, keys.V});
   });
+  query_block<T>(s.weighted.data(), static_cast<int>(s.weighted.size()), count, s.Ep, s.O, false, s.prefetch);
 
   T* lse = static_cast<T*>(p.lse) + (u.b * p.H + u.h) * p.n_queries + u.offset;
   bool* self_only = p.self_only + (u.b * p.H + u.h) * p.n_queries + u.offset;

@@ -92,7 +92,7 @@ struct Const {
 
 // acc[i][j] += sum_k A(i, k) B(k, j); A(i, k) = a[i * a_stride + k], or a[k * a_stride + i] where A is transposed. The
 // sum over k runs in order, one fused multiply-add at a time, so a result does not depend on the tile that it was
-// computed in. between() is called once in every two steps.
+// computed in. between() is called once in every four steps.
 template <class T, bool kTransposed, int M, int N, class F>
 RK_INLINE void multiply(Vec<T> (&acc)[M][N], const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t K,
                         F&& between) {
@@ -105,12 +105,11 @@ RK_INLINE void multiply(Vec<T> (&acc)[M][N], const T* a, int64_t a_stride, const
     }
   };
   int64_t k = 0;
-  for (; k + 2 <= K; k += 2) {
+  for (; k + 4 <= K; k += 4) {
     between();
-    step(k);
-    step(k + 1);
+    for (int i = 0; i < 4; ++i) step(k + i);
   }
-  if (k < K) step(k);
+  for (; k < K; ++k) step(k);
 }
 
 // Element by element: `= {}` of a whole tile becomes a slow string instruction.
