@@ -174,11 +174,14 @@ def _below_autograd(keys: DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor, T
         return _attention_op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
+def _tracked(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+
+
 def _attention_autograd(keys: DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     # What register_autograd makes of _setup_context and _backward, less its look at the schema in every forward, which
     # costs more than the rest of the dispatch.
-    tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-    return _AttentionBelow.apply(keys, *args) if tracked else _below_autograd(keys, *args)
+    return _AttentionBelow.apply(keys, *args) if _tracked(args) else _below_autograd(keys, *args)
 
 
 _library.impl("chunk_attention", _attention_autograd, "Autograd", with_keyset=True)
@@ -276,7 +279,12 @@ def chunk_attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, H, L, E], lse [B, H, L] and self_only [B, H, L] of an ``AttentionCall``'s arguments."""
     if forward_ad._current_level >= 0 and any(map(_has_tangent, args[:3])):
         raise RuntimeError("forward-mode derivatives of lsh_attention and local_attention are not supported")
-    return _Attention.apply(*args) if _transformed() else _attention_op(*args)
+    if _transformed():
+        return _Attention.apply(*args)
+    if _tracked(args) or torch.compiler.is_compiling():
+        return _attention_op(*args)
+    with torch._C._AutoDispatchBelowAutograd():  # spares a call of _attention_autograd by the dispatcher
+        return _attention_op(*args)
 
 
 hash_buckets: Callable[..., Tensor] = _hash_op

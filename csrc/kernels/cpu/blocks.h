@@ -59,30 +59,34 @@ RK_INLINE Vec<T> score(const Sight<T>& sight, const T* product, const T* factor,
   return sight.masked(x, i, j);
 }
 
-// highest = max over the keys of the scores of the products S.
+// The products S become scores; highest = max over their keys.
 template <class T>
-RK_NOINLINE void highest_block(const Sight<T>& sight, const T* S, int64_t queries, const T* factor, const T* bias,
-                               T* highest) {
+RK_NOINLINE void score_block(const Sight<T>& sight, T* S, int64_t queries, const T* factor, const T* bias, T* highest) {
   seen_vectors(sight, queries, [&](int64_t j, int keys) RK_LAMBDA {
     Vec<T> top = load<T>(highest + j);
-    for (int i = 0; i < keys; ++i) top = maximum<T>(top, score(sight, S, factor, bias, i, j));
+    for (int i = 0; i < keys; ++i) {
+      const Vec<T> x = score(sight, S, factor, bias, i, j);
+      top = maximum<T>(top, x);
+      store<T>(S + i * kQueries + j, x);
+    }
     store<T>(highest + j, top);
   });
 }
 
-// S -> exp2(score - highest), zero where masked (highest is far above kMasked); total += sum over the keys; then times
-// drop, if there is dropout.
-template <class T>
-RK_NOINLINE void weight_block(const Sight<T>& sight, T* S, int64_t queries, const T* factor, const T* bias,
-                              const T* highest, T* total, const T* drop) {
+// S, products or (kScores) scores, becomes exp2(score - highest), zero where masked (highest is far above kMasked);
+// total += sum over the keys; then times drop, if there is dropout.
+template <class T, bool kScores>
+RK_NOINLINE void weight_block(const Sight<T>& sight, T* S, int64_t queries, const T* factor, const T* highest, T* total,
+                              const T* drop) {
   seen_vectors(sight, queries, [&](int64_t j, int keys) RK_LAMBDA {
     const Vec<T> top = load<T>(highest + j);
     Vec<T> sum = load<T>(total + j);
     for (int i = 0; i < keys; ++i) {
-      Vec<T> e = exp2(score(sight, S, factor, bias, i, j) - top);
+      const int64_t at = i * kQueries + j;
+      Vec<T> e = exp2((kScores ? load<T>(S + at) : score<T>(sight, S, factor, nullptr, i, j)) - top);
       sum += e;
-      if (drop) e *= load<T>(drop + i * kQueries + j);
-      store<T>(S + i * kQueries + j, e);
+      if (drop) e *= load<T>(drop + at);
+      store<T>(S + at, e);
     }
     for (int i = keys; i < sight.n_keys; ++i) store<T>(S + i * kQueries + j, Vec<T>{});
     store<T>(total + j, sum);

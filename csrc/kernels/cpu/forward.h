@@ -81,15 +81,13 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
   auto products = [&](const ChunkRows<T>& keys, int64_t place, const Sight<T>& sight) {
     pair_block<T>(sight, keys.K, s.Dp, s.QT, queries, p.D, s.S + place * kQueries, s.prefetch);
   };
-  auto biases = [&](const ChunkRows<T>& keys, int chunk) -> const T* {
-    if (!shared.rules->any()) return nullptr;
-    shared.rules->block(round, position, count, queries, s.lanes, keys, chunk, s.bias);
-    return s.bias;
-  };
   if (!bounded)
     each_chunk([&](const ChunkRows<T>& keys, int k, int64_t place, const Sight<T>& sight) {
       products(keys, place, sight);
-      highest_block<T>(sight, s.S + place * kQueries, queries, keys.factor_log2, biases(keys, k), highest);
+      const T* bias = nullptr;
+      if (shared.rules->any())
+        shared.rules->block(round, position, count, queries, s.lanes, keys, k, s.bias), bias = s.bias;
+      score_block<T>(sight, s.S + place * kQueries, queries, keys.factor_log2, bias, highest);
     });
   T *row_max = shared.row_a, *row_sum = shared.row_b;
   for (int l = 0; l < kQueries; ++l) {
@@ -99,13 +97,17 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
   }
   for (int l = 0; l < kQueries; l += kLanes<T>) store<T>(multiplier + l, exp2(load<T>(multiplier + l)));
   s.weighted.clear();
-  each_chunk([&](const ChunkRows<T>& keys, int k, int64_t place, const Sight<T>& sight) {
+  each_chunk([&](const ChunkRows<T>& keys, int, int64_t place, const Sight<T>& sight) {
     T *S = s.S + place * kQueries, *drop = nullptr;
     if (p.dropout())
       dropout_block<T>(p, u, chunk.start, own.place.data() + block, count, place, keys.row.data(), keys.count,
                        drop = s.drop);
-    if (bounded) products(keys, place, sight);
-    weight_block<T>(sight, S, queries, keys.factor_log2, biases(keys, k), highest, total, drop);
+    if (bounded) {
+      products(keys, place, sight);
+      weight_block<T, false>(sight, S, queries, keys.factor_log2, highest, total, drop);
+    } else {
+      weight_block<T, true>(sight, S, queries, nullptr, highest, total, drop);
+    }
     s.weighted.push_back({sight, S, keys.V});
   });
   query_block<T>(s.weighted.data(), static_cast<int>(s.weighted.size()), count, s.Ep, s.O, false, s.prefetch);

@@ -10,6 +10,7 @@
 #define RK_ISA avx2
 #define RK_VECTOR_BYTES 32
 #define RK_TILE_VECTORS 2
+#define RK_MULTIPLY_LOW(a, b) _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
 #include "kernels/cpu/table.h"
 #if defined(__clang__)
 #pragma clang attribute pop

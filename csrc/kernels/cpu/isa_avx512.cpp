@@ -10,6 +10,7 @@
 #define RK_ISA avx512
 #define RK_VECTOR_BYTES 64
 #define RK_TILE_VECTORS 4
+#define RK_MULTIPLY_LOW(a, b) _mm512_mul_epu32((__m512i)(a), (__m512i)(b))
 #include "kernels/cpu/table.h"
 #if defined(__clang__)
 #pragma clang attribute pop

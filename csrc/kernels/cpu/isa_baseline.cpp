@@ -8,6 +8,9 @@
 #else
 #define RK_TILE_VECTORS 2
 #endif
+#if defined(__x86_64__)
+#define RK_MULTIPLY_LOW(a, b) _mm_mul_epu32((__m128i)(a), (__m128i)(b))
+#endif
 #include "kernels/cpu/table.h"
 
 const rk::cpu::Kernels* rk::cpu::kernels_baseline() { return baseline::table("baseline"); }

@@ -3,23 +3,39 @@
 
 namespace rk::cpu::RK_ISA {
 
-// words[w][lane]: the four words of the counter (group, query_slot[lane], round, head). Low and high halves of the
-// products are written apart, and the ten steps out, for the sake of the vectorizer.
+typedef uint64_t Wide __attribute__((vector_size(RK_VECTOR_BYTES), aligned(4), may_alias));
+
+// The products of the low halves of the lanes. Vector extensions have none: of the whole product compilers make
+// several.
+RK_INLINE Wide multiply_low(Wide a, Wide b) {
+#ifdef RK_MULTIPLY_LOW
+  return reinterpret_cast<Wide>(RK_MULTIPLY_LOW(a, b));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// Words 0 ... 3 in the low halves of the lanes; nothing looks at the high halves.
+struct PhiloxState {
+  Wide c0, c1, c2, c3;
+  RK_INLINE void round(uint32_t k0, uint32_t k1) {
+    const Wide p0 = multiply_low(c0, Wide{} + 0xD2511F53u), p1 = multiply_low(c2, Wide{} + 0xCD9E8D57u);
+    c0 = (p1 >> 32) ^ c1 ^ k0, c1 = p1;
+    c2 = (p0 >> 32) ^ c3 ^ k1, c3 = p0;
+  }
+};
+
+// words[w][lane]: the four words of the counter (group, query_slot[lane], round, head).
 inline void philox(uint64_t seed, uint32_t group, const uint32_t* query_slot, uint32_t round, uint32_t head,
                    uint32_t (&words)[4][kQueries]) {
-  for (int l = 0; l < kQueries; ++l) {
-    uint32_t c0 = group, c1 = query_slot[l], c2 = round, c3 = head;
+  for (int l = 0; l < kQueries; l += kLanes<float>) {
+    const Wide slots = *reinterpret_cast<const Wide*>(query_slot + l), zero{};
+    PhiloxState even{zero + group, slots, zero + round, zero + head}, odd = even;
+    odd.c1 = slots >> 32;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    auto high = [](uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); };
-    auto step = [&](int) RK_LAMBDA {
-      const uint32_t m0 = 0xD2511F53u, m1 = 0xCD9E8D57u, h0 = high(c0, m0), h1 = high(c2, m1);
-      const uint32_t l0 = c0 * m0, l1 = c2 * m1;
-      c0 = h1 ^ c1 ^ k0, c1 = l1, c2 = h0 ^ c3 ^ k1, c3 = l0;
-      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    };
-    [&]<int... I>(std::integer_sequence<int, I...>)
-        RK_LAMBDA { (step(I), ...); }(std::make_integer_sequence<int, 10>{});
-    words[0][l] = c0, words[1][l] = c1, words[2][l] = c2, words[3][l] = c3;
+    for (int i = 0; i < 10; ++i, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) even.round(k0, k1), odd.round(k0, k1);
+    const Wide low_of[] = {even.c0, even.c1, even.c2, even.c3}, high_of[] = {odd.c0, odd.c1, odd.c2, odd.c3};
+    for (int w = 0; w < 4; ++w) *reinterpret_cast<Wide*>(words[w] + l) = (low_of[w] & 0xffffffffu) | (high_of[w] << 32);
   }
 }
 

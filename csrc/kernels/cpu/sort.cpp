@@ -1,6 +1,7 @@
 // Stable counting sort of bucket numbers: scalar code, the same for every instruction set.
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <numeric>
 #include <vector>
 
@@ -22,36 +23,37 @@ bool valid(const int32_t* bucket, int64_t length, int64_t n_buckets) {
   return bad >> 31 == 0;
 }
 
-// False if a bucket is out of range. Two halves with counters of their own: a position depends on the last store to its
-// counter, and two such chains overlap.
+// False if a bucket is out of range.
 bool counting_sort(const int32_t* bucket, int64_t length, int64_t n_buckets, int32_t* order,
                    std::vector<int32_t>& scratch) {
-  constexpr int64_t kBlock = 1024;  // stays in the first cache between checking and counting
-  scratch.assign(2 * n_buckets, 0);
-  int32_t *low = scratch.data(), *high = low + n_buckets;
-  const int64_t half = length / 2;
-  const int32_t* upper = bucket + half;
-  for (int64_t begin = 0; begin < half; begin += kBlock) {
-    const int64_t end = std::min(half, begin + kBlock);
-    if (!valid(bucket + begin, end - begin, n_buckets) || !valid(upper + begin, end - begin, n_buckets)) return false;
-    for (int64_t i = begin; i < end; ++i) ++low[bucket[i]], ++high[upper[i]];
+  // Counters for a power of two of buckets, so that whatever comes finds one; what came is judged afterwards. Two of
+  // them a bucket: of equal neighbours the second would wait for the first.
+  const int64_t size = std::bit_ceil(static_cast<uint64_t>(n_buckets));
+  const uint32_t mask = static_cast<uint32_t>(size - 1);
+  scratch.assign(2 * size, 0);
+  int32_t *start = scratch.data(), *odd = start + size;
+  uint32_t seen = 0;
+  auto count = [&](int32_t* counter, int64_t i) {
+    const uint32_t b = static_cast<uint32_t>(bucket[i]);
+    seen |= b;
+    ++counter[b & mask];
+  };
+  constexpr int64_t kLine = 16;  // of order, which is cold: counting is quick enough to fetch it meanwhile
+  int64_t i = 0;
+  for (; i + kLine <= length; i += kLine) {
+    __builtin_prefetch(order + i, 1);
+    __builtin_prefetch(bucket + i + 16 * kLine);
+    for (int64_t k = i; k < i + kLine; k += 2) count(start, k), count(odd, k + 1);
   }
-  const bool odd = length % 2;
-  if (odd) {
-    if (!valid(upper + half, 1, n_buckets)) return false;
-    ++high[upper[half]];
-  }
-  int32_t start = 0;
+  for (; i < length; ++i) count(start, i);
+  int32_t sum = 0;
   for (int64_t k = 0; k < n_buckets; ++k) {
-    const int32_t in_low = low[k], in_high = high[k];
-    low[k] = start, high[k] = start + in_low;
-    start += in_low + in_high;
+    const int32_t n = start[k] + odd[k];
+    start[k] = sum;
+    sum += n;
   }
-  for (int64_t i = 0; i < half; ++i) {
-    order[low[bucket[i]]++] = static_cast<int32_t>(i);
-    order[high[upper[i]]++] = static_cast<int32_t>(half + i);
-  }
-  if (odd) order[high[upper[half]]++] = static_cast<int32_t>(length - 1);
+  if (seen & ~mask || sum != length) return false;
+  for (i = 0; i < length; ++i) order[start[bucket[i]]++] = static_cast<int32_t>(i);
   return true;
 }
 
@@ -71,7 +73,7 @@ int64_t bucket_order(const OrderParams& p, const Threads& threads) {
   std::atomic<int64_t> invalid{0};
   std::vector<std::vector<int32_t>> scratch(threads.count);
   if (histogram_pays(p.n_buckets, p.L))  // reserved here, where running out of memory can be reported
-    for (auto& s : scratch) s.reserve(2 * p.n_buckets);
+    for (auto& s : scratch) s.reserve(2 * std::bit_ceil(static_cast<uint64_t>(p.n_buckets)));
   threads.for_each_worker([&](int worker) {
     for (int64_t i = segments * worker / threads.count; i < segments * (worker + 1) / threads.count; ++i) {
       const int64_t row = i / p.rounds, round = i % p.rounds;

@@ -14,6 +14,12 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+#if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in functions for unused lanes
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
 
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/windows.h"
