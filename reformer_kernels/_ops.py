@@ -281,7 +281,7 @@ def chunk_attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         raise RuntimeError("forward-mode derivatives of lsh_attention and local_attention are not supported")
     if _transformed():
         return _Attention.apply(*args)
-    if _tracked(args) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _tracked(args):
         return _attention_op(*args)
     with torch._C._AutoDispatchBelowAutograd():  # spares a call of _attention_autograd by the dispatcher
         return _attention_op(*args)
