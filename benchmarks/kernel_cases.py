@@ -11,7 +11,7 @@ import torch
 
 import reformer_kernels as rk
 from reformer_kernels._calls import AttentionCall
-from reformer_kernels.backends import native
+from reformer_kernels.backends import native, reference
 
 from .gate import recorded
 
@@ -31,7 +31,9 @@ class Variant:
     chunks_after: int = 0
     key: str = "shared"
     alignment: str = "ring"
+    chunks_a_bucket: int = 1  # on average, where they are aligned
     padded: bool = False  # an eighth of the keys
+    query_scale: float = 1.0  # of the rows' length, which is 8 on average otherwise
     dropout_p: float = 0.0
     rules: str = "trax"
     dtype: str = "float32"
@@ -73,6 +75,19 @@ def window_keys(call: AttentionCall) -> float:
     return total / call.buckets.numel()
 
 
+def seen_keys(call: AttentionCall) -> float:
+    """The mean number of keys that a query uses, those that the rules leave of its window: by the oracle, of one head.
+
+    Kernels may leave the others out, so that the rate by whole windows can exceed what the processor computes.
+    """
+    first = {name: x[:, :1] for name, x in call._asdict().items() if isinstance(x, torch.Tensor) and x.dim() == 4}
+    one = call._replace(**first, dropout_p=0.0)
+    order = reference._order(one)
+    key = reference._unit_key(one.query, one.rules.key_norm) if one.key is None else one.key
+    live = reference._score(one, order, one.query, key, (0, 1)).live
+    return float(live.sum()) / order.numel()
+
+
 def forward_flop(call: AttentionCall) -> float:
     """Of a token, head and round: a product with each key and one with each value of the window."""
     return 2 * (call.query.shape[3] + call.value.shape[3]) * window_keys(call)
@@ -89,6 +104,7 @@ def make_call(v: Variant) -> AttentionCall:
     dtype = getattr(torch, v.dtype)
     shape = (1, v.heads, v.length, v.head_dim)
     query, key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    query = query * v.query_scale
     options: dict[str, Any] = {
         "causal": True, "chunk_length": v.chunk_length, "chunks_after": v.chunks_after, "backend": BACKEND,
         "dropout_p": v.dropout_p, "dropout_seed": torch.tensor([3]) if v.dropout_p else None,
@@ -98,7 +114,7 @@ def make_call(v: Variant) -> AttentionCall:
     if v.key == "local":
         return recorded(lambda: rk.local_attention(query, key, value, **options))[0]
     if v.alignment != "ring":
-        options["n_buckets"] = 2 * max(1, v.length // v.chunk_length // 2)
+        options["n_buckets"] = 2 * max(1, v.length // (v.chunk_length * v.chunks_a_bucket) // 2)
     options |= {"n_hashes": v.n_hashes, "alignment": v.alignment, "rules": getattr(rk.AttentionRules, v.rules)()}
     call = recorded(lambda: rk.lsh_attention(query, value, **options))[0]
     return call._replace(key=key, scale=v.head_dim**-0.5) if v.key == "separate" else call
@@ -128,10 +144,14 @@ def kernel_timer(variant: Variant, threads: int) -> Callable[[], dict[str, float
 VARIANTS: dict[str, list[Variant]] = {
     "default": [
         Variant("plain"),
+        Variant("16K", length=16384),
+        Variant("16K, one hash", length=16384, n_hashes=1),
         Variant("D 128, C 256, H 2", heads=2, head_dim=128, chunk_length=256),
         Variant("bucket alignment", alignment="bucket"),
+        Variant("bucket alignment, 4 chunks", alignment="bucket", chunks_a_bucket=4),
         Variant("ragged", length=4096 + 37),
         Variant("key padding", padded=True),
+        Variant("long rows (maximum, no bound)", query_scale=5.0),
         Variant("local, separate key", key="local"),
         Variant("LSH, separate key", key="separate"),
         Variant("chunks_after=1", chunks_after=1),

@@ -15,7 +15,17 @@ from reformer_kernels.backends import native
 
 from .base import Pair
 from .gate import check_call, recorded
-from .kernel_cases import BACKEND, VARIANTS, Variant, backward_flop, forward_flop, kernel_timer, make_call
+from .kernel_cases import (
+    BACKEND,
+    VARIANTS,
+    Variant,
+    backward_flop,
+    forward_flop,
+    kernel_timer,
+    make_call,
+    seen_keys,
+    window_keys,
+)
 from .timing import interleaved, kernel_spec
 
 GATE_LENGTH = 1024
@@ -34,6 +44,7 @@ def measure_variant(v: Variant, threads: int, peak: float | None, repeats: int, 
     row["gate"] = check_call(checked, BACKEND)
     times = interleaved({"now": kernel_timer(v, threads)}, repeats)["now"]
     call = make_call(v)
+    row |= {"window_keys": window_keys(call), "seen_keys": seen_keys(call)}
     for part, flop in (("forward", forward_flop(call)), ("backward", backward_flop(call))):
         ns = times[part] / v.token_head_rounds * 1e9
         row[part] = {"seconds": times[part], "ns": ns, "gflops": flop / ns}
@@ -136,7 +147,9 @@ def calls() -> list[Row]:
             )  # fmt: skip
     finally:
         torch.set_num_threads(threads)
-    x, v = torch.randn(2, 1, 8, 128, 64, generator=generator)
-    with torch.no_grad():
-        add(f"lsh_attention, H 8 D 64, {threads} threads", 128, lambda: rk.lsh_attention(x, v, causal=True))
+    for heads in (1, 8):
+        x, v = torch.randn(2, 1, heads, 128, 64, generator=generator)
+        with torch.no_grad():
+            name = f"lsh_attention, H {heads} D 64, {threads} threads"
+            add(name, 128, lambda: rk.lsh_attention(x, v, causal=True))  # noqa: B023
     return rows

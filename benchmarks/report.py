@@ -131,11 +131,14 @@ def memory_table(rows: list[Row]) -> str:
 
 def kernels_table(rows: list[Row]) -> str:
     body = [
-        [row["variant"]["name"], str(row["threads"]), *(_kernel_cell(row[part]) for part in ("forward", "backward"))]
+        [
+            row["variant"]["name"], f"{row['seen_keys']:.0f} of {row['window_keys']:.0f}", str(row["threads"]),
+            *(_kernel_cell(row[part]) for part in ("forward", "backward")),
+        ]
         for row in rows
         if "skipped" not in row
-    ]
-    return table(["attention kernel", "threads", "forward", "backward"], body)
+    ]  # fmt: skip
+    return table(["attention kernel", "keys used", "threads", "forward", "backward"], body)
 
 
 def markdown(results: Row) -> str:
@@ -157,7 +160,10 @@ def markdown(results: Row) -> str:
     if results["memory"]:
         parts.append(memory_table(results["memory"]))
     if results["kernels"]:
-        parts.append(f"Per token, head and round; share of the peak:\n\n{kernels_table(results['kernels'])}")
+        parts.append(
+            "Per token, head and round; useful work counts the whole window of a query, of which causal attention uses "
+            f"half, and is given as a share of the peak:\n\n{kernels_table(results['kernels'])}"
+        )
     for key in ("hash_and_sort", "calls"):
         if results.get(key):
             parts.append("\n".join("*" + text for row in results[key] for text in LINES[key](row)) + "\n")
