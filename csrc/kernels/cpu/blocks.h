@@ -143,8 +143,7 @@ struct Weighted {
 template <class T>
 RK_NOINLINE void query_block(const Weighted<T>* chunks, int n_chunks, int count, int64_t width, T* to, bool add,
                              Prefetch& prefetch) {
-  product<T>(count, width, to, width, add, [&](auto& acc, int64_t i0, int64_t j0) RK_LAMBDA {
-    constexpr int M = std::extent_v<std::remove_reference_t<decltype(acc)>>;
+  product<T>(count, width, to, width, add, [&]<int M, int N>(Vec<T>(&acc)[M][N], int64_t i0, int64_t j0) RK_LAMBDA {
     for (const Weighted<T>* c = chunks; c < chunks + n_chunks; ++c)
       multiply<T, true>(acc, c->P + i0, kQueries, c->rows + j0, width, c->sight.keys_until(i0 + M - 1), prefetch);
   });
@@ -154,11 +153,12 @@ RK_NOINLINE void query_block(const Weighted<T>* chunks, int n_chunks, int count,
 template <class T>
 RK_NOINLINE void key_block(const Sight<T>& sight, const T* P, int count, const T* rows, int64_t width, T* to, bool add,
                            Prefetch& prefetch) {
-  product<T>(sight.n_keys, width, to, width, add, [&](auto& acc, int64_t i0, int64_t j0) RK_LAMBDA {
-    const int64_t first = std::min(sight.first_query(i0), count);
-    multiply<T, false>(acc, P + i0 * kQueries + first, kQueries, rows + first * width + j0, width, count - first,
-                       prefetch);
-  });
+  product<T>(sight.n_keys, width, to, width, add,
+             [&]<int M, int N>(Vec<T>(&acc)[M][N], int64_t i0, int64_t j0) RK_LAMBDA {
+               const int64_t first = std::min(sight.first_query(i0), count);
+               multiply<T, false>(acc, P + i0 * kQueries + first, kQueries, rows + first * width + j0, width,
+                                  count - first, prefetch);
+             });
 }
 
 }  // namespace rk::cpu::RK_ISA
