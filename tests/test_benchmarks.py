@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import base, gate, report, run, timing
 from benchmarks.cases import SUITES, Case
-from benchmarks.kernel_cases import VARIANTS, Variant, backward_flop, forward_flop, make_call, window_keys
+from benchmarks.kernel_cases import VARIANTS, Variant, backward_flop, forward_flop, make_call, seen_keys, window_keys
 from benchmarks.providers import PROVIDERS, inputs
 from reformer_kernels.backends import native
 
@@ -98,6 +98,14 @@ def test_useful_work_by_hand():
     assert Variant("local", length=100, heads=3, key="local").token_head_rounds == 300
     assert window_keys(make_call(Variant("after", length=256, chunks_after=1))) == 192
     assert window_keys(make_call(replace(plain, length=100))) == 100  # chunks of 64 and 36, and each sees both
+
+
+def test_keys_that_are_used_by_hand():
+    # One window of 64: a query uses the keys up to itself; with shared rows those before it, the first one itself.
+    assert seen_keys(make_call(Variant("local", length=64, heads=2, key="local"))) == 65 / 2
+    assert seen_keys(make_call(Variant("shared", length=64, heads=2))) == (63 * 32 + 1) / 64
+    # The second of two chunks sees the first wholly; the first sees nothing of the second, which is later.
+    assert seen_keys(make_call(Variant("local", length=128, heads=1, key="local"))) == (65 / 2 + 65 / 2 + 64) / 2
 
 
 def test_windows_that_end_at_a_bucket_are_counted_as_they_are():

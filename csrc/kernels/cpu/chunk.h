@@ -72,19 +72,20 @@ template <class T>
 struct ChunkRows {
   int64_t index = std::numeric_limits<int64_t>::min();  // in the unrolled ring
   int count = 0;
-  std::vector<int> position;               // of every row
-  std::vector<int32_t> place, row, order;  // row i was slot place[i] of the chunk; slot s became row[s]
-  Buffer<T> K, V;                          // [C][Dp], [C][Ep]
-  Buffer<T> factor, factor_log2;           // score = factor q . K
-  Buffer<T> square;                        // a^2, where K = q but the key is a q
-  Buffer<T> bound;                         // no score of this row as a query is above it, in units of log 2
-  Buffer<Int<T>> key_position;             // as QueryRules wants it, rising
+  std::vector<int> position;        // of every row
+  std::vector<int32_t> place, row;  // row i was slot place[i] of the chunk; slot s became row[s]
+  std::vector<int32_t> sort_key;    // of every slot
+  Buffer<T> K, V;                   // [C][Dp], [C][Ep]
+  Buffer<T> factor, factor_log2;    // score = factor q . K
+  Buffer<T> square;                 // a^2, where K = q but the key is a q
+  Buffer<T> bound;                  // no score of this row as a query is above it, in units of log 2
+  Buffer<Int<T>> key_position;      // as QueryRules wants it, rising
   Buffer<T> dQ, dK, dV;
   bool fresh = true;  // dK and dV hold nothing yet
 
   void resize(int64_t C, int64_t Dp, int64_t Ep, bool backward) {
     const int64_t rows = round_up(C, kRowPad);
-    position.resize(rows), place.resize(rows), row.resize(rows), order.resize(rows);
+    position.resize(rows), place.resize(rows), row.resize(rows), sort_key.resize(rows);
     K.resize(rows * Dp), V.resize(rows * Ep);
     factor.resize(rows), factor_log2.resize(rows), square.resize(rows), bound.resize(rows), key_position.resize(rows);
     if (backward) dQ.resize(rows * Dp), dK.resize(rows * Dp), dV.resize(rows * Ep);
@@ -128,11 +129,11 @@ struct ChunkRows {
     bool sorted = true;
     for (int i = 0; i < count; ++i) {
       row[i] = i, place[i] = i, position[i] = u.position(c.start + i);
-      order[i] = key(position[i]);
-      sorted &= i == 0 || order[i - 1] < order[i];
+      sort_key[i] = key(position[i]);
+      sorted &= i == 0 || sort_key[i - 1] < sort_key[i];
     }
     if (sorted || !(p.has(kCausal) || padding)) return;
-    rank_keys(order.data(), count, row.data());
+    rank_keys(sort_key.data(), count, row.data());
     for (int i = 0; i < count; ++i) place[row[i]] = i;
     for (int i = 0; i < count; ++i) position[i] = u.position(c.start + place[i]);
   }
@@ -145,7 +146,6 @@ struct QueryRules {
   alignas(64) Int<T> reach[kQueries];  // the largest limit up to here: rising, so it can be searched
   bool any_own;
 
-  QueryRules() = default;
   void fill(const AttentionParams& p, const Unit& u, const int* position, int count) {
     const bool* padding = p.has(kMaskPaddedQueries) && p.padding ? p.padding + u.b * p.L + u.offset : nullptr;
     any_own = p.shared() && !p.has(kCausal);
