@@ -9,7 +9,8 @@ namespace rk::cpu::RK_ISA {
 
 template <class T>
 struct BackwardScratch {
-  int64_t Dp, Ep, most_steps;  // D and E padded; the longest sum of a product
+  int64_t Dp, Ep;      // D and E, padded
+  int64_t most_steps;  // the longest sum of a product
   std::vector<ChunkRows<T>> chunks;
   Buffer<T> Q, dO, QT, OT, P, S, bias, drop;
   QueryRules<T> rules;
@@ -66,22 +67,18 @@ class BackwardWalk {
   }
 
   void prefetch(int64_t q) {
-    const int length = static_cast<int>(u_.L);
-    auto add = [&](const Rows& rows, int64_t of, int limit, int64_t width) {
-      if (const int k = u_.chunk_at(of, of); rows.data && k >= 0)
-        s_.prefetch.template add<T>(rows, u_, u_.order, u_.chunks[k].start, u_.chunks[k].count, limit, width);
-    };
     s_.prefetch.clear();
-    if (q + 1 < end_ + u_.before) {
-      if (!p_.shared()) add(p_.query, q + 1, n_queries_, p_.D);
-      add(p_.shared() ? p_.query : p_.key, q + 1 + u_.after, length, p_.D);
-      add(p_.value, q + 1 + u_.after, length, p_.E);
-      add(p_.grad_out, q + 1, n_queries_, p_.E);
+    if (const int next = u_.chunk_at(q + 1, q + 1); next >= 0 && q + 1 < end_ + u_.before) {
+      const Chunk c = u_.chunks[next];
+      const int length = static_cast<int>(u_.L);
+      s_.prefetch.template add<T>(p_.query, u_, u_.order, c.start, c.count, length, p_.D);
+      s_.prefetch.template add<T>(p_.value, u_, u_.order, c.start, c.count, length, p_.E);
+      s_.prefetch.template add<T>(p_.grad_out, u_, u_.order, c.start, c.count, n_queries_, p_.E);
     }
-    if (const int64_t done = q - u_.before; owned(done)) {  // about to be added to
-      add(p_.grad_query, done, length, p_.D);
-      add(p_.grad_key, done, length, p_.D);
-      add(p_.grad_value, done, length, p_.E);
+    if (owned(q - u_.before)) {  // about to be added to
+      const Chunk c = u_.chunks[u_.chunk_at(q - u_.before, q - u_.before)];
+      s_.prefetch.template add<T>(p_.grad_query, u_, u_.order, c.start, c.count, static_cast<int>(u_.L), p_.D);
+      s_.prefetch.template add<T>(p_.grad_value, u_, u_.order, c.start, c.count, static_cast<int>(u_.L), p_.E);
     }
     s_.prefetch.ready(s_.most_steps);
   }

@@ -134,7 +134,7 @@ void forward_chunks(const AttentionParams& p, Shared<T>& shared, ForwardScratch<
   const Unit& u = shared.unit;
   const int64_t turn = static_cast<int64_t>(u.n_chunks()) * (u.before / u.n_chunks() + 1);  // keeps indices positive
   for (auto& c : s.chunks) c.index = std::numeric_limits<int64_t>::min();
-  const int n_queries = static_cast<int>(p.n_queries - u.offset), length = static_cast<int>(u.L);
+  const int n_queries = static_cast<int>(p.n_queries - u.offset);
   for (int64_t c = begin; c < end; ++c) {
     const int64_t index = u.ring ? c + turn : c;
     for (int o = -u.before; o <= u.after; ++o) {
@@ -144,16 +144,14 @@ void forward_chunks(const AttentionParams& p, Shared<T>& shared, ForwardScratch<
       if (rows.index != index + o) rows.load(p, u, index + o, k, s.Dp, s.Ep);
     }
     const Chunk chunk = u.chunks[c];
-    auto prefetch = [&](const Rows& rows, int64_t of, int limit, int64_t width) {
-      if (const int k = u.chunk_at(of, of); k >= 0)
-        s.prefetch.template add<T>(rows, u, u.order, u.chunks[k].start, u.chunks[k].count, limit, width);
-    };
     s.prefetch.clear();
-    if (u.round(chunk.start) > 0) prefetch(p.out, index, n_queries, p.E);
-    if (c + 1 < end) {
-      if (!p.shared()) prefetch(p.query, index + 1, n_queries, p.D);
-      prefetch(p.shared() ? p.query : p.key, index + u.after + 1, length, p.D);
-      prefetch(p.value, index + u.after + 1, length, p.E);
+    if (u.round(chunk.start) > 0)
+      s.prefetch.template add<T>(p.out, u, u.order, chunk.start, chunk.count, n_queries, p.E);
+    if (const int next = u.chunk_at(index + u.after + 1, index + u.after + 1); next >= 0 && c + 1 < end) {
+      const Chunk ahead = u.chunks[next];
+      s.prefetch.template add<T>(p.shared() ? p.query : p.key, u, u.order, ahead.start, ahead.count,
+                                 static_cast<int>(u.L), p.D);
+      s.prefetch.template add<T>(p.value, u, u.order, ahead.start, ahead.count, static_cast<int>(u.L), p.E);
     }
     s.prefetch.ready(s.most_steps);
     for (int block = 0; block < chunk.count; block += kQueries)
