@@ -1,6 +1,7 @@
 """reformer_kernels: fused LSH attention, local attention and reversible layers for PyTorch."""
 
 from ._dispatch import explain, use_backend
+from .clustered import clustered_attention
 from .functional import bucket_order, hash_buckets, local_attention, lsh_attention
 from .hashing import random_rotations
 from .modules.attention import LocalSelfAttention, LSHSelfAttention
@@ -13,6 +14,7 @@ __all__ = [
     "LSHSelfAttention",
     "LocalSelfAttention",
     "bucket_order",
+    "clustered_attention",
     "explain",
     "hash_buckets",
     "local_attention",

@@ -93,7 +93,65 @@ class AttentionCall(NamedTuple):
         return self.query.shape[2] if self.num_queries is None else self.num_queries
 
 
-Call = HashCall | OrderCall | AttentionCall
+class SelectCall(NamedTuple):
+    query: Tensor  # [B, H, L, D]
+    key: Tensor  # [B, Hk, S, D], Hk divides H
+    order: Tensor | None  # int32 [B, H, R, L]; with two rounds the first is that of positions; None: one, of positions
+    key_padding_mask: Tensor | None  # bool [B, S]
+    attn_mask: Tensor | None  # bool (True: ignored) or float (added) [B|1, H|1, L, S]
+    chunk_length: int
+    budget: int  # keys a query attends, without the context
+    local: int  # how many of them are its local window
+    context_keys: int  # the last keys, which every query attends
+    causal: bool
+    scale: float
+    backend: str
+
+    @property
+    def op(self) -> str:
+        return "select_keys"
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def lists_shape(self) -> tuple[int, int, int, int]:
+        """[B, H, R * chunks, list length]"""
+        batch, heads, length = self.query.shape[:3]
+        rounds = 1 if self.order is None else self.order.shape[2]
+        context, local = self.context_keys, self.local
+        width = context + self.budget if rounds == 1 else max(context + local, self.budget - local)
+        return batch, heads, rounds * (-(-length // self.chunk_length)), width
+
+
+class ListCall(NamedTuple):
+    query: Tensor  # [B, H, L, D]
+    key: Tensor  # [B, Hk, S, D]
+    value: Tensor  # [B, Hk, S, E]
+    order: Tensor | None  # as in SelectCall
+    key_lists: Tensor  # int32 [B, H, R * chunks, W]: context keys, then rising, then -1
+    key_padding_mask: Tensor | None  # bool [B, S]
+    attn_mask: Tensor | None  # as in SelectCall
+    dropout_seed: Tensor | None  # int64 [1]
+    chunk_length: int
+    context_keys: int
+    causal: bool
+    rest_term: bool
+    scale: float
+    dropout_p: float
+    backend: str
+
+    @property
+    def op(self) -> str:
+        return "list_attention"
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+
+Call = HashCall | OrderCall | AttentionCall | SelectCall | ListCall
 
 
 def empty_rows(model: Tensor, length: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:

@@ -42,6 +42,20 @@ def check_shape(name: str, x: Tensor, expected: tuple[Any, ...]) -> None:
             raise ValueError(f"{name} must have shape [{text}], got {list(x.shape)}")
 
 
+def check_key_heads(query: Tensor, key: Tensor) -> None:
+    """Grouped queries: every key head serves the same number of query heads."""
+    heads, key_heads = query.shape[1], key.shape[1]
+    if key_heads < 1 or heads % key_heads:
+        raise ValueError(f"key must have a number of heads that divides the query's, {heads}, got {key_heads}")
+
+
+def dtypes_with(query: Tensor) -> tuple[torch.dtype, ...]:
+    """What key and value may be: autocast makes them equal, otherwise the caller has to."""
+    device = query.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # meta has no autocast to ask for
+    return FLOATING if autocast else (query.dtype,)
+
+
 def check_int(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
     """An integer (or symbolic integer) in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
@@ -56,6 +70,13 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
+def check_fraction(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {value!r}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
@@ -63,10 +84,7 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def check_dropout(dropout_p: Any, dropout_seed: Any, device: torch.device | None = None) -> None:
     """A probability, and a seed where it is needed: functions never touch the global random state."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p must be a float, got {dropout_p!r}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    check_fraction("dropout_p", dropout_p)
     if dropout_seed is None:
         if dropout_p > 0:
             raise ValueError(
@@ -100,10 +118,12 @@ def check_key_padding_mask(mask: Any, query_name: str, query: Tensor) -> None:
     check_shape("key_padding_mask", mask, (query.shape[0], query.shape[2]))
 
 
-def check_attn_mask(mask: Any, query_name: str, query: Tensor, n_queries: int) -> None:
+def check_attn_mask(mask: Any, query_name: str, query: Tensor, n_queries: int, n_keys: int | None = None) -> None:
+    """A mask of n_queries and n_keys; None: as many keys as rows of query."""
     if mask is None:
         return
-    batch, heads, length, _ = query.shape
+    batch, heads = query.shape[:2]
+    length = query.shape[2] if n_keys is None else n_keys
     check_tensor("attn_mask", mask, "B|1 H|1 L S", (torch.bool, *FLOATING))
     check_like("attn_mask", mask, query_name, query)
     check_shape("attn_mask", mask, ((batch, 1), (heads, 1), n_queries, length))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ._calls import AttentionCall, Call, HashCall, OrderCall
+from ._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall
 from .backends import native, reference
 
 
@@ -23,6 +23,11 @@ class Backend(Protocol):
     def chunk_attention(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]: ...
     def chunk_attention_backward(
         self, call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def select_keys(self, call: SelectCall) -> Tensor: ...
+    def list_attention(self, call: ListCall) -> tuple[Tensor, Tensor]: ...
+    def list_attention_backward(
+        self, call: ListCall, grad_out: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 

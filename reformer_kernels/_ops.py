@@ -11,7 +11,7 @@ from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch.autograd import forward_ad
 
 from . import _dispatch
-from ._calls import AttentionCall, HashCall, OrderCall, empty_rows
+from ._calls import AttentionCall, HashCall, ListCall, OrderCall, SelectCall, empty_rows
 
 NAMESPACE = "reformer_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -22,21 +22,31 @@ _ATTENTION_ARGUMENTS = (
     "SymInt chunks_after, bool causal, SymInt? num_queries, float scale, float dropout_p, str alignment, str rules, "
     "str backend"
 )
+_LIST_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? order, Tensor key_lists, Tensor? key_padding_mask, "
+    "Tensor? attn_mask, Tensor? dropout_seed, SymInt chunk_length, SymInt context_keys, bool causal, bool rest_term, "
+    "float scale, float dropout_p, str backend"
+)
+_GRADIENTS = "(Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 _SCHEMAS = {
     "hash_buckets": "(Tensor x, Tensor? rotations, Tensor? key_padding_mask, Tensor? hash_seed, SymInt[]? n_buckets, "
     "SymInt n_hashes, SymInt chunk_length, str backend) -> Tensor",
     "bucket_order": "(Tensor buckets, Tensor? cu_seqlens, SymInt n_buckets, str backend) -> Tensor",
+    "select_keys": "(Tensor query, Tensor key, Tensor? order, Tensor? key_padding_mask, Tensor? attn_mask, "
+    "SymInt chunk_length, SymInt budget, SymInt local, SymInt context_keys, bool causal, float scale, str backend)"
+    " -> Tensor",
     "chunk_attention": f"({_ATTENTION_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor self_only)",
     "chunk_attention_backward": f"(Tensor grad_out, Tensor out, Tensor lse, Tensor self_only, {_ATTENTION_ARGUMENTS})"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    f" -> {_GRADIENTS}",
+    "list_attention": f"({_LIST_ARGUMENTS}) -> (Tensor out, Tensor lse)",
+    "list_attention_backward": f"(Tensor grad_out, Tensor out, Tensor lse, {_LIST_ARGUMENTS}) -> {_GRADIENTS}",
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 _packet = getattr(torch.ops, NAMESPACE)
 _hash_op = _packet.hash_buckets.default
 _order_op = _packet.bucket_order.default
-_attention_op = _packet.chunk_attention.default
-_backward_op = _packet.chunk_attention_backward.default
+_select_op = _packet.select_keys.default
 
 
 # ---- implementations
@@ -54,33 +64,26 @@ def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:
     return implementation
 
 
-def _hash_impl(*args: Any) -> Tensor:
-    call = HashCall(*args)
-    return _dispatch.select(call).hash_buckets(call)
+def _implementation(name: str, kind: Callable[..., Any], n_residuals: int = 0) -> Callable[..., Any]:
+    """Calls the backend that serves a call; gradients and residuals come before the call's own arguments."""
+
+    def implementation(*args: Any) -> Any:
+        call = kind(*args[n_residuals:])
+        return getattr(_dispatch.select(call), name)(call, *args[:n_residuals])
+
+    return _as_given(implementation)
 
 
-def _order_impl(*args: Any) -> Tensor:
-    call = OrderCall(*args)
-    return _dispatch.select(call).bucket_order(call)
-
-
-def _attention_impl(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = AttentionCall(*args)
-    return _dispatch.select(call).chunk_attention(call)
-
-
-def _backward_impl(grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call = AttentionCall(*args)
-    return _dispatch.select(call).chunk_attention_backward(call, grad_out, out, lse, self_only)
-
-
-for _name, _impl in {
-    "hash_buckets": _hash_impl,
-    "bucket_order": _order_impl,
-    "chunk_attention": _attention_impl,
-    "chunk_attention_backward": _backward_impl,
-}.items():
-    _library.impl(_name, _as_given(_impl), "CompositeExplicitAutograd")
+for _name, _kind, _n_residuals in (
+    ("hash_buckets", HashCall, 0),
+    ("bucket_order", OrderCall, 0),
+    ("select_keys", SelectCall, 0),
+    ("chunk_attention", AttentionCall, 0),
+    ("chunk_attention_backward", AttentionCall, 4),
+    ("list_attention", ListCall, 0),
+    ("list_attention_backward", ListCall, 3),
+):
+    _library.impl(_name, _implementation(_name, _kind, _n_residuals), "CompositeExplicitAutograd")
 
 
 # ---- shapes and dtypes
@@ -106,18 +109,24 @@ def _order_fake(*args: Any) -> Tensor:
     return call.buckets.new_empty(call.buckets.shape, dtype=torch.int32)
 
 
+@_register_fake("select_keys")
+def _select_fake(*args: Any) -> Tensor:
+    call = SelectCall(*args)
+    _dispatch.record(call)
+    return call.query.new_empty(call.lists_shape, dtype=torch.int32)
+
+
+def _lse_fake(query: Tensor, length: int | torch.SymInt) -> Tensor:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((*query.shape[:2], length), dtype=dtype)
+
+
 @_register_fake("chunk_attention")
 def _attention_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = AttentionCall(*args)
     _dispatch.record(call)
-    batch, heads = call.query.shape[:2]
-    rows = (batch, heads, call.n_queries)
-    lse_dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
-    return (
-        empty_rows(call.query, call.n_queries, call.value.shape[3]),
-        call.query.new_empty(rows, dtype=lse_dtype),
-        call.query.new_empty(rows, dtype=torch.bool),
-    )
+    lse = _lse_fake(call.query, call.n_queries)
+    return empty_rows(call.query, call.n_queries, call.value.shape[3]), lse, torch.empty_like(lse, dtype=torch.bool)
 
 
 @_register_fake("chunk_attention_backward")
@@ -128,66 +137,18 @@ def _backward_fake(grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
     return grad_query, grad_key, grad_value
 
 
-# ---- autograd
+@_register_fake("list_attention")
+def _list_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    call = ListCall(*args)
+    _dispatch.record(call)
+    length = call.query.shape[2]
+    return empty_rows(call.query, length, call.value.shape[3]), _lse_fake(call.query, length)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors = [x if isinstance(x, Tensor) else None for x in inputs]
-    ctx.save_for_backward(*output, *tensors)
-    ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Any, ...]:
-    out, lse, self_only, *tensors = ctx.saved_tensors
-    inputs = [option if tensor is None else tensor for tensor, option in zip(tensors, ctx.options, strict=True)]
-    grad_query, grad_key, grad_value = _differentiable_backward(grad_out, out, lse, self_only, *inputs)
-    key_gradient = None if inputs[1] is None else grad_key
-    return (grad_query, key_gradient, grad_value, *[None] * (len(inputs) - 3))
-
-
-def _nothing_to_save(ctx: Any, inputs: Any, output: Any) -> None:
-    pass
-
-
-def _no_double_backward(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(
-        "the backward of chunk_attention cannot be differentiated again: second derivatives are not supported by "
-        "lsh_attention and local_attention"
-    )
-
-
-class _AttentionBelow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keys: DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _below_autograd(keys, *args)
-        _setup_context(ctx, args, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return (None, *_backward(ctx, *grads))
-
-
-def _below_autograd(keys: DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return _attention_op.redispatch(keys & torch._C._after_autograd_keyset, *args)
-
-
-def _tracked(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-
-
-def _attention_autograd(keys: DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    # What register_autograd makes of _setup_context and _backward, less its look at the schema in every forward, which
-    # costs more than the rest of the dispatch.
-    return _AttentionBelow.apply(keys, *args) if _tracked(args) else _below_autograd(keys, *args)
-
-
-_library.impl("chunk_attention", _attention_autograd, "Autograd", with_keyset=True)
-torch.library.register_autograd(
-    f"{NAMESPACE}::chunk_attention_backward", _no_double_backward, setup_context=_nothing_to_save, lib=_library
-)
+@_register_fake("list_attention_backward")
+def _list_backward_fake(grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call = ListCall(*args)
+    return tuple(empty_rows(x, x.shape[2], x.shape[3]) for x in (call.query, call.key, call.value))
 
 
 # ---- torch.func: its transforms need autograd.Functions; they run the same formulas
@@ -213,34 +174,8 @@ def _loop_over_slices(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-for _name, _op in (("hash_buckets", _hash_op), ("bucket_order", _order_op)):
+for _name, _op in (("hash_buckets", _hash_op), ("bucket_order", _order_op), ("select_keys", _select_op)):
     torch.library.register_vmap(f"{NAMESPACE}::{_name}", _loop_over_slices(_op), lib=_library)
-
-
-class _Backward(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _backward_op(*args)
-
-    setup_context = staticmethod(_nothing_to_save)
-    backward = staticmethod(_no_double_backward)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _loop_over_slices(_differentiable_backward)(info, in_dims, *args)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _attention_op(*args)
-
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _loop_over_slices(chunk_attention)(info, in_dims, *args)
 
 
 def _has_tangent(x: Tensor | None) -> bool:
@@ -251,41 +186,134 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def _differentiable_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _Backward.apply(*args) if _transformed() else _backward_op(*args)
+# ---- autograd of an attention op: query, key and value come first, and its outputs are all that its backward op needs
+
+
+def _tracked(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+
+
+def _nothing_to_save(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "the backward of this attention cannot be differentiated again: second derivatives are not supported by "
+        "lsh_attention, local_attention and clustered_attention"
+    )
+
+
+def _differentiable(name: str) -> Callable[..., Any]:
+    """Registers autograd for the op, and returns what the layer above calls."""
+    op, backward_op = getattr(_packet, name).default, getattr(_packet, f"{name}_backward").default
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors = [x if isinstance(x, Tensor) else None for x in inputs]
+        ctx.save_for_backward(*output, *tensors)
+        ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.mark_non_differentiable(*output[1:])
+
+    def gradients(ctx: Any, grad_out: Tensor, *others: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        residuals, tensors = saved[: 1 + len(others)], saved[1 + len(others) :]
+        inputs = [option if tensor is None else tensor for tensor, option in zip(tensors, ctx.options, strict=True)]
+        grad_query, grad_key, grad_value = differentiable_backward(grad_out, *residuals, *inputs)
+        return (grad_query, None if inputs[1] is None else grad_key, grad_value, *[None] * (len(inputs) - 3))
+
+    def below_autograd(keys: DispatchKeySet, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    class Below(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keys: DispatchKeySet, *args: Any) -> Any:
+            output = below_autograd(keys, *args)
+            save(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            return (None, *gradients(ctx, *grads))
+
+    def autograd(keys: DispatchKeySet, *args: Any) -> Any:
+        # What register_autograd makes of `save` and `gradients`, less its look at the schema in every forward, which
+        # costs more than the rest of the dispatch.
+        return Below.apply(keys, *args) if _tracked(args) else below_autograd(keys, *args)
+
+    class TransformedBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return backward_op(*args)
+
+        setup_context = staticmethod(_nothing_to_save)
+        backward = staticmethod(_no_double_backward)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+            return _loop_over_slices(differentiable_backward)(info, in_dims, *args)
+
+    class Transformed(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op(*args)
+
+        setup_context = staticmethod(save)
+        backward = staticmethod(gradients)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+            return _loop_over_slices(call)(info, in_dims, *args)
+
+    def differentiable_backward(*args: Any) -> Any:
+        return TransformedBackward.apply(*args) if _transformed() else backward_op(*args)
+
+    def call(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args[:3])):
+            raise RuntimeError(
+                "forward-mode derivatives of lsh_attention, local_attention and clustered_attention are not supported"
+            )
+        if _transformed():
+            return Transformed.apply(*args)
+        if torch.compiler.is_compiling() or _tracked(args):
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # spares a call of `autograd` by the dispatcher
+            return op(*args)
+
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}_backward", _no_double_backward, setup_context=_nothing_to_save, lib=_library
+    )
+    return call
 
 
 # ---- autocast: query, key and value become the autocast dtype, and nothing else does
 
 
-def _register_autocast(device_type: str, key: DispatchKey) -> None:
-    def attention(*args: Any) -> Any:
+def _register_autocast(name: str, function: Callable[..., Any], device_type: str, key: DispatchKey) -> None:
+    cast_first = 2 if name == "select_keys" else 3
+
+    def autocast(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
-        cast = [x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in args[:3]]
+        cast = [x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in args[:cast_first]]
         with _ExcludeDispatchKeyGuard(DispatchKeySet(key)):
-            return chunk_attention(*cast, *args[3:])
+            return function(*cast, *args[cast_first:])
 
-    _library.impl("chunk_attention", attention, key.name)
-
-
-_register_autocast("cpu", DispatchKey.AutocastCPU)
-_register_autocast("cuda", DispatchKey.AutocastCUDA)
+    _library.impl(name, autocast, key.name)
 
 
 # ---- what the layer above calls
 
-
-def chunk_attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, H, L, E], lse [B, H, L] and self_only [B, H, L] of an ``AttentionCall``'s arguments."""
-    if forward_ad._current_level >= 0 and any(map(_has_tangent, args[:3])):
-        raise RuntimeError("forward-mode derivatives of lsh_attention and local_attention are not supported")
-    if _transformed():
-        return _Attention.apply(*args)
-    if torch.compiler.is_compiling() or _tracked(args):
-        return _attention_op(*args)
-    with torch._C._AutoDispatchBelowAutograd():  # spares a call of _attention_autograd by the dispatcher
-        return _attention_op(*args)
-
-
 hash_buckets: Callable[..., Tensor] = _hash_op
 bucket_order: Callable[..., Tensor] = _order_op
+select_keys: Callable[..., Tensor] = _select_op
+chunk_attention = _differentiable("chunk_attention")
+"""out [B, H, L, E], lse [B, H, L] and self_only [B, H, L] of an ``AttentionCall``'s arguments."""
+list_attention = _differentiable("list_attention")
+"""out [B, H, L, E] and lse [B, H, L] of a ``ListCall``'s arguments."""
+
+for _name, _function in {
+    "select_keys": select_keys, "chunk_attention": chunk_attention, "list_attention": list_attention,
+}.items():  # fmt: skip
+    _register_autocast(_name, _function, "cpu", DispatchKey.AutocastCPU)
+    _register_autocast(_name, _function, "cuda", DispatchKey.AutocastCUDA)

@@ -131,7 +131,7 @@ def lsh_attention(
         NotImplementedError: the named backend does not support the call.
     """
     check.check_tensor("query_key", query_key, "B H L D")
-    check.check_tensor("value", value, "B H L E", _dtypes_with(query_key))
+    check.check_tensor("value", value, "B H L E", check.dtypes_with(query_key))
     check.check_like("value", value, "query_key", query_key)
     check.check_width("query_key", query_key)
     check.check_width("value", value)
@@ -178,7 +178,7 @@ def lsh_attention(
     elif not single_window:
         if buckets is None:
             pad_bucket = key_padding_mask if rules.padding_bucket else None
-            seed = _seed_tensor(hash_seed) if rotations is None else None
+            seed = seed_tensor(hash_seed) if rotations is None else None
             buckets = _ops.hash_buckets(
                 query_key.detach(), rotations, pad_bucket, seed, factors, n_hashes, chunk_length, backend or ""
             )
@@ -231,8 +231,9 @@ def local_attention(
     attention.
 
     Args:
-        query, key: [B, H, L, D], floating, any strides.
-        value: [B, H, L, E], same dtype.
+        query: [B, H, L, D], floating, any strides.
+        key: [B, Hk, L, D], same dtype; Hk divides H, and query head h reads key head h // (H / Hk).
+        value: [B, Hk, L, E], same dtype.
         scale: of ``query @ key``; None: ``D ** -0.5``.
         chunk_length, chunks_before, chunks_after, causal, key_padding_mask, attn_mask, dropout_p, dropout_seed,
             backend: as in ``lsh_attention``.
@@ -245,14 +246,16 @@ def local_attention(
         NotImplementedError: the named backend does not support the call.
     """
     check.check_tensor("query", query, "B H L D")
-    check.check_tensor("key", key, "B H L D", _dtypes_with(query))
-    check.check_tensor("value", value, "B H L E", _dtypes_with(query))
+    check.check_tensor("key", key, "B H L D", check.dtypes_with(query))
+    check.check_tensor("value", value, "B H L E", check.dtypes_with(query))
     check.check_like("key", key, "query", query)
     check.check_like("value", value, "query", query)
     check.check_width("query", query)
     check.check_width("value", value)
-    check.check_shape("key", key, tuple(query.shape))
-    check.check_shape("value", value, (*query.shape[:3], value.shape[3]))
+    check.check_key_heads(query, key)
+    batch, _, length, head_dim = query.shape
+    check.check_shape("key", key, (batch, key.shape[1], length, head_dim))
+    check.check_shape("value", value, (*key.shape[:3], value.shape[3]))
     _check_common(chunk_length, chunks_before, chunks_after, causal, dropout_p, dropout_seed, backend, query.device)
     check.check_scale(scale)
     check.check_key_padding_mask(key_padding_mask, "query", query)
@@ -299,11 +302,6 @@ def _check_common(
     check_backend(backend)
 
 
-def _dtypes_with(query: Tensor) -> tuple[torch.dtype, ...]:
-    """What key and value may be: autocast makes them equal, otherwise the caller has to."""
-    return check.FLOATING if torch.is_autocast_enabled(query.device.type) else (query.dtype,)
-
-
 def _check_rotations(rotations: Any, x_name: str, x: Tensor, columns: int, n_hashes: int | None = None) -> None:
     check.check_tensor("rotations", rotations, "B|1 H|1 D R sum(n_buckets)/2", (torch.float32,))
     check.check_like("rotations", rotations, x_name, x)
@@ -312,7 +310,8 @@ def _check_rotations(rotations: Any, x_name: str, x: Tensor, columns: int, n_has
     check.check_shape("rotations", rotations, ((batch, 1), (heads, 1), head_dim, rounds, columns))
 
 
-def _seed_tensor(hash_seed: int | Tensor) -> Tensor:
+def seed_tensor(hash_seed: int | Tensor) -> Tensor:
+    """A hash seed as an int64 tensor of one element on the CPU."""
     if isinstance(hash_seed, Tensor):
         if hash_seed.dtype != torch.int64 or hash_seed.numel() != 1 or hash_seed.device.type != "cpu":
             raise ValueError(

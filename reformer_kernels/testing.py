@@ -14,60 +14,102 @@ import torch
 from torch import Tensor
 
 from . import _dispatch
-from ._calls import AttentionCall
-from .backends import reference
+from ._calls import AttentionCall, ListCall
+from .backends import reference, reference_lists
 
 NAMES = ("out", "lse", "grad_query", "grad_key", "grad_value")
 
 
-def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> AttentionCall:
-    """The arguments with which ``function`` calls the chunk_attention op, by the reference backend."""
-    calls: list[AttentionCall] = []
-    original = reference.chunk_attention
+def capture(function: Callable[..., Any], *args: Any, op: str = "chunk_attention", **kwargs: Any) -> Any:
+    """The arguments with which ``function`` calls the op, by the reference backend."""
+    calls: list[Any] = []
+    original = getattr(reference, op)
 
-    def spy(call: AttentionCall) -> Any:
+    def spy(call: Any) -> Any:
         calls.append(call)
         return original(call)
 
-    reference.chunk_attention = spy
+    setattr(reference, op, spy)
     try:
         function(*args, backend="reference", **kwargs)
     finally:
-        reference.chunk_attention = original
+        setattr(reference, op, original)
     return calls[0]
 
 
-def convert(call: AttentionCall, dtype: torch.dtype) -> AttentionCall:
+def convert(call: Any, dtype: torch.dtype) -> Any:
     """The call with query, key, value and a float mask in another dtype."""
     cast = lambda x: x if x is None or not x.is_floating_point() else x.to(dtype)  # noqa: E731
     fields = ("query", "key", "value", "attn_mask")
     return call._replace(**{name: cast(getattr(call, name)) for name in fields})
 
 
-def results(call: AttentionCall, forward: str, backward: str, grad_out: Tensor) -> dict[str, Tensor]:
-    """out, lse, self_only and all gradients, forward and backward by the named backends."""
+def results(call: AttentionCall | ListCall, forward: str, backward: str, grad_out: Tensor) -> dict[str, Tensor]:
+    """out, lse, all gradients and other residuals (self_only), forward and backward by the named backends."""
     forward_backend, backward_backend = _dispatch.BACKENDS[forward], _dispatch.BACKENDS[backward]
-    assert forward_backend is not None and backward_backend is not None
-    out, lse, self_only = forward_backend.chunk_attention(call)
-    grads = backward_backend.chunk_attention_backward(call, grad_out.to(out.dtype), out, lse, self_only)
-    return dict(zip((*NAMES, "self_only"), (out, lse, *grads, self_only), strict=True))
+    residuals = getattr(forward_backend, call.op)(call)
+    out, lse, *others = residuals
+    grads = getattr(backward_backend, f"{call.op}_backward")(call, grad_out.to(out.dtype), *residuals)
+    return dict(zip(NAMES, (out, lse, *grads), strict=True)) | dict(zip(("self_only",), others, strict=False))
 
 
-def rounding_terms(call: AttentionCall, grad_out: Tensor) -> dict[str, float]:
+def rounding_terms(call: AttentionCall | ListCall, grad_out: Tensor) -> dict[str, float]:
     """The largest sum of absolute terms behind each result of a float64 call, times one plus the largest score."""
+    return _list_terms(call, grad_out) if isinstance(call, ListCall) else _chunk_terms(call, grad_out)
+
+
+def _list_terms(call: ListCall, grad_out: Tensor) -> dict[str, float]:
+    query, key, value = reference_lists.call_tensors(call)
+    length, size = query.shape[2], key.shape[2]
+    if 0 in query.shape or size == 0:
+        return dict.fromkeys(NAMES, 0.0)
+    s = reference_lists.list_scores(call)
+    rest = reference_lists.rest_term(call, s, query, key) if call.rest_term else None
+    lse = reference_lists.logsumexp(s, rest, length)
+    weight = reference_lists.probabilities(s, lse)
+    dropped = weight * s.dropout
+    score_rounding = 1 + float(s.scores.masked_fill(~s.included, 0.0).abs().max())
+    query, key, value, grad = query.abs(), key.abs(), value.abs(), grad_out.abs()
+    rows, add = reference_lists.gather_rows, reference_lists.add_rows
+    out = add(length, s.position, dropped @ rows(value, s.key))
+    if rest is not None:
+        rest_weight = torch.exp(rest.score - reference._finite(lse))[..., None]
+        finite = rest.score.masked_fill(rest.score == float("-inf"), 0.0)
+        score_rounding = max(score_rounding, 1 + float(finite.abs().max()))
+        mean_key, mean_value = rest.share @ key, rest.share @ value
+        out = out + rest_weight * mean_value
+    delta = (grad * out).sum(-1, keepdim=True)
+    grad_weight = rows(grad, s.position) @ rows(value, s.key).mT
+    grad_scores = (dropped * grad_weight + weight * rows(delta, s.position)) * abs(call.scale)
+    grads = [
+        add(length, s.position, grad_scores @ rows(key, s.key)),
+        add(size, s.key, grad_scores.mT @ rows(query, s.position)),
+        add(size, s.key, dropped.mT @ rows(grad, s.position)),
+    ]
+    if rest is not None:
+        slope = rest_weight * ((grad * mean_value).sum(-1, keepdim=True) + delta) * abs(call.scale)
+        grads[0] = grads[0] + slope * mean_key
+        grads[1] = grads[1] + rest.share.mT @ (slope * query)
+        grads[2] = grads[2] + rest.share.mT @ (rest_weight * grad)
+    grads[1:] = [reference_lists.per_key_head(g, x) for g, x in zip(grads[1:], (call.key, call.value), strict=True)]
+    terms = {name: float(x.max()) * score_rounding for name, x in zip(("out", *NAMES[2:]), (out, *grads), strict=True)}
+    return terms | {"lse": score_rounding + float(reference._finite(lse).abs().max())}
+
+
+def _chunk_terms(call: AttentionCall, grad_out: Tensor) -> dict[str, float]:
     largest = dict.fromkeys(NAMES, 0.0)
     parts = reference._split(call)
     for unit, (part, order, rows) in enumerate(parts):
         if reference._empty(part):
             continue
-        key = reference._unit_key(part.query, part.rules.key_norm) if part.key is None else part.key
-        s = reference._score(part, order, part.query, key, (unit, len(parts)))
-        _, lse = reference._attend(part, s, part.value)
+        query, key, value = reference.tensors(part, torch.float64)
+        s = reference._score(part, order, query, key, (unit, len(parts)))
+        _, lse = reference._attend(part, s, value)
         weight = torch.exp(s.scores - reference._finite(reference._of_query(s, lse)))
         dropped = weight * (1.0 if s.dropout is None else s.dropout)
         scores = s.scores.masked_fill(~s.included, 0.0).abs()
         score_rounding = 1 + float(scores.max())
-        query, key, value = part.query.abs(), key.abs(), part.value.abs()
+        query, key, value = query.abs(), key.abs(), value.abs()
         rest = part.query.shape[2] - part.n_queries
         grad = torch.nn.functional.pad(grad_out[:, :, rows].abs(), (0, 0, 0, rest))
         value_rows, grad_rows = reference._rows(value, s.key_position), reference._rows(grad, s.query_position)
@@ -86,6 +128,8 @@ def rounding_terms(call: AttentionCall, grad_out: Tensor) -> dict[str, float]:
         if part.key is None:  # the Jacobian of the unit key, in absolute values
             norm = part.query.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             grads[0] = grads[0] + (grads[1] + query * (grads[1] * query).sum(-1, keepdim=True) / norm**2) / norm
+        else:
+            grads[1:] = [reference.per_key_head(g, x) for g, x in zip(grads[1:], (part.key, part.value), strict=True)]
         sums = {"out": out, "grad_query": grads[0], "grad_key": grads[1], "grad_value": grads[2]}
         for name, x in sums.items():
             largest[name] = max(largest[name], float(x.max()) * score_rounding)
@@ -103,7 +147,11 @@ def _error(x: Tensor, oracle: Tensor) -> float:
 
 
 def assert_matches_oracle(
-    call: AttentionCall, dtype: torch.dtype, forward: str, backward: str | None = None, grad_out: Tensor | None = None
+    call: AttentionCall | ListCall,
+    dtype: torch.dtype,
+    forward: str,
+    backward: str | None = None,
+    grad_out: Tensor | None = None,
 ) -> None:
     """Checks outputs and all gradients of backends in ``dtype`` against the reference in float64.
 
@@ -118,14 +166,16 @@ def assert_matches_oracle(
     call = convert(call, dtype)
     exact = convert(call, torch.float64)
     if grad_out is None:
-        shape = (*call.query.shape[:2], call.n_queries, call.value.shape[3])
+        n_queries = call.n_queries if isinstance(call, AttentionCall) else call.query.shape[2]
+        shape = (*call.query.shape[:2], n_queries, call.value.shape[3])
         grad_out = torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     grad_out = grad_out.to(dtype).double()
     oracle = results(exact, "reference", "reference", grad_out)
     same_dtype = results(call, "reference", "reference", grad_out)
     actual = results(call, forward, backward or forward, grad_out)
     terms = rounding_terms(exact, grad_out)
-    assert torch.equal(actual["self_only"], oracle["self_only"]), "self_only differs from the oracle's"
+    if "self_only" in oracle:
+        assert torch.equal(actual["self_only"], oracle["self_only"]), "self_only differs from the oracle's"
     for name in NAMES:
         rounded = torch.float32 if name == "lse" and dtype != torch.float64 else dtype
         rounding = (
@@ -135,5 +185,6 @@ def assert_matches_oracle(
         error = _error(actual[name], oracle[name])
         assert error <= tolerance, (
             f"{name} of {forward}/{backward or forward} in {dtype} is off by {error:.3g}, allowed {tolerance:.3g} "
-            f"(query {list(call.query.shape)}, chunk_length {call.chunk_length}, {call.rules.differences()})"
+            f"(query {list(call.query.shape)}, chunk_length {call.chunk_length}"
+            f"{'' if isinstance(call, ListCall) else f', {call.rules.differences()}'})"
         )

@@ -91,3 +91,67 @@ def lsh_attention(
                 for w, j in zip(weights, keys, strict=True):
                     out[b, h, i] += w / sum(weights) * value[b, h, j].double()
     return out
+
+
+def clustered_attention(
+    query: Tensor, key: Tensor, value: Tensor, hashed: Tensor | None, *, budget: int, local_fraction: float,
+    chunk_length: int, rest_term: bool = True, causal: bool = False, key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """float64 [B, H, L, E], with as many keys as queries; ``hashed`` [B, H, L]: positions in the order of groups."""
+    batch, heads, length, width = query.shape
+    group = heads // key.shape[1]
+    out = torch.zeros(batch, heads, length, value.shape[3], dtype=torch.float64)
+    local = round(budget * local_fraction)
+
+    def window(i: int) -> set[int]:
+        start = i // chunk_length * chunk_length
+        end = min(start + chunk_length, length)
+        first = end - local if causal else min(max(0, (start + end - local) // 2), length - local)
+        return set(range(max(0, first), max(0, first) + local)) if not causal else set(range(max(0, first), end))
+
+    for b in range(batch):
+        for h in range(heads):
+            q, k, v = query[b, h].tolist(), key[b, h // group].tolist(), value[b, h // group]
+            dot = lambda x, y: sum(a * c for a, c in zip(x, y, strict=True)) * width**-0.5  # noqa: E731
+
+            def sees(i: int, j: int, b: int = b, h: int = h) -> bool:
+                if (causal and j > i) or (key_padding_mask is not None and key_padding_mask[b, j]):
+                    return False
+                return attn_mask is None or not attn_mask.expand(batch, heads, -1, -1)[b, h, i, j]
+
+            order = list(range(length)) if hashed is None else hashed[b, h].tolist()
+            taken: dict[int, set[int]] = {}
+            for start in range(0, length, chunk_length):
+                chunk = order[start : start + chunk_length]
+                score = [0.0] * length
+                for first in range(0, len(chunk), 16):
+                    members = chunk[first : first + 16]
+                    mean = [sum(x) / len(members) for x in zip(*(q[i] for i in members), strict=True)]
+                    weights = {}
+                    for j in range(length):
+                        seeing = sum(sees(i, j) for i in members)
+                        if seeing:
+                            share = seeing / len(members) if attn_mask is not None else 1.0
+                            weights[j] = share * math.exp(dot(mean, k[j]))
+                    for j, w in weights.items():
+                        new = [i for i in members if (not causal or j <= i) and j not in window(i)]
+                        score[j] += len(new) / len(members) * (w / sum(weights.values()) + 1e-30)
+                padded = lambda j, b=b: key_padding_mask is not None and key_padding_mask[b, j]  # noqa: E731
+                local_keys = {j for j in window(chunk[0]) if not padded(j)}
+                count = budget - len(local_keys) if hashed is None else budget - local
+                best = sorted((j for j in range(length) if score[j] > 0), key=lambda j: (-score[j], j))[:count]
+                for i in chunk:
+                    taken[i] = set(best)
+            for i in range(length):
+                keys = sorted(j for j in taken[i] | window(i) if sees(i, j))
+                visible = [j for j in range(length) if sees(i, j)]
+                pairs = [(math.exp(dot(q[i], k[j])), v[j].double()) for j in keys]
+                if rest_term and attn_mask is None and len(visible) > len(keys):
+                    mean = [sum(x) / len(visible) for x in zip(*(k[j] for j in visible), strict=True)]
+                    mean_value = torch.stack([v[j] for j in visible]).double().mean(dim=0)
+                    pairs.append(((len(visible) - len(keys)) * math.exp(dot(q[i], mean)), mean_value))
+                total = sum(w for w, _ in pairs)
+                for w, row in pairs:
+                    out[b, h, i] += w / total * row
+    return out

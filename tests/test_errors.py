@@ -97,6 +97,36 @@ def test_local_attention(changes: dict[str, Any], kind: type[Exception], message
         rk.local_attention(**{"query": Q, "key": Q, "value": Q, **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"budget": 0}, ValueError, "budget must be at least 1, got 0"),
+        ({"budget": 1.5}, TypeError, "budget must be an int, got 1.5"),
+        ({"local_fraction": 1.5}, ValueError, "local_fraction must be between 0 and 1, got 1.5"),
+        ({"local_fraction": None}, TypeError, "local_fraction must be a float, got None"),
+        ({"chunk_length": 0}, ValueError, "chunk_length must be at least 1, got 0"),
+        ({"grouping": "kmeans"}, ValueError, "grouping must be one of ('position', 'hash'), got 'kmeans'"),
+        ({"rest_term": 1}, TypeError, "rest_term must be a bool, got 1"),
+        ({"causal": None}, TypeError, "causal must be a bool, got None"),
+        ({"key": torch.randn(2, 3, 9, 8)}, ValueError, "key must have a number of heads that divides the query's, 4, got 3"),
+        ({"key": torch.randn(2, 2, 9, 7)}, ValueError, "key must have shape [2, 2, 9, 8], got [2, 2, 9, 7]"),
+        ({"value": torch.randn(2, 2, 8, 8)}, ValueError, "value must have shape [2, 2, 9, 8], got [2, 2, 8, 8]"),
+        ({"value": torch.randn(2, 2, 9, 8).half()}, TypeError, "value must have dtype torch.float32, got torch.float16"),
+        ({"key_padding_mask": torch.zeros(2, 5).bool()}, ValueError, "key_padding_mask must have shape [2, 9], got [2, 5]"),
+        ({"attn_mask": torch.zeros(1, 1, 5, 5)}, ValueError, "attn_mask must have shape [2 or 1, 4 or 1, 5, 9]"),
+        ({"dropout_p": 2.0}, ValueError, "dropout_p must be between 0 and 1, got 2.0"),
+        ({"dropout_p": 0.5}, ValueError, "dropout_seed must be an int64 tensor of one element when dropout_p is 0.5"),
+        ({"scale": float("inf")}, ValueError, "scale must be finite in float32, got inf"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of"),
+    ],
+)  # fmt: skip
+def test_clustered_attention(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
+    arguments = {"query": torch.randn(2, 4, 5, 8), "key": torch.randn(2, 2, 9, 8), "value": torch.randn(2, 2, 9, 8)}
+    for backend in ("cpu", "reference"):
+        with pytest.raises(kind, match=re.escape(message)):
+            rk.clustered_attention(**({"backend": backend} | arguments | changes))
+
+
 def test_steps() -> None:
     rotations = rk.random_rotations(0, 3, 8, 2, 4)
     with pytest.raises(ValueError, match=re.escape("rotations must have shape [2 or 1, 3 or 1, 8, 2, 3]")):

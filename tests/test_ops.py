@@ -291,3 +291,84 @@ def test_use_backend_may_be_used_again() -> None:
         with chosen:
             assert _dispatch._forced == "reference"
         assert _dispatch._forced is None
+
+
+# ---- clustered attention
+
+
+def clustered_tensors(width: int = 4) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(1, heads, 20, width, requires_grad=True) for heads in (4, 2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_lists(backend: str) -> None:
+    torch.use_deterministic_algorithms(False)
+    q, k, v = clustered_tensors()
+    order = torch.arange(20, dtype=torch.int32).expand(1, 4, 2, 20).contiguous()
+    for o in (None, order):
+        select = (q.detach(), k.detach(), o, None, None, 4, 8, 2, 1, True, 0.5, backend)
+        torch.library.opcheck(OPS.select_keys.default, select)
+        lists = OPS.select_keys.default(*select)
+        arguments = (q, k, v, o, lists, None, None, None, 4, 1, True, True, 0.5, 0.0, backend)
+        torch.library.opcheck(OPS.list_attention.default, arguments)
+        plain = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+        residuals = OPS.list_attention.default(*plain)
+        backward = (torch.ones_like(residuals[0]), *residuals, *plain)
+        torch.library.opcheck(OPS.list_attention_backward.default, backward)
+
+
+@pytest.mark.parametrize("grouping", ["position", "hash"])
+def test_clustered_attention_compiles_for_all_lengths(grouping: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(
+        lambda q, k, v: rk.clustered_attention(q, k, v, budget=8, chunk_length=4, causal=True, grouping=grouping),
+        backend=counter, fullgraph=True, dynamic=True,
+    )  # fmt: skip
+    compiled_once = 0
+    for length in (20, 33, 47):
+        q, k, v = (torch.randn(1, heads, length, 4, requires_grad=True) for heads in (4, 2, 2))
+        out = function(q, k, v)
+        expected = rk.clustered_attention(q, k, v, budget=8, chunk_length=4, causal=True, grouping=grouping)
+        assert torch.equal(out, expected)
+        for ours, theirs in zip(
+            torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v)), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+        compiled_once = compiled_once or counter.frame_count
+        assert counter.frame_count == compiled_once
+
+
+def test_clustered_attention_in_torch_func() -> None:
+    q, k, v = (torch.stack([x.detach(), 2 * x.detach()]) for x in clustered_tensors())
+
+    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return rk.clustered_attention(q, k, v, budget=8, chunk_length=4, causal=True).square().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    for i in range(2):
+        alone = torch.func.grad(loss, argnums=(0, 1, 2))(q[i], k[i], v[i])
+        assert all(torch.equal(a[i], b) for a, b in zip(together, alone, strict=True))
+    x = clustered_tensors()
+    (gradient,) = torch.autograd.grad(rk.clustered_attention(*x, budget=8).square().sum(), x[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+        gradient.sum().backward()
+
+
+def test_clustered_attention_under_autocast() -> None:
+    q, k, v = clustered_tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = rk.clustered_attention(q, k, v, budget=8)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, rk.clustered_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), budget=8))
+
+
+def test_lists_are_checked() -> None:
+    q, k, v = (x.detach() for x in clustered_tensors())
+    for lists, message in (
+        (torch.full((1, 4, 5, 8), 20, dtype=torch.int32), "key_lists must be between -1 and 19, got -1 to 20"),
+        (torch.full((1, 4, 5, 8), -2, dtype=torch.int32), "key_lists must be between -1 and 19, got -2 to -1"),
+        (torch.full((1, 4, 4, 8), -1, dtype=torch.int32), "key_lists has a wrong shape"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OPS.list_attention.default(q, k, v, None, lists, None, None, None, 4, 0, True, True, 0.5, 0.0, "cpu")

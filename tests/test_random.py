@@ -15,7 +15,9 @@ from torch import Tensor
 
 import reformer_kernels as rk
 from reformer_kernels import testing
+from reformer_kernels.clustered import GROUPINGS
 
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 RULES = st.builds(
     rk.AttentionRules,
     key_norm=st.sampled_from(["rms", "l2"]),
@@ -39,7 +41,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> tuple[Any, torch.dtype]:
+def lsh_calls(draw: st.DrawFn) -> tuple[Any, torch.dtype]:
     integer = lambda low, high: draw(st.integers(low, high))  # noqa: E731
     batch, heads, length = integer(1, 2), integer(1, 3), integer(1, 90)
     generator = torch.Generator().manual_seed(integer(0, 2**32))
@@ -72,8 +74,38 @@ def calls(draw: st.DrawFn) -> tuple[Any, torch.dtype]:
     if draw(st.booleans()):
         mask = normal(batch, 1, options.get("num_queries", length), length)
         options["attn_mask"] = mask if draw(st.booleans()) else mask > 0
-    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
-    return testing.capture(rk.lsh_attention, q, v, **options), dtype
+    return testing.capture(rk.lsh_attention, q, v, **options), draw(st.sampled_from(DTYPES))
+
+
+@st.composite
+def clustered_calls(draw: st.DrawFn) -> tuple[Any, torch.dtype]:
+    integer = lambda low, high: draw(st.integers(low, high))  # noqa: E731
+    key_heads = integer(1, 2)
+    batch, heads, length, size = integer(1, 2), key_heads * integer(1, 3), integer(1, 90), integer(1, 90)
+    if draw(st.booleans()):
+        size = length
+    generator = torch.Generator().manual_seed(integer(0, 2**32))
+    layout = lambda x: LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](x)  # noqa: E731
+    width, value_width = integer(1, 20), integer(1, 20)
+    shapes = ((heads, length, width), (key_heads, size, width), (key_heads, size, value_width))
+    q, k, v = (layout(torch.randn((batch, *shape), generator=generator)) for shape in shapes)
+    options: dict[str, Any] = {
+        "budget": integer(1, 60), "local_fraction": draw(st.sampled_from([0.0, 0.25, 0.7, 1.0])),
+        "chunk_length": integer(1, 70), "grouping": draw(st.sampled_from(GROUPINGS)),
+        "rest_term": draw(st.booleans()), "causal": draw(st.booleans()), "hash_seed": integer(0, 100),
+    }  # fmt: skip
+    if draw(st.booleans()):
+        options |= {"dropout_p": draw(st.sampled_from([0.1, 1.0])), "dropout_seed": torch.tensor([integer(0, 2**62)])}
+    if draw(st.booleans()):
+        options["key_padding_mask"] = torch.rand(batch, size, generator=generator) < draw(st.sampled_from([0.2, 1.0]))
+    if draw(st.booleans()):
+        mask = torch.randn(batch, 1, length, size, generator=generator)
+        options["attn_mask"] = mask if draw(st.booleans()) else mask > 0
+    call = testing.capture(rk.clustered_attention, q, k, v, op="list_attention", **options)
+    return call, draw(st.sampled_from(DTYPES))
+
+
+CALLS = lsh_calls() | clustered_calls()
 
 
 def check(case: tuple[Any, torch.dtype]) -> None:
@@ -82,7 +114,7 @@ def check(case: tuple[Any, torch.dtype]) -> None:
 
 
 HEALTHY = settings(deadline=None, suppress_health_check=list(HealthCheck))
-test_random_calls = settings(HEALTHY, max_examples=150, derandomize=True)(given(calls())(check))
+test_random_calls = settings(HEALTHY, max_examples=250, derandomize=True)(given(CALLS)(check))
 
 
 def fuzz(budget: float) -> int:
@@ -97,7 +129,7 @@ def fuzz(budget: float) -> int:
 
     while time.monotonic() - start < budget:
         # without the database, so that a round does not begin with the last one's examples
-        run = settings(HEALTHY, max_examples=50, database=None)(given(calls())(counted))
+        run = settings(HEALTHY, max_examples=50, database=None)(given(CALLS)(counted))
         seed(first_seed + round_number)(run)()
         round_number += 1
     return examples

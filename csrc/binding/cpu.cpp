@@ -81,11 +81,11 @@ const int32_t* sequence_bounds(const OptionalTensor& t, int64_t L, int64_t& coun
   return bounds;
 }
 
-void check_index(const char* name, const int32_t* index, int64_t size, int64_t limit) {
-  int32_t low = 0, high = 0;
+void check_index(const char* name, const int32_t* index, int64_t size, int64_t limit, int32_t least = 0) {
+  int32_t low = least, high = least;
   for (int64_t i = 0; i < size; ++i) low = std::min(low, index[i]), high = std::max(high, index[i]);
-  STD_TORCH_CHECK(size == 0 || (low >= 0 && high < limit), name, " must be between 0 and ", limit - 1, ", got ", low,
-                  " to ", high);
+  STD_TORCH_CHECK(size == 0 || (low >= least && high < limit), name, " must be between ", least, " and ", limit - 1,
+                  ", got ", low, " to ", high);
 }
 
 rk::Element element_of(const Tensor& t) {
@@ -160,6 +160,29 @@ struct Attention {
   ScalarType type, rows_type;  // of the arithmetic, and of the rows
 };
 
+void set_mask(Attention& a, const OptionalTensor& mask) {
+  if (!mask) return;
+  rk::AttentionParams& p = a.p;
+  const bool boolean = mask->scalar_type() == ScalarType::Bool;
+  check_type("attn_mask", *mask, boolean ? ScalarType::Bool : a.type);
+  STD_TORCH_CHECK(mask->dim() == 4 && (mask->size(0) == 1 || mask->size(0) == p.B) &&
+                      (mask->size(1) == 1 || mask->size(1) == p.H) && mask->size(2) == p.n_queries &&
+                      mask->size(3) == p.S,
+                  "attn_mask must have shape [B|1, H|1, queries, keys]");
+  (boolean ? reinterpret_cast<const void*&>(p.bool_mask) : p.float_mask) = mask->const_data_ptr();
+  p.mask_stride_b = mask->size(0) == 1 ? 0 : mask->stride(0),
+  p.mask_stride_h = mask->size(1) == 1 ? 0 : mask->stride(1);
+  p.mask_stride_q = mask->stride(2), p.mask_stride_k = mask->stride(3);
+}
+
+void set_dropout(rk::AttentionParams& p, const OptionalTensor& seed, int64_t drop_threshold, double keep_factor) {
+  p.keep_factor = keep_factor, p.drop_threshold = static_cast<uint32_t>(drop_threshold);
+  if (!p.dropout()) return;
+  STD_TORCH_CHECK(seed && seed->numel() == 1, "dropout_seed must have one element");
+  check_type("dropout_seed", *seed, ScalarType::Long);
+  p.dropout_seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+}
+
 Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor& value, const OptionalTensor& order,
                     const OptionalTensor& buckets, const OptionalTensor& padding, const OptionalTensor& mask,
                     const OptionalTensor& cu_seqlens, const OptionalTensor& dropout_seed, int64_t chunk_length,
@@ -171,7 +194,12 @@ Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor
   rk::AttentionParams& p = a.p;
   p.element = element_of(query);
   p.B = query.size(0), p.H = query.size(1), p.L = query.size(2), p.D = query.size(3), p.E = value.size(3);
-  p.R = order ? order->size(2) : 1;
+  p.S = p.L, p.key_heads = p.H, p.R = order ? order->size(2) : 1;
+  if (key) {
+    STD_TORCH_CHECK(key->dim() == 4 && key->size(1) >= 1 && p.H % key->size(1) == 0,
+                    "key must have 4 dimensions, and a number of heads that divides the query's");
+    p.key_heads = key->size(1);
+  }
   STD_TORCH_CHECK(chunk_length >= 1 && chunks_before >= 0 && chunks_after >= 0,
                   "chunk_length must be positive, its neighbours at least 0");
   STD_TORCH_CHECK(n_queries >= 0 && n_queries <= p.L, "num_queries must be between 0 and ", p.L, ", got ", n_queries);
@@ -182,29 +210,17 @@ Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor
   const int64_t widest = flags & rk::kBucketAligned ? bucket_chunks : p.L <= p.chunk_length ? 0 : 1024;
   STD_TORCH_CHECK(chunks_before <= 1024 && chunks_after <= 1024, "chunks_before and chunks_after must be at most 1024");
   p.chunks_before = std::min(chunks_before, widest), p.chunks_after = std::min(chunks_after, widest);
-  p.n_queries = n_queries, p.flags = flags, p.scale = scale, p.keep_factor = keep_factor;
-  p.drop_threshold = static_cast<uint32_t>(drop_threshold);
+  p.n_queries = n_queries, p.flags = flags, p.scale = scale;
   p.query = rows("query", query, a.rows_type, p.B, p.H, p.L, p.D);
-  if (key) p.key = rows("key", *key, a.rows_type, p.B, p.H, p.L, p.D);
+  if (key) p.key = rows("key", *key, a.rows_type, p.B, p.key_heads, p.L, p.D);
   if (key && !p.key.data) p.key.data = p.query.data;  // an empty tensor: no row of it is read
-  p.value = rows("value", value, a.rows_type, p.B, p.H, p.L, p.E);
+  p.value = rows("value", value, a.rows_type, p.B, p.key_heads, p.L, p.E);
   p.order = contiguous<int32_t>("order", order, ScalarType::Int, {p.B, p.H, p.R, p.L});
   if (p.order) check_index("order", p.order, p.B * p.H * p.R * p.L, p.L);
   p.buckets = contiguous<int32_t>("buckets", buckets, ScalarType::Int, {p.B, p.H, p.R, p.L});
   STD_TORCH_CHECK((order && buckets) || !p.has(rk::kBucketAligned), "bucket alignment needs order and buckets");
   p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.L});
-  if (mask) {
-    const bool boolean = mask->scalar_type() == ScalarType::Bool;
-    check_type("attn_mask", *mask, boolean ? ScalarType::Bool : a.type);
-    STD_TORCH_CHECK(mask->dim() == 4 && (mask->size(0) == 1 || mask->size(0) == p.B) &&
-                        (mask->size(1) == 1 || mask->size(1) == p.H) && mask->size(2) == n_queries &&
-                        mask->size(3) == p.L,
-                    "attn_mask must have shape [B|1, H|1, num_queries, L]");
-    (boolean ? reinterpret_cast<const void*&>(p.bool_mask) : p.float_mask) = mask->const_data_ptr();
-    p.mask_stride_b = mask->size(0) == 1 ? 0 : mask->stride(0),
-    p.mask_stride_h = mask->size(1) == 1 ? 0 : mask->stride(1);
-    p.mask_stride_q = mask->stride(2), p.mask_stride_k = mask->stride(3);
-  }
+  set_mask(a, mask);
   p.cu_seqlens = sequence_bounds(cu_seqlens, p.L, p.n_sequences);
   STD_TORCH_CHECK(!p.cu_seqlens || n_queries == p.L, "num_queries must be L with cu_seqlens");
   if (p.cu_seqlens && p.order)
@@ -212,13 +228,45 @@ Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor
       for (int64_t s = 0; s < p.n_sequences; ++s)
         check_index("order", p.order + i * p.R * p.L + p.R * p.cu_seqlens[s],
                     p.R * (p.cu_seqlens[s + 1] - p.cu_seqlens[s]), p.cu_seqlens[s + 1] - p.cu_seqlens[s]);
-  if (p.dropout()) {
-    STD_TORCH_CHECK(dropout_seed && dropout_seed->numel() == 1, "dropout_seed must have one element");
-    check_type("dropout_seed", *dropout_seed, ScalarType::Long);
-    p.dropout_seed = static_cast<uint64_t>(*static_cast<const int64_t*>(dropout_seed->const_data_ptr()));
-  }
+  set_dropout(p, dropout_seed, drop_threshold, keep_factor);
   return a;
 }
+
+// Attention to lists of keys, or (without value and lists) the choice of the lists.
+Attention list_attention(const Tensor& query, const Tensor& key, const Tensor* value, const OptionalTensor& order,
+                         const OptionalTensor& padding, const OptionalTensor& mask, int64_t chunk_length,
+                         int64_t list_length, int64_t context_keys, double scale, int64_t flags) {
+  Attention a;
+  a.type = compute_type(query), a.rows_type = query.scalar_type();
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query and key must have 4 dimensions");
+  rk::AttentionParams& p = a.p;
+  p.element = element_of(query);
+  p.B = query.size(0), p.H = query.size(1), p.L = query.size(2), p.D = query.size(3), p.E = 1;
+  p.S = key.size(2), p.key_heads = key.size(1), p.R = order ? order->size(2) : 1;
+  p.n_queries = p.L, p.n_sequences = 1, p.flags = flags, p.scale = scale, p.keep_factor = 1;
+  p.chunk_length = std::min(chunk_length, std::max<int64_t>(1, p.L));
+  p.list_length = list_length, p.context_keys = context_keys;
+  STD_TORCH_CHECK(p.key_heads >= 1 && p.H % p.key_heads == 0, "the heads of key must divide those of query");
+  STD_TORCH_CHECK(chunk_length >= 1, "chunk_length must be positive");
+  STD_TORCH_CHECK(list_length >= 1 && list_length <= INT32_MAX, "lists must have a length of at least 1");
+  STD_TORCH_CHECK(context_keys >= 0 && context_keys <= p.S, "context_keys must be between 0 and ", p.S);
+  STD_TORCH_CHECK(p.R >= 1 && p.R <= 2 && p.R * p.L <= INT32_MAX && p.S < INT32_MAX,
+                  "order must have 1 or 2 rounds, and lengths must be below 2**31");
+  p.query = rows("query", query, a.rows_type, p.B, p.H, p.L, p.D);
+  p.key = rows("key", key, a.rows_type, p.B, p.key_heads, p.S, p.D);
+  if (!p.key.data) p.key.data = p.query.data;  // an empty tensor: no row of it is read
+  if (value) {
+    p.E = value->size(3);
+    p.value = rows("value", *value, a.rows_type, p.B, p.key_heads, p.S, p.E);
+  }
+  p.order = contiguous<int32_t>("order", order, ScalarType::Int, {p.B, p.H, p.R, p.L});
+  if (p.order) check_index("order", p.order, p.B * p.H * p.R * p.L, p.L);
+  p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.S});
+  set_mask(a, mask);
+  return a;
+}
+
+int64_t list_rows(const rk::AttentionParams& p) { return p.R * ((p.L + p.chunk_length - 1) / p.chunk_length); }
 
 // out, lse and self_only, which forward writes and backward reads.
 void residuals(Attention& a, const Tensor& out, const Tensor& lse, const Tensor& self_only, bool write) {
@@ -251,9 +299,63 @@ void chunk_attention_backward(RK_ATTENTION_PARAMETERS, Tensor grad_out, Tensor o
   p.grad_out = rows("grad_out", grad_out, a.rows_type, p.B, p.H, p.n_queries, p.E);
   p.grad_query = written_rows("grad_query", grad_query, a.rows_type, p.B, p.H, p.L, p.D);
   STD_TORCH_CHECK(key.has_value() == grad_key.has_value(), "grad_key must be given exactly if key is");
-  if (grad_key) p.grad_key = written_rows("grad_key", *grad_key, a.rows_type, p.B, p.H, p.L, p.D);
-  p.grad_value = written_rows("grad_value", grad_value, a.rows_type, p.B, p.H, p.L, p.E);
+  if (grad_key) p.grad_key = written_rows("grad_key", *grad_key, a.rows_type, p.B, p.key_heads, p.L, p.D);
+  p.grad_value = written_rows("grad_value", grad_value, a.rows_type, p.B, p.key_heads, p.L, p.E);
   with_kernels(a.type, [&](const auto& k) { k.backward(a.p, threads()); });
+}
+
+void select_keys(Tensor query, Tensor key, OptionalTensor order, OptionalTensor padding, OptionalTensor mask,
+                 int64_t chunk_length, int64_t budget, int64_t local, int64_t context_keys, double scale, int64_t flags,
+                 Tensor lists) {
+  STD_TORCH_CHECK(lists.dim() == 4, "lists must have 4 dimensions");
+  const Attention a = list_attention(query, key, nullptr, order, padding, mask, chunk_length, lists.size(3),
+                                     context_keys, scale, flags);
+  const rk::AttentionParams& p = a.p;
+  STD_TORCH_CHECK(local >= 0 && local <= budget, "the local window must be between 0 and the budget");
+  const int64_t longest = p.R == 1 ? context_keys + budget : std::max(context_keys + local, budget - local);
+  STD_TORCH_CHECK(p.list_length >= longest, "lists must have room for ", longest, " keys, got ", p.list_length);
+  rk::SelectParams s{p, budget, local, nullptr};
+  s.lists = const_cast<int32_t*>(
+      contiguous<int32_t>("lists", lists, ScalarType::Int, {p.B, p.H, list_rows(p), p.list_length}));
+  with_kernels(a.type, [&](const auto& k) { k.select(s, threads()); });
+}
+
+#define RK_LIST_PARAMETERS                                                                                        \
+  Tensor query, Tensor key, Tensor value, OptionalTensor order, Tensor lists, OptionalTensor padding,             \
+      OptionalTensor mask, OptionalTensor dropout_seed, int64_t chunk_length, int64_t context_keys, double scale, \
+      int64_t drop_threshold, double keep_factor, int64_t flags, Tensor out, Tensor lse
+#define RK_LIST_ARGUMENTS                                                                                          \
+  query, key, value, order, lists, padding, mask, dropout_seed, chunk_length, context_keys, scale, drop_threshold, \
+      keep_factor, flags, out, lse
+
+Attention with_lists(RK_LIST_PARAMETERS, bool write) {
+  STD_TORCH_CHECK(lists.dim() == 4 && value.dim() == 4, "key_lists and value must have 4 dimensions");
+  Attention a =
+      list_attention(query, key, &value, order, padding, mask, chunk_length, lists.size(3), context_keys, scale, flags);
+  rk::AttentionParams& p = a.p;
+  p.key_lists = contiguous<int32_t>("key_lists", lists, ScalarType::Int, {p.B, p.H, list_rows(p), p.list_length});
+  check_index("key_lists", p.key_lists, lists.numel(), p.S, -1);
+  STD_TORCH_CHECK(!mask || !p.has(rk::kRest), "the rest term does not go with attn_mask");
+  set_dropout(p, dropout_seed, drop_threshold, keep_factor);
+  p.out = (write ? written_rows : rows)("out", out, a.rows_type, p.B, p.H, p.L, p.E);
+  p.lse = const_cast<char*>(contiguous<char>("lse", lse, a.type, {p.B, p.H, p.L}));
+  return a;
+}
+
+void list_attention_forward(RK_LIST_PARAMETERS) {
+  const Attention a = with_lists(RK_LIST_ARGUMENTS, true);
+  with_kernels(a.type, [&](const auto& k) { k.list_forward(a.p, threads()); });
+}
+
+void list_attention_backward(RK_LIST_PARAMETERS, Tensor grad_out, Tensor grad_query, Tensor grad_key,
+                             Tensor grad_value) {
+  Attention a = with_lists(RK_LIST_ARGUMENTS, false);
+  rk::AttentionParams& p = a.p;
+  p.grad_out = rows("grad_out", grad_out, a.rows_type, p.B, p.H, p.L, p.E);
+  p.grad_query = written_rows("grad_query", grad_query, a.rows_type, p.B, p.H, p.L, p.D);
+  p.grad_key = written_rows("grad_key", grad_key, a.rows_type, p.B, p.key_heads, p.S, p.D);
+  p.grad_value = written_rows("grad_value", grad_value, a.rows_type, p.B, p.key_heads, p.S, p.E);
+  with_kernels(a.type, [&](const auto& k) { k.list_backward(a.p, threads()); });
 }
 
 std::string select_isa(std::string name) {
@@ -275,6 +377,10 @@ constexpr char kAttentionSchema[] =
     "attn_mask, "
     "Tensor? cu_seqlens, Tensor? dropout_seed, int chunk_length, int chunks_before, int chunks_after, int n_queries, "
     "float scale, int drop_threshold, float keep_factor, int flags, ";
+constexpr char kListSchema[] =
+    "Tensor query, Tensor key, Tensor value, Tensor? order, Tensor key_lists, Tensor? key_padding_mask, Tensor? "
+    "attn_mask, Tensor? dropout_seed, int chunk_length, int context_keys, float scale, int drop_threshold, float "
+    "keep_factor, int flags, ";
 
 }  // namespace
 
@@ -289,6 +395,15 @@ STABLE_TORCH_LIBRARY(reformer_kernels_cpu, m) {
          "Tensor grad_out, Tensor out, Tensor lse, Tensor self_only, Tensor(a!) grad_query, Tensor(b!)? grad_key, "
          "Tensor(c!) grad_value) -> ()")
             .c_str());
+  m.def(
+      "select_keys(Tensor query, Tensor key, Tensor? order, Tensor? key_padding_mask, Tensor? attn_mask, int "
+      "chunk_length, int budget, int local, int context_keys, float scale, int flags, Tensor(a!) lists) -> ()");
+  const std::string lists = kListSchema;
+  m.def(("list_attention_forward(" + lists + "Tensor(a!) out, Tensor(b!) lse) -> ()").c_str());
+  m.def(("list_attention_backward(" + lists +
+         "Tensor out, Tensor lse, Tensor grad_out, Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value) "
+         "-> ()")
+            .c_str());
   m.def("select_isa(str name) -> str");
   m.def("build_info() -> str");
 }
@@ -298,6 +413,9 @@ STABLE_TORCH_LIBRARY_IMPL(reformer_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("bucket_order", TORCH_BOX(&bucket_order));
   m.impl("chunk_attention_forward", TORCH_BOX(&chunk_attention_forward));
   m.impl("chunk_attention_backward", TORCH_BOX(&chunk_attention_backward));
+  m.impl("select_keys", TORCH_BOX(&select_keys));
+  m.impl("list_attention_forward", TORCH_BOX(&list_attention_forward));
+  m.impl("list_attention_backward", TORCH_BOX(&list_attention_backward));
   m.impl("select_isa", TORCH_BOX(&select_isa));
   m.impl("build_info", TORCH_BOX(&build_info));
 }

@@ -1,5 +1,6 @@
 // The arguments of the kernels: plain data, no torch, no Python. Shapes as in the Python layer:
-// B batch, H heads, L length, D head size of query and key, E head size of value, R rounds, C chunk length.
+// B batch, H query heads, L length of queries, S of keys, D head size of query and key, E head size of value, R rounds,
+// C chunk length.
 #pragma once
 #include <cstdint>
 
@@ -12,6 +13,7 @@ enum Flag : int64_t {  // in the order of backends/native.py
   kWithinBucket = 8,
   kDedup = 16,
   kBucketAligned = 32,
+  kRest = 64,
 };
 
 // What tensors hold: the type that is computed with, or a half type beside float.
@@ -30,16 +32,21 @@ struct Rows {
 struct AttentionParams {
   Element element;  // of all rows
   int64_t B, H, L, D, E, R, chunk_length, chunks_before, chunks_after, n_queries, flags;
+  int64_t S, key_heads;     // L and H, but with lists or grouped heads: head h reads key head h / (H / key_heads)
   double scale;             // of query . key, where a shared row is scaled to a unit key
   double keep_factor;       // 1 / (1 - dropout), or 1 without dropout
   uint32_t drop_threshold;  // a random word below it is dropped
   uint64_t dropout_seed;
   Rows query, key, value;  // key.data null: shared with the query
-  const int32_t* order;    // [B, H, R * L], or null: positions in their own order (then R is 1)
-  const int32_t* buckets;  // [B, H, R, L], or null
-  const bool* padding;     // [B, L], true: ignored, or null
-  const bool* bool_mask;   // [B|1, H|1, n_queries, L], true: ignored, or null
-  const void* float_mask;  // the same, added to the scores
+  // Instead of windows: the keys of each chunk, [B, H, R * chunks, list_length]. A row starts with its context keys,
+  // then rises, and -1 fills it up. Later rounds leave out what lies between the keys of a query's row in the first.
+  const int32_t* key_lists;
+  int64_t list_length, context_keys;  // the last keys, which every query sees
+  const int32_t* order;               // [B, H, R * L], or null: positions in their own order (then R is 1)
+  const int32_t* buckets;             // [B, H, R, L], or null
+  const bool* padding;                // [B, S], true: ignored, or null
+  const bool* bool_mask;              // [B|1, H|1, n_queries, S], true: ignored, or null
+  const void* float_mask;             // the same, added to the scores
   int64_t mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
   const int32_t* cu_seqlens;                        // [n_sequences + 1], or null
   int64_t n_sequences;                              // 1 without cu_seqlens
@@ -50,7 +57,9 @@ struct AttentionParams {
 
   bool has(Flag f) const { return flags & f; }
   bool shared() const { return key.data == nullptr; }
+  bool lists() const { return list_length > 0; }
   bool dropout() const { return keep_factor != 1.0; }
+  int64_t group() const { return key_heads ? H / key_heads : 1; }  // query heads that share a key head
 };
 
 struct HashParams {
@@ -70,6 +79,15 @@ struct OrderParams {
   const int32_t* cu_seqlens;           // [n_sequences + 1], or null
   int64_t n_sequences;
   int32_t* order;  // [rows, rounds * L]
+};
+
+// Chooses AttentionParams::key_lists. With one round a row is the context, the local window and the best of the other
+// keys. With two the first round has the context and the local windows, for chunks in the order of positions, the
+// second the best keys.
+struct SelectParams {
+  AttentionParams attention;  // without value; its key_lists are null
+  int64_t budget, local;      // keys of a query without the context, and how many of them are its local window
+  int32_t* lists;             // [B, H, R * chunks, list_length]
 };
 
 }  // namespace rk

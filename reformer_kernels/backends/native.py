@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._calls import AttentionCall, Call, HashCall, OrderCall, empty_rows, out_of_range
+from .._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall, empty_rows, out_of_range
 from .philox import drop_threshold, keep_factor
 
 _load_error: str | None = None
@@ -96,37 +96,51 @@ def bucket_order(call: OrderCall) -> Tensor:
     return order
 
 
+_FLAGS = ("causal", "l2_norm", "mask_padded_queries", "within_bucket", "dedup", "bucket_aligned", "rest")  # rk::Flag
+
+
+def _flags(**flags: bool) -> int:
+    return sum(value << _FLAGS.index(name) for name, value in flags.items())
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _mask(call: AttentionCall | SelectCall | ListCall) -> Tensor | None:
+    mask = call.attn_mask
+    return mask if mask is None or mask.dtype == torch.bool else mask.to(_compute_dtype(call.query))
+
+
 def _options(call: AttentionCall) -> tuple[Any, ...]:
     """The arguments that forward and backward of the library share, after the tensors that they compute with."""
     rules = call.rules
-    attn_mask = call.attn_mask
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        attn_mask = attn_mask.to(_compute_dtype(call.query))
-    contiguous = lambda x: None if x is None else x.contiguous()  # noqa: E731
-    flags = {
-        "causal": call.causal,
-        "l2_norm": rules.key_norm == "l2",
-        "mask_padded_queries": rules.mask_padded_queries,
-        "within_bucket": rules.within_bucket and call.key is None,
-        "dedup": rules.dedup == "log_count",
-        "bucket_aligned": call.alignment == "bucket",
-    }
     return (
-        contiguous(call.order),
-        contiguous(call.buckets),
-        contiguous(call.key_padding_mask),
-        attn_mask,
-        contiguous(call.cu_seqlens),
+        _contiguous(call.order),
+        _contiguous(call.buckets),
+        _contiguous(call.key_padding_mask),
+        _mask(call),
+        _contiguous(call.cu_seqlens),
         call.dropout_seed,
         call.chunk_length,
         call.chunks_before,
         call.chunks_after,
         call.n_queries,
         call.scale,
-        drop_threshold(call.dropout_p) if call.dropout_p > 0 else 0,
-        keep_factor(call.dropout_p),
-        sum(bit << i for i, bit in enumerate(flags.values())),  # in the order of rk::Flag
+        *_dropout(call),
+        _flags(
+            causal=call.causal,
+            l2_norm=rules.key_norm == "l2",
+            mask_padded_queries=rules.mask_padded_queries,
+            within_bucket=rules.within_bucket and call.key is None,
+            dedup=rules.dedup == "log_count",
+            bucket_aligned=call.alignment == "bucket",
+        ),
     )
+
+
+def _dropout(call: AttentionCall | ListCall) -> tuple[int, float]:
+    return drop_threshold(call.dropout_p) if call.dropout_p > 0 else 0, keep_factor(call.dropout_p)
 
 
 def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,3 +166,48 @@ def chunk_attention_backward(
         grad_query, grad_key, grad_value,
     )  # fmt: skip
     return grad_query, query.new_empty(0) if grad_key is None else grad_key, grad_value
+
+
+def select_keys(call: SelectCall) -> Tensor:
+    lists = torch.empty(call.lists_shape, dtype=torch.int32, device=call.query.device)
+    _ops.select_keys(
+        _rows(call.query), _rows(call.key), _contiguous(call.order), _contiguous(call.key_padding_mask), _mask(call),
+        call.chunk_length, call.budget, call.local, call.context_keys, call.scale, _flags(causal=call.causal), lists,
+    )  # fmt: skip
+    return lists
+
+
+def _list_options(call: ListCall) -> tuple[Any, ...]:
+    return (
+        _contiguous(call.order),
+        call.key_lists.contiguous(),
+        _contiguous(call.key_padding_mask),
+        _mask(call),
+        call.dropout_seed,
+        call.chunk_length,
+        call.context_keys,
+        call.scale,
+        *_dropout(call),
+        _flags(causal=call.causal, rest=call.rest_term),
+    )
+
+
+def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
+    query, key, value = _rows(call.query), _rows(call.key), _rows(call.value)
+    out = empty_rows(query, query.shape[2], value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=_compute_dtype(query))
+    _ops.list_attention_forward(query, key, value, *_list_options(call), out, lse)
+    return out, lse
+
+
+def list_attention_backward(
+    call: ListCall, grad_out: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = _rows(call.query), _rows(call.key), _rows(call.value)
+    grads = tuple(empty_rows(x, x.shape[2], x.shape[3]) for x in (query, key, value))
+    if query.shape[2] == 0:  # no unit of work, which would write them
+        return tuple(g.zero_() for g in grads)  # type: ignore[return-value]
+    _ops.list_attention_backward(
+        query, key, value, *_list_options(call), _rows(out), lse.contiguous(), _rows(grad_out), *grads
+    )
+    return grads  # type: ignore[return-value]

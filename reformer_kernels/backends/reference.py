@@ -14,8 +14,19 @@ from torch import Tensor
 
 from .._calls import AttentionCall, Call, HashCall, OrderCall, empty_rows, out_of_range
 from .philox import drop_threshold, keep_factor, philox
+from .reference_lists import (
+    MASKED,
+    list_attention,
+    list_attention_backward,
+    per_key_head,
+    per_query_head,
+    select_keys,
+)
 
-MASKED = -1e30  # a float mask at or below this masks, as -inf does
+__all__ = [
+    "bucket_order", "chunk_attention", "chunk_attention_backward", "hash_buckets", "list_attention",
+    "list_attention_backward", "not_supported_reasons", "select_keys",
+]  # fmt: skip
 
 
 def not_supported_reasons(call: Call) -> list[str]:
@@ -316,10 +327,16 @@ def _finite(x: Tensor) -> Tensor:
     return x.masked_fill(x == float("-inf"), 0.0)
 
 
+def tensors(call: AttentionCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, these for every query head."""
+    query, heads = call.query.to(dtype), call.query.shape[1]
+    key = _unit_key(query, call.rules.key_norm) if call.key is None else per_query_head(call.key.to(dtype), heads)
+    return query, key, per_query_head(call.value.to(dtype), heads)
+
+
 def _one_sequence(call: AttentionCall, order: Tensor, unit: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(call.query.dtype, torch.float32)
-    query, value = call.query.to(dtype), call.value.to(dtype)
-    key = _unit_key(query, call.rules.key_norm) if call.key is None else call.key.to(dtype)
+    query, key, value = tensors(call, dtype)
     s = _score(call, order, query, key, unit)
     out, lse = _attend(call, s, value)
     n = call.n_queries
@@ -331,8 +348,7 @@ def _one_sequence_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P = exp(s - lse), dV = (P drop)^T dO, dS = P (drop dO V^T - rowsum(dO O)): no state of a round is needed."""
     dtype = torch.promote_types(call.query.dtype, torch.float32)
-    query, value = call.query.to(dtype), call.value.to(dtype)
-    key = _unit_key(query, call.rules.key_norm) if call.key is None else call.key.to(dtype)
+    query, key, value = tensors(call, dtype)
     s = _score(call, order, query, key, unit)
     rest = call.query.shape[2] - call.n_queries
     grad_out, out = (torch.nn.functional.pad(x.to(dtype), (0, 0, 0, rest)) for x in (grad_out, out))
@@ -355,6 +371,8 @@ def _one_sequence_backward(
     if call.key is None:
         grad_query = grad_query + _unit_key_backward(query, call.rules.key_norm, grad_key)
         grad_key = grad_key.new_empty(0)
+    else:
+        grad_key, grad_value = per_key_head(grad_key, call.key), per_key_head(grad_value, call.value)
     return tuple(g.to(call.query.dtype) for g in (grad_query, grad_key, grad_value))  # type: ignore[return-value]
 
 

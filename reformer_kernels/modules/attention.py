@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .._checks import check_choice, check_int
+from .._checks import check_choice, check_fraction, check_int
 from ..rules import AttentionRules
 
 _SEED_RANGE = 2**63 - 1
@@ -34,10 +34,7 @@ class _SelfAttention(nn.Module):
                 raise ValueError(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}")
             head_dim = embed_dim // num_heads
         check_int("head_dim", head_dim, 1)
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-            raise TypeError(f"dropout must be a float, got {dropout!r}")
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
+        check_fraction("dropout", dropout)
         self.embed_dim, self.num_heads, self.head_dim, self.dropout = embed_dim, num_heads, head_dim, dropout
         self._linear = {"bias": bias, **factory}
         self.output = nn.Linear(num_heads * head_dim, embed_dim, **self._linear)

@@ -86,9 +86,17 @@ void compare(const char* what, const std::vector<T>& a, const std::vector<T>& b,
 }
 
 template <class T>
+void same(const Results<T>& expected, const Results<T>& r, double tolerance) {
+  compare("out", expected.out, r.out, tolerance), compare("lse", expected.lse, r.lse, tolerance);
+  compare("grad_query", expected.grad_query, r.grad_query, tolerance);
+  compare("grad_key", expected.grad_key, r.grad_key, tolerance);
+  compare("grad_value", expected.grad_value, r.grad_value, tolerance);
+}
+
+template <class T>
 void attention_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::TypedKernels<T>& wide) {
   AttentionParams p{};
-  p.B = between(1, 2), p.H = between(1, 3), p.L = pick({1, 2, 7, 16, 63, 64, 65, 100, 130});
+  p.B = between(1, 2), p.H = p.key_heads = between(1, 3), p.S = p.L = pick({1, 2, 7, 16, 63, 64, 65, 100, 130});
   p.D = pick({1, 3, 8, 16, 17, 64, 70}), p.E = chance(0.7) ? p.D : pick({1, 5, 33});
   const bool shared = chance(0.7), packed = chance(0.2);
   p.R = shared ? between(1, 4) : 1;
@@ -129,16 +137,95 @@ void attention_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::
 
   const double tolerance = sizeof(T) == 4 ? 2e-4 : 1e-11;  // against wrong answers; the Python tests derive theirs
   const Results<T> expected = run(cpu::kernels_baseline()->*type, p, grad_out, 1);
-  auto same = [&](const Results<T>& r, double tolerance) {
-    compare("out", expected.out, r.out, tolerance), compare("lse", expected.lse, r.lse, tolerance);
-    compare("grad_query", expected.grad_query, r.grad_query, tolerance);
-    compare("grad_key", expected.grad_key, r.grad_key, tolerance);
-    compare("grad_value", expected.grad_value, r.grad_value, tolerance);
-  };
-  same(run(cpu::kernels_baseline()->*type, p, grad_out, static_cast<int>(between(2, 7))), 0);
-  same(run(wide, p, grad_out, 2), tolerance);
+  same(expected, run(cpu::kernels_baseline()->*type, p, grad_out, static_cast<int>(between(2, 7))), 0);
+  same(expected, run(wide, p, grad_out, 2), tolerance);
   for (const char* isa : {"avx2", "avx512"})
-    if (cpu::select(isa)) same(run(cpu::kernels().*type, p, grad_out, 2), tolerance);
+    if (cpu::select(isa)) same(expected, run(cpu::kernels().*type, p, grad_out, 2), tolerance);
+}
+
+template <class T>
+Results<T> run_lists(const cpu::TypedKernels<T>& kernels, AttentionParams p, const std::vector<T>& grad_out,
+                     int n_threads) {
+  const T poison = std::numeric_limits<T>::quiet_NaN();
+  const int64_t rows = p.B * p.H * p.L, keys = p.B * p.key_heads * p.S;
+  Results<T> r{std::vector<T>(rows * p.E, poison), std::vector<T>(rows, poison),
+               std::vector<T>(rows * p.D, poison), std::vector<T>(keys * p.D, poison),
+               std::vector<T>(keys * p.E, poison), nullptr};
+  auto view = [](const T* data, int64_t H, int64_t L, int64_t width) {
+    return Rows{const_cast<T*>(data), H * L * width, L * width, width};
+  };
+  p.out = view(r.out.data(), p.H, p.L, p.E), p.lse = r.lse.data();
+  kernels.list_forward(p, threads(n_threads));
+  p.grad_out = view(grad_out.data(), p.H, p.L, p.E);
+  p.grad_query = view(r.grad_query.data(), p.H, p.L, p.D);
+  p.grad_key = view(r.grad_key.data(), p.key_heads, p.S, p.D);
+  p.grad_value = view(r.grad_value.data(), p.key_heads, p.S, p.E);
+  kernels.list_backward(p, threads(n_threads));
+  return r;
+}
+
+template <class T>
+void list_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::TypedKernels<T>& wide) {
+  AttentionParams p{};
+  p.B = between(1, 2), p.key_heads = between(1, 2), p.H = p.key_heads * between(1, 3);
+  p.L = pick({1, 2, 16, 63, 64, 65, 130}), p.S = chance(0.5) ? p.L : pick({1, 5, 64, 100});
+  if (chance(0.04)) p.L = pick({1, 17}), p.S = 16400;  // chosen in two steps
+  p.D = pick({1, 3, 16, 17, 64}), p.E = chance(0.7) ? p.D : pick({1, 5, 33});
+  p.R = between(1, 2), p.n_queries = p.L, p.n_sequences = 1;
+  p.chunk_length = std::min(pick({1, 3, 16, 64, 100}), p.L), p.context_keys = chance(0.3) ? between(0, p.S) : 0;
+  p.scale = 0.7;
+  const int64_t budget = pick({1, 3, 16, 40, 130}), local = between(0, budget), heads = p.B * p.H;
+  p.list_length = p.R == 1 ? p.context_keys + budget : std::max(p.context_keys + local, budget - local);
+  p.list_length = std::max<int64_t>(p.list_length, 1);
+  const auto query = normal<T>(heads * p.L * p.D), key = normal<T>(p.B * p.key_heads * p.S * p.D),
+             value = normal<T>(p.B * p.key_heads * p.S * p.E), grad_out = normal<T>(heads * p.L * p.E),
+             float_mask = normal<T>(p.L * p.S);
+  auto view = [](const std::vector<T>& x, int64_t H, int64_t L, int64_t width) {
+    return Rows{const_cast<T*>(x.data()), H * L * width, L * width, width};
+  };
+  p.query = view(query, p.H, p.L, p.D), p.key = view(key, p.key_heads, p.S, p.D);
+  p.value = view(value, p.key_heads, p.S, p.E);
+  std::vector<int32_t> order(heads * p.R * p.L);
+  for (int64_t i = 0; i < heads * p.R; ++i) {
+    std::iota(order.begin() + i * p.L, order.begin() + (i + 1) * p.L, 0);
+    if (i % p.R == 1) std::shuffle(order.begin() + i * p.L, order.begin() + (i + 1) * p.L, generator);
+  }
+  p.order = order.data();
+  const Flags padding(p.B * p.S, 0.4), mask(p.L * p.S, 0.4);
+  p.flags = chance(0.5) ? kCausal : 0;
+  if (chance(0.3)) p.padding = padding.data.get();
+  if (chance(0.2))
+    p.bool_mask = mask.data.get();
+  else if (chance(0.2))
+    p.float_mask = float_mask.data();
+  else
+    p.flags |= chance(0.7) ? kRest : 0;
+  p.mask_stride_q = p.S, p.mask_stride_k = 1;
+  const int64_t chunks = (p.L + p.chunk_length - 1) / p.chunk_length;
+  auto select = [&](const cpu::TypedKernels<T>& kernels, int n_threads) {
+    std::vector<int32_t> lists(heads * p.R * chunks * p.list_length, -7);
+    kernels.select(SelectParams{p, budget, local, lists.data()}, threads(n_threads));
+    return lists;
+  };
+  const std::vector<int32_t> lists = select(cpu::kernels_baseline()->*type, 1);
+  for (int32_t k : lists)
+    if (k < -1 || k >= p.S) std::exit(1);
+  if (select(cpu::kernels_baseline()->*type, static_cast<int>(between(2, 5))) != lists) {
+    std::printf("the choice of keys depends on the threads\n");
+    std::exit(1);
+  }
+  select(wide, 2);
+  p.key_lists = lists.data();
+  p.keep_factor = chance(0.3) ? 1.25 : 1.0, p.drop_threshold = 858993459u, p.dropout_seed = generator();
+  const double tolerance = sizeof(T) == 4 ? 2e-4 : 1e-11;
+  const Results<T> expected = run_lists(cpu::kernels_baseline()->*type, p, grad_out, 1);
+  same(expected, run_lists(cpu::kernels_baseline()->*type, p, grad_out, static_cast<int>(between(2, 7))), 0);
+  same(expected, run_lists(wide, p, grad_out, 2), tolerance);
+  for (const char* isa : {"avx2", "avx512"})
+    if (cpu::select(isa)) {
+      select(cpu::kernels().*type, 2);
+      same(expected, run_lists(cpu::kernels().*type, p, grad_out, 2), tolerance);
+    }
 }
 
 template <class T>
@@ -170,6 +257,8 @@ int main(int argc, char** argv) {
   for (int i = 0; i < cases; ++i) {
     attention_case<float>(&cpu::Kernels::f32, cpu::wide::kTyped<float>);
     attention_case<double>(&cpu::Kernels::f64, cpu::wide::kTyped<double>);
+    list_case<float>(&cpu::Kernels::f32, cpu::wide::kTyped<float>);
+    list_case<double>(&cpu::Kernels::f64, cpu::wide::kTyped<double>);
     hash_case<float>(&cpu::Kernels::f32, cpu::wide::kTyped<float>);
     hash_case<double>(&cpu::Kernels::f64, cpu::wide::kTyped<double>);
   }

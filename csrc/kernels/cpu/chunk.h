@@ -9,13 +9,14 @@ namespace rk::cpu::RK_ISA {
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-inline int64_t max_chunk(const AttentionParams& p) { return std::min(p.chunk_length, p.L); }
+// The most keys of a chunk.
+inline int64_t max_keys(const AttentionParams& p) { return p.lists() ? p.list_length : std::min(p.chunk_length, p.L); }
 
 // The rows at the positions: [padded rows][padded width], zero beyond the real rows and columns.
 template <class T>
-void gather(const Rows& source, const Unit& u, const int* position, int count, int limit, int64_t width, T* rows,
-            int64_t row_stride) {
-  const T* base = source.at<T>(u.b, u.h, u.offset);
+void gather(const Rows& source, const Unit& u, int64_t head, const int* position, int count, int limit, int64_t width,
+            T* rows, int64_t row_stride) {
+  const T* base = source.at<T>(u.b, head, u.offset);
   for (int i = 0; i < count; ++i) {
     T* to = rows + i * row_stride;
     int64_t d = 0;
@@ -96,9 +97,22 @@ struct ChunkRows {
     index = unrolled, count = c.count, fresh = true;
     const bool* padding = p.padding ? p.padding + u.b * p.L + u.offset : nullptr;
     arrange(p, u, c, padding);
-    const int limit = static_cast<int>(u.L);
-    gather<T>(p.shared() ? p.query : p.key, u, position.data(), count, limit, p.D, K, Dp);
-    gather<T>(p.value, u, position.data(), count, limit, p.E, V, Ep);
+    fetch(p, u, padding, u.L, p.n_queries - u.offset, Dp, Ep);
+  }
+
+  // A row of AttentionParams::key_lists.
+  void load_list(const AttentionParams& p, const Unit& u, const int32_t* list, int64_t Dp, int64_t Ep) {
+    for (count = 0; count < p.list_length && list[count] >= 0; ++count)
+      position[count] = list[count], place[count] = row[count] = count;
+    fetch(p, u, nullptr, p.S, p.S - p.context_keys, Dp, Ep);
+  }
+
+ private:
+  // The rows at the positions, below `limit`; from `context` on everybody may see them.
+  void fetch(const AttentionParams& p, const Unit& u, const bool* padding, int64_t limit, int64_t context, int64_t Dp,
+             int64_t Ep) {
+    gather<T>(p.shared() ? p.query : p.key, u, u.key_head, position.data(), count, limit, p.D, K, Dp);
+    gather<T>(p.value, u, u.key_head, position.data(), count, limit, p.E, V, Ep);
     const T scale = static_cast<T>(p.scale), log2e = static_cast<T>(kLog2e), eps = T(1e-6) * p.D;
     const bool shared = p.shared(), l2 = p.has(kL2Norm);
     // The key is a row over its length: over sqrt(|q|^2 + 1e-6 D), or over max(|q|, 1e-12).
@@ -112,12 +126,11 @@ struct ChunkRows {
       square[i] = !shared || (l2 && length <= T(1e-12)) ? T(0) : a * a;  // where it depends on q
     }
     for (int i = 0; i < count; ++i) {
-      const bool context = position[i] >= p.n_queries - u.offset;
-      key_position[i] = padding && padding[position[i]] ? kNoKey<T> : context ? kEveryone<T> : position[i];
+      const bool everyone = position[i] >= context;
+      key_position[i] = padding && padding[position[i]] ? kNoKey<T> : everyone ? kEveryone<T> : position[i];
     }
   }
 
- private:
   void arrange(const AttentionParams& p, const Unit& u, Chunk c, const bool* padding) {
     // The signed order of the keys is: context, the others, padding; a position and u.L are below 2^31.
     const uint32_t context = static_cast<uint32_t>(std::max<int64_t>(0, p.n_queries - u.offset));
@@ -139,22 +152,40 @@ struct ChunkRows {
   }
 };
 
-// What the queries of a block may see: keys with key_position <= limit and, where nothing is causal, != own.
+// A chunk of the window of a chunk of queries.
+template <class T>
+struct WindowChunk {
+  ChunkRows<T>* keys;
+  int chunk;
+  int64_t place;  // of its first key in the window
+};
+
+// A chunk as queries: its first slot, and for every row its position and which slot of the chunk it was.
+struct QueryChunk {
+  int64_t start;
+  const int *position, *place;
+};
+
+// What the queries of a block may see: keys with key_position <= limit and, if any are hidden, none of those: its own
+// where nothing is causal, or its local window where that was seen in the first round.
 template <class T>
 struct QueryRules {
-  alignas(64) Int<T> limit[kQueries], own[kQueries];
+  alignas(64) Int<T> limit[kQueries], hidden_from[kQueries], hidden_to[kQueries];
   alignas(64) Int<T> reach[kQueries];  // the largest limit up to here: rising, so it can be searched
-  bool any_own;
+  bool any_hidden;
 
-  void fill(const AttentionParams& p, const Unit& u, const int* position, int count) {
+  void fill(const AttentionParams& p, const Unit& u, int round, const int* position, int count) {
     const bool* padding = p.has(kMaskPaddedQueries) && p.padding ? p.padding + u.b * p.L + u.offset : nullptr;
-    any_own = p.shared() && !p.has(kCausal);
+    const bool windows = p.lists() && round > 0;
+    any_hidden = windows || (p.shared() && !p.has(kCausal));
     Int<T> highest = kEveryone<T> - 1;
     for (int l = 0; l < kQueries; ++l) {
       const bool dead = l >= count || position[l] >= p.n_queries - u.offset || (padding && padding[position[l]]);
       // Causal: up to the own position, and with shared rows without it.
       limit[l] = dead ? kEveryone<T> - 1 : p.has(kCausal) ? position[l] - p.shared() : kNoKey<T> - 1;
-      own[l] = l < count ? position[l] : kEveryone<T> - 1;
+      Range hidden{kEveryone<T> - 1, kEveryone<T> - 1};
+      if (l < count) hidden = windows ? u.local[position[l] / p.chunk_length] : Range{position[l], position[l] + 1};
+      hidden_from[l] = hidden.from, hidden_to[l] = hidden.to;
       reach[l] = highest = std::max(highest, limit[l]);
     }
   }
@@ -175,8 +206,9 @@ struct Sight {
   RK_INLINE Vec<T> masked(Vec<T> score, int64_t key, int64_t j) const {
     const IVec<T> at = splat_int<T>(key_position[key]);
     score = at <= load_int<T>(queries.limit + j) ? score : splat(kMasked<T>);
-    if (queries.any_own) score = at != load_int<T>(queries.own + j) ? score : splat(kMasked<T>);
-    return score;
+    if (!queries.any_hidden) return score;
+    const auto hidden = (at >= load_int<T>(queries.hidden_from + j)) & (at < load_int<T>(queries.hidden_to + j));
+    return hidden ? splat(kMasked<T>) : score;
   }
 
  private:
@@ -194,8 +226,9 @@ class Prefetch {
  public:
   void clear() { lines_.clear(); }
   template <class T>
-  void add(const Rows& source, const Unit& u, const int32_t* order, int64_t slot, int count, int limit, int64_t width) {
-    const char* base = reinterpret_cast<const char*>(source.at<T>(u.b, u.h, u.offset));
+  void add(const Rows& source, const Unit& u, int64_t head, const int32_t* order, int64_t slot, int count, int limit,
+           int64_t width) {
+    const char* base = reinterpret_cast<const char*>(source.at<T>(u.b, head, u.offset));
     const int64_t stride = source.stride_l * static_cast<int64_t>(sizeof(T)), bytes = width * sizeof(T);
     const size_t most = count * ((bytes + 63) / 64), before = lines_.size();
     lines_.resize(before + most);

@@ -13,9 +13,10 @@ struct ForwardScratch {
   QueryRules<T> rules;
   PairLanes<T> lanes;
   Prefetch prefetch;
+  std::vector<WindowChunk<T>> window;
 
   explicit ForwardScratch(const AttentionParams& p) : Dp(round_up(p.D, kRowPad)), Ep(round_up(p.E, kRowPad)), lanes(p) {
-    const int64_t C = max_chunk(p), window = p.chunks_before + 1 + p.chunks_after;
+    const int64_t C = max_keys(p), window = p.chunks_before + 1 + p.chunks_after;
     chunks.resize(window);
     for (auto& c : chunks) c.resize(C, Dp, Ep, false);
     Q.resize(kQueries * Dp), QT.resize(Dp * kQueries), S.resize(window * C * kQueries), O.resize(kQueries * Ep);
@@ -37,45 +38,38 @@ RK_INLINE void merge_row(T* out, const T* O, int64_t E, bool first, T multiplier
   for (; e < E; ++e) out[e] = (O[e] + (first ? T(0) : out[e] * multiplier)) * inverse;
 }
 
-// The queries [block, block + count) of a chunk, whose window lies in the scratch.
+// The rows [block, block + count) of a chunk of queries; its window lies in the scratch. `own` are the chunk's rows
+// where they are shared, or null.
 template <class T>
-void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T>& s, int64_t index, int block,
-                   int count) {
+void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T>& s, const QueryChunk& chunk,
+                   const ChunkRows<T>* own, int block, int count) {
   const Unit& u = shared.unit;
-  const Chunk chunk = u.chunks[u.chunk_at(index, index)];
   const int64_t queries = round_up(count, kLanes<T>);
   const int round = u.round(chunk.start);
   const bool first = round == 0, last = round == u.R - 1;
   const int n_queries = static_cast<int>(p.n_queries - u.offset);
-  const ChunkRows<T>& own = s.chunks[index % s.chunks.size()];
-  const int* position = own.position.data() + block;
-  const T* rows = own.K + block * s.Dp;
-  if (!p.shared()) {
-    gather<T>(p.query, u, position, count, n_queries, p.D, s.Q, s.Dp);
-    rows = s.Q;
-  }
+  const int *position = chunk.position + block, *place_of = chunk.place + block;
+  const T* rows = s.Q;
+  if (own)
+    rows = own->K + block * s.Dp;
+  else
+    gather<T>(p.query, u, u.h, position, count, n_queries, p.D, s.Q, s.Dp);
   transpose_rows<T>(rows, s.Dp, count, p.D, s.QT);
-  s.rules.fill(p, u, position, count);
+  s.rules.fill(p, u, round, position, count);
   shared.rules->lanes(position, count, s.lanes);
 
   auto each_chunk = [&](auto&& f) {  // f(keys, their chunk, their first place in the window, what is seen of them)
-    int64_t place = 0;
-    for (int o = -u.before; o <= u.after; ++o) {
-      const int k = u.chunk_at(index + o, index);
-      if (k < 0) continue;
-      const ChunkRows<T>& keys = s.chunks[(index + o) % s.chunks.size()];
-      f(keys, k, place, Sight<T>{s.rules, keys.key_position, keys.count});
-      place += keys.count;
-    }
+    for (const WindowChunk<T>& w : s.window)
+      f(*w.keys, w.chunk, w.place, Sight<T>{s.rules, w.keys->key_position, w.keys->count});
   };
   // The exponentials are taken of scores less a bound of them. Where nothing is known, or where it is so far above the
   // scores that they might vanish, it is their maximum, for which they are computed first. Each query decides by
   // itself, so that its result does not depend, in any bit, on queries that it does not see.
   alignas(64) T bound[kQueries], highest[kQueries], total[kQueries] = {}, multiplier[kQueries];
-  const bool known = p.shared() && !shared.rules->any();
+  const bool known = own && !shared.rules->any();
   bool bounded = known;
   for (int l = 0; l < kQueries; ++l) {
-    bound[l] = known && l < count ? own.bound[block + l] : kLowest<T>;
+    bound[l] = known && l < count ? own->bound[block + l] : kLowest<T>;
     if (!(bound[l] <= kSafeBound<T>)) bound[l] = kLowest<T>, bounded = false;  // nor if it is NaN
   }
   std::fill(highest, highest + kQueries, kLowest<T>);
@@ -101,8 +95,7 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
   each_chunk([&](const ChunkRows<T>& keys, int, int64_t place, const Sight<T>& sight) {
     T *S = s.S + place * kQueries, *drop = nullptr;
     if (p.dropout())
-      dropout_block<T>(p, u, chunk.start, own.place.data() + block, count, place, keys.row.data(), keys.count,
-                       drop = s.drop);
+      dropout_block<T>(p, u, chunk.start, place_of, count, place, keys.row.data(), keys.count, drop = s.drop);
     if (bounded) {
       products(keys, place, sight);
       weight_block<T, false>(sight, S, queries, keys.factor_log2, highest, total, drop);
@@ -114,7 +107,7 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
   query_block<T>(s.weighted.data(), static_cast<int>(s.weighted.size()), count, s.Ep, s.O, false, s.prefetch);
 
   T* lse = static_cast<T*>(p.lse) + (u.b * p.H + u.h) * p.n_queries + u.offset;
-  bool* self_only = p.self_only + (u.b * p.H + u.h) * p.n_queries + u.offset;
+  bool* self_only = p.self_only ? p.self_only + (u.b * p.H + u.h) * p.n_queries + u.offset : nullptr;
   for (int l = 0; l < count; ++l) {
     const int i = position[l];
     if (i >= n_queries) continue;
@@ -125,7 +118,7 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
     merge_row<T>(p.out.at<T>(u.b, u.h, u.offset + i), s.O + l * s.Ep, p.E, first, multiplier[l], inverse);
     if (!last) continue;
     lse[i] = empty ? -std::numeric_limits<T>::infinity() : static_cast<T>(highest[l] * kLn2 + std::log(sum));
-    self_only[i] = empty && own_allowed<T>(p, u, *shared.rules, i);
+    if (self_only) self_only[i] = empty && own_allowed<T>(p, u, *shared.rules, i);
   }
 }
 
@@ -137,25 +130,33 @@ void forward_chunks(const AttentionParams& p, Shared<T>& shared, ForwardScratch<
   const int n_queries = static_cast<int>(p.n_queries - u.offset);
   for (int64_t c = begin; c < end; ++c) {
     const int64_t index = u.ring ? c + turn : c;
+    s.window.clear();
+    int64_t place = 0;
     for (int o = -u.before; o <= u.after; ++o) {
       const int k = u.chunk_at(index + o, index);
       if (k < 0) continue;
       ChunkRows<T>& rows = s.chunks[(index + o) % s.chunks.size()];
       if (rows.index != index + o) rows.load(p, u, index + o, k, s.Dp, s.Ep);
+      s.window.push_back({&rows, k, place});
+      place += rows.count;
     }
     const Chunk chunk = u.chunks[c];
     s.prefetch.clear();
     if (u.round(chunk.start) > 0)
-      s.prefetch.template add<T>(p.out, u, u.order, chunk.start, chunk.count, n_queries, p.E);
+      s.prefetch.template add<T>(p.out, u, u.h, u.order, chunk.start, chunk.count, n_queries, p.E);
     if (const int next = u.chunk_at(index + u.after + 1, index + u.after + 1); next >= 0 && c + 1 < end) {
       const Chunk ahead = u.chunks[next];
-      s.prefetch.template add<T>(p.shared() ? p.query : p.key, u, u.order, ahead.start, ahead.count,
-                                 static_cast<int>(u.L), p.D);
-      s.prefetch.template add<T>(p.value, u, u.order, ahead.start, ahead.count, static_cast<int>(u.L), p.E);
+      const int length = static_cast<int>(u.L);
+      s.prefetch.template add<T>(p.shared() ? p.query : p.key, u, u.key_head, u.order, ahead.start, ahead.count, length,
+                                 p.D);
+      s.prefetch.template add<T>(p.value, u, u.key_head, u.order, ahead.start, ahead.count, length, p.E);
     }
     s.prefetch.ready(s.most_steps);
+    const ChunkRows<T>& own = s.chunks[index % s.chunks.size()];
+    const QueryChunk queries{chunk.start, own.position.data(), own.place.data()};
     for (int block = 0; block < chunk.count; block += kQueries)
-      forward_block<T>(p, shared, s, index, block, std::min(kQueries, chunk.count - block));
+      forward_block<T>(p, shared, s, queries, p.shared() ? &own : nullptr, block,
+                       std::min(kQueries, chunk.count - block));
   }
 }
 

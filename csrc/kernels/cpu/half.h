@@ -51,12 +51,16 @@ void copy_row(const Rows& x, Element element, int64_t b, int64_t h, int64_t l, i
 
 struct RowField {
   Rows AttentionParams::* rows;
-  bool values, queries;  // width E, not D; n_queries rows, not L
+  bool values;                               // width E, not D
+  enum Of { kAll, kQueriesOnly, kKeys } of;  // L rows, or n_queries, or S of the key head
 };
-constexpr RowField kQueryRows{&AttentionParams::query, false, false}, kKeyRows{&AttentionParams::key, false, false},
-    kValueRows{&AttentionParams::value, true, false}, kOutRows{&AttentionParams::out, true, true},
-    kGradOut{&AttentionParams::grad_out, true, true}, kGradQuery{&AttentionParams::grad_query, false, false},
-    kGradKey{&AttentionParams::grad_key, false, false}, kGradValue{&AttentionParams::grad_value, true, false};
+constexpr RowField kQueryRows{&AttentionParams::query, false, RowField::kAll},
+    kKeyRows{&AttentionParams::key, false, RowField::kKeys}, kValueRows{&AttentionParams::value, true, RowField::kKeys},
+    kOutRows{&AttentionParams::out, true, RowField::kQueriesOnly},
+    kGradOut{&AttentionParams::grad_out, true, RowField::kQueriesOnly},
+    kGradQuery{&AttentionParams::grad_query, false, RowField::kAll},
+    kGradKey{&AttentionParams::grad_key, false, RowField::kKeys},
+    kGradValue{&AttentionParams::grad_value, true, RowField::kKeys};
 
 // The rows of a unit in T, where the tensors hold half types.
 template <class T>
@@ -72,13 +76,14 @@ class HalfRows {
     auto redirect = [&](RowField f) {
       if (!(given.*f.rows).data) return;
       const int64_t width = f.values ? given.E : given.D;
-      if (used == buffers_.size()) buffers_.emplace_back((f.queries ? given.n_queries : given.L) * width);
+      const int64_t length = f.of == RowField::kAll ? given.L : f.of == RowField::kKeys ? given.S : given.n_queries;
+      if (used == buffers_.size()) buffers_.emplace_back(length * width);
       p.*f.rows = {buffers_[used++], 0, 0, width};
     };
     for (RowField f : read) {
       redirect(f);
       each_row(p, u, f, parallel, [&](int64_t l, T* row, int64_t width) {
-        copy_row<T>(given.*f.rows, given.element, u.b, u.h, l, width, row);
+        copy_row<T>(given.*f.rows, given.element, u.b, head(u, f), l, width, row);
       });
     }
     for (RowField f : write) redirect(f);
@@ -91,21 +96,28 @@ class HalfRows {
              std::initializer_list<RowField> written, P&& parallel) {
     if constexpr (std::is_same_v<T, float>) {
       if (given.element == Element::kSame) return;
-      for (RowField f : written)
+      for (RowField f : written) {
+        if (f.of == RowField::kKeys && (u.h + 1) % p.group()) continue;  // other query heads will add to it
         each_row(p, u, f, parallel, [&](int64_t l, T* row, int64_t width) {
-          uint16_t* to = (given.*f.rows).template at<uint16_t>(u.b, u.h, l);
+          uint16_t* to = (given.*f.rows).template at<uint16_t>(u.b, head(u, f), l);
           given.element == Element::kBFloat16 ? round_row<Element::kBFloat16>(row, width, to)
                                               : round_row<Element::kFloat16>(row, width, to);
         });
+      }
     }
   }
 
  private:
+  static int64_t head(const Unit& u, RowField f) { return f.of == RowField::kKeys ? u.key_head : u.h; }
+
   template <class P, class F>
   void each_row(const AttentionParams& p, const Unit& u, RowField f, P&& parallel, F&& body) {
     const Rows& rows = p.*f.rows;
     if (!rows.data) return;
-    parallel(0, f.queries ? std::min(u.L, p.n_queries - u.offset) : u.L, [&](auto&, int64_t begin, int64_t end) {
+    const int64_t length = f.of == RowField::kQueriesOnly         ? std::min(u.L, p.n_queries - u.offset)
+                           : f.of == RowField::kKeys && p.lists() ? p.S
+                                                                  : u.L;
+    parallel(0, length, [&](auto&, int64_t begin, int64_t end) {
       for (int64_t l = u.offset + begin; l < u.offset + end; ++l)
         body(l, rows.template at<T>(0, 0, l), f.values ? p.E : p.D);
     });

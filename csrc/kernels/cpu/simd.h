@@ -179,6 +179,25 @@ RK_INLINE T sum(Vec<T> x) {
   return x[0];
 }
 
+template <class T>
+RK_INLINE T dot(const T* a, const T* b, int64_t width) {
+  Vec<T> products{};
+  int64_t d = 0;
+  for (; d + kLanes<T> <= width; d += kLanes<T>) products += load<T>(a + d) * load<T>(b + d);
+  T total = sum<T>(products);
+  for (; d < width; ++d) total += a[d] * b[d];
+  return total;
+}
+
+// to = to * multiplier + from * factor.
+template <class T>
+RK_INLINE void add_row(T* to, const T* from, int64_t width, T factor = 1, T multiplier = 1) {
+  const Vec<T> f = splat(factor), m = splat(multiplier);
+  int64_t d = 0;
+  for (; d + kLanes<T> <= width; d += kLanes<T>) store<T>(to + d, load<T>(to + d) * m + load<T>(from + d) * f);
+  for (; d < width; ++d) to[d] = to[d] * multiplier + from[d] * factor;
+}
+
 RK_INLINE int64_t round_up(int64_t x, int64_t n) { return (x + n - 1) / n * n; }
 
 // Memory aligned to cache lines, not initialised.
@@ -189,6 +208,10 @@ class Buffer {
   explicit Buffer(int64_t size) { resize(size); }
   void resize(int64_t size) {
     data_.reset(static_cast<T*>(::operator new(size * sizeof(T) + 64, std::align_val_t(64))));
+    size_ = size;
+  }
+  void grow(int64_t size) {
+    if (size > size_) resize(size);
   }
   operator T*() const { return data_.get(); }
 
@@ -197,6 +220,7 @@ class Buffer {
     void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
   };
   std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
 };
 
 }  // namespace rk::cpu::RK_ISA

@@ -23,7 +23,8 @@ bool valid(const int32_t* bucket, int64_t length, int64_t n_buckets) {
   return bad >> 31 == 0;
 }
 
-// False if a bucket is out of range.
+}  // namespace
+
 bool counting_sort(const int32_t* bucket, int64_t length, int64_t n_buckets, int32_t* order,
                    std::vector<int32_t>& scratch) {
   // Counters for a power of two of buckets, so that whatever comes finds one; what came is judged afterwards. Two of
@@ -56,6 +57,8 @@ bool counting_sort(const int32_t* bucket, int64_t length, int64_t n_buckets, int
   for (i = 0; i < length; ++i) order[start[bucket[i]]++] = static_cast<int32_t>(i);
   return true;
 }
+
+namespace {
 
 bool comparison_sort(const int32_t* bucket, int64_t length, int64_t n_buckets, int32_t* order) {
   if (!valid(bucket, length, n_buckets)) return false;

@@ -10,12 +10,16 @@
 #include "kernels/cpu/forward.h"
 #include "kernels/cpu/backward.h"
 #include "kernels/cpu/hash.h"
+#include "kernels/cpu/rest.h"
+#include "kernels/cpu/lists.h"
+#include "kernels/cpu/select.h"
 // clang-format on
 
 namespace rk::cpu::RK_ISA {
 
 template <class T>
-constexpr TypedKernels<T> kTyped = {attention_forward<T>, attention_backward<T>, hash<T>};
+constexpr TypedKernels<T> kTyped = {attention_forward<T>, attention_backward<T>, hash<T>,
+                                    select_keys<T>,       list_forward<T>,       list_backward<T>};
 
 inline const Kernels* table(const char* isa) {
   static const Kernels kernels = {isa, kTyped<float>, kTyped<double>};

@@ -16,15 +16,21 @@ struct Chunk {
   int32_t segment;       // windows do not leave it
 };
 
+// Positions [from, to).
+struct Range {
+  int32_t from, to;
+};
+
 // One sequence of one head: the unit of work between which nothing is shared.
 struct Unit {
-  int64_t b, h, index;  // index counts sequences over all heads: part of the dropout counter
-  int64_t offset, L;    // the sequence's rows
+  int64_t b, h, key_head, index;  // index counts sequences over all heads: part of the dropout counter
+  int64_t offset, L;              // the sequence's rows
   int R, before, after;
   bool ring;
   const int32_t* order;  // [R * L] positions in the sequence, or null
   std::vector<Chunk> chunks;
   std::vector<int32_t> round_begin;  // [R + 1] first chunk of every round
+  std::vector<Range> local;          // what the later rounds of key lists leave out, of every chunk in the first round
 
   int position(int64_t slot) const { return order ? order[slot] : static_cast<int>(slot % L); }
   int round(int64_t slot) const { return static_cast<int>(slot / L); }
@@ -60,15 +66,28 @@ inline void add_round(Unit& u, int round, const int32_t* bucket, int64_t chunk_l
   }
 }
 
+// The list of keys of a chunk.
+inline const int32_t* key_list(const AttentionParams& p, const Unit& u, int64_t chunk) {
+  return p.key_lists + ((u.b * p.H + u.h) * u.n_chunks() + chunk) * p.list_length;
+}
+
+// From the first to the last key of a list, less the context.
+inline Range list_range(const AttentionParams& p, const int32_t* list) {
+  int64_t n = 0;
+  while (n < p.list_length && list[n] >= 0) ++n;
+  const int64_t first = std::min(p.context_keys, n);
+  return first == n ? Range{0, 0} : Range{list[first], list[n - 1] + 1};
+}
+
 // Fills u with the unit at `index`; bucket_scratch holds its buckets, [R, L] of the sequence, if the rules need them.
 inline void make_unit(const AttentionParams& p, int64_t index, Unit& u, std::vector<int32_t>& bucket_scratch) {
   const int64_t head = index / p.n_sequences, s = index % p.n_sequences;
-  u.b = head / p.H, u.h = head % p.H, u.index = index;
+  u.b = head / p.H, u.h = head % p.H, u.key_head = u.h / p.group(), u.index = index;
   u.offset = p.cu_seqlens ? p.cu_seqlens[s] : 0;
   u.L = (p.cu_seqlens ? p.cu_seqlens[s + 1] : p.L) - u.offset;
   u.ring = !p.has(kBucketAligned);
   // A ring sequence that fits one chunk is one window, not hashed: its rounds would only repeat it.
-  const bool single = u.ring && u.L <= p.chunk_length;
+  const bool single = u.ring && u.L <= p.chunk_length && !p.lists();
   u.R = single ? 1 : static_cast<int>(p.R);
   u.before = single ? 0 : static_cast<int>(p.chunks_before);
   u.after = single ? 0 : static_cast<int>(p.chunks_after);
@@ -83,6 +102,9 @@ inline void make_unit(const AttentionParams& p, int64_t index, Unit& u, std::vec
   u.round_begin.clear();
   for (int r = 0; r < u.R; ++r) add_round(u, r, bucket_scratch.data(), p.chunk_length);
   u.round_begin.push_back(u.n_chunks());
+  u.local.clear();
+  if (p.key_lists && u.R > 1)
+    for (int c = 0; c < u.round_begin[1]; ++c) u.local.push_back(list_range(p, key_list(p, u, c)));
 }
 
 }  // namespace rk::cpu

@@ -126,6 +126,16 @@ bool own_allowed(const AttentionParams& p, const Unit& u, const PairRules<T>& ru
   return rules.mask(position, position) > kMasked<T>;
 }
 
+// What attention to lists of keys needs beside that.
+template <class T>
+struct ListState {
+  Buffer<T> seen;                                            // [L] keys that a query saw, less the context
+  Buffer<T> key_sums, value_sums, counts;                    // of the keys before a block; see rest.h
+  Buffer<T> key_weight, value_weight, query_sums, out_sums;  // the same backward
+  Buffer<T> dK, dV;                                          // of every place of the lists of some chunks
+  std::vector<int32_t> keys, order, scratch;                 // the keys of those places, and their order by key
+};
+
 // A unit with what its workers share.
 template <class T>
 struct Shared {
@@ -134,6 +144,7 @@ struct Shared {
   std::optional<PairRules<T>> rules;
   Buffer<T> row_a, row_b;  // [L] of state
   HalfRows<T> half;
+  ListState<T> lists;
 
   void start(const AttentionParams& p, int64_t index) {
     make_unit(p, index, unit, buckets);
@@ -147,7 +158,10 @@ template <class T, class Scratch, class F>
 void for_each_unit(const AttentionParams& p, const Threads& threads, F&& process) {
   const int64_t units = n_units(p);
   const int workers = threads.count;
-  const bool by_unit = workers == 1 || units % workers == 0 || units >= 4 * workers;
+  const int64_t together =
+      std::max<int64_t>(1, p.group() * p.n_sequences);  // query heads add to the gradients of their key head in turn
+  const int64_t tasks = units / together;
+  const bool by_unit = workers == 1 || tasks % workers == 0 || tasks >= 4 * workers;
   std::vector<Scratch> scratch;
   scratch.reserve(workers);
   for (int w = 0; w < workers; ++w) scratch.emplace_back(p);
@@ -164,7 +178,8 @@ void for_each_unit(const AttentionParams& p, const Threads& threads, F&& process
   if (by_unit) {
     threads.for_each_worker([&](int w) {
       guarded([&] {
-        for (int64_t i = units * w / workers; i < units * (w + 1) / workers; ++i) {
+        const int64_t begin = tasks * w / workers * together, end = tasks * (w + 1) / workers * together;
+        for (int64_t i = begin; i < end; ++i) {
           shared[w].start(p, i);
           if (shared[w].unit.L == 0) continue;
           process(shared[w], [&](int64_t begin, int64_t end, auto&& f) { f(scratch[w], begin, end); });

@@ -1,0 +1,410 @@
+"""Attention of chunks of queries to lists of keys, and the choice of the lists: in plain PyTorch, written for reading.
+
+Shape comments as in ``reference``: N rows of lists (over all rounds), C queries of each, W keys; S keys in all, of
+which the last ``context_keys`` are seen by every query. A slot of -1 is padding of the arrays and stands for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._calls import ListCall, SelectCall
+from .philox import drop_threshold, keep_factor, philox
+
+MASKED = -1e30  # a float mask at or below this masks, as -inf does
+
+SUBGROUP = 16  # queries of a chunk that one mean query stands for
+EXACT_KEYS = 16384  # up to so many keys each is looked at; above, blocks of keys are chosen first
+KEY_BLOCK = 64
+CHOSEN_BLOCKS = 64
+LEAST = 1e-30  # a weight too small for a float still beats a key that is not to be taken
+
+
+# ---- what both ops share
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def per_query_head(x: Tensor, heads: int) -> Tensor:
+    """x [B, Hk, S, D] for every query head: [B, H, S, D]."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _positions(call: SelectCall | ListCall) -> Tensor:
+    """int64 [B, H, N, C]: the positions of the queries of every row of lists."""
+    batch, heads, length = call.query.shape[:3]
+    device = call.query.device
+    order = call.order
+    if order is None:
+        order = torch.arange(length, device=device).expand(batch, heads, 1, length)
+    chunk = call.chunk_length
+    padded = torch.nn.functional.pad(order.long(), (0, -length % chunk), value=-1)
+    return padded.reshape(batch, heads, -1, chunk)
+
+
+def _allowed(call: SelectCall | ListCall, position: Tensor, key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Whether queries may see keys, and what the mask adds, for index arrays that broadcast to [B, H, ...]."""
+    position, key = torch.broadcast_tensors(position, key)
+    batch, heads, length = call.query.shape[:3]
+    size = call.key.shape[2]
+    at, k = position.clamp(min=0), key.clamp(min=0)
+    context = key >= size - call.context_keys
+    allowed = (position >= 0) & (key >= 0)
+    if call.causal:
+        allowed = allowed & ((key <= position) | context)
+    if call.key_padding_mask is not None:
+        padded = call.key_padding_mask[:, None].expand(batch, heads, size)
+        allowed = allowed & ~padded.gather(2, k.flatten(2)).view(k.shape)
+    bias = torch.zeros((), dtype=dtype, device=key.device)
+    if call.attn_mask is not None:
+        mask = call.attn_mask.expand(batch, heads, length, size).reshape(batch, heads, -1)
+        mask = mask.gather(2, (at * size + k).flatten(2)).view(k.shape)
+        if mask.dtype == torch.bool:
+            allowed = allowed & ~mask
+        else:
+            mask = mask.to(dtype)
+            allowed, bias = allowed & ~(mask <= MASKED), mask.clamp(min=MASKED)
+    return allowed, bias
+
+
+# ---- the choice of keys
+
+
+def local_windows(call: SelectCall) -> Tensor:
+    """int64 [chunks, 2]: first key and end of the local window of every chunk in the order of positions."""
+    length, keys = call.query.shape[2], call.key.shape[2] - call.context_keys
+    width, chunk = min(call.local, keys), call.chunk_length
+    start = torch.arange(0, length, chunk, device=call.query.device)
+    end = (start + chunk).clamp(max=length)
+    if width == 0:
+        return torch.zeros(len(start), 2, dtype=torch.int64, device=start.device)
+    if call.causal:
+        end = end.clamp(max=keys)
+        return torch.stack([(end - width).clamp(min=0), end], dim=1)
+    # Towards zero, as C++ divides.
+    first = ((start + end - width) / 2).trunc().long().clamp(0, keys - width)
+    return torch.stack([first, first + width], dim=1)
+
+
+def _rows_of_flags(flags: Tensor, context: range, width: int) -> Tensor:
+    """int32 [B, H, N, width]: the context and the flagged keys [B, H, N, S'], rising, then -1."""
+    keys = torch.arange(flags.shape[-1], device=flags.device)
+    last = torch.iinfo(torch.int32).max
+    rising = torch.where(flags, keys, last).sort(dim=-1).values
+    rising = torch.nn.functional.pad(rising, (0, width), value=last)
+    rows = torch.cat([torch.tensor(list(context), dtype=rising.dtype, device=flags.device).expand(*flags.shape[:3], -1),
+                      rising], dim=-1)[..., :width]  # fmt: skip
+    return torch.where(rows == last, -1, rows).to(torch.int32)
+
+
+def _best(score: Tensor, count: Tensor | int) -> Tensor:
+    """Flags of the ``count`` largest positive scores along the last dimension; of equal ones the first."""
+    order = score.sort(dim=-1, descending=True, stable=True).indices
+    rank = order.argsort(dim=-1)
+    return (rank < count) & (score > 0)
+
+
+def selection_scores(call: SelectCall) -> Tensor:
+    """[B, H, n, S']: what the keys are chosen by, for the n rows of the last round; 0: not to be taken.
+
+    Every sub-group of a chunk gives each key its mean query's softmax weight, times the share of its queries to which
+    the key is new: visible, and not in their local window.
+    """
+    dtype = _compute_dtype(call.query)
+    batch, heads = call.query.shape[:2]
+    rounds = 1 if call.order is None else call.order.shape[2]
+    keys = call.key.shape[2] - call.context_keys
+    position = _positions(call)
+    position = position.view(batch, heads, rounds, -1, call.chunk_length)[:, :, -1]  # [B, H, n, C]
+    n = position.shape[2]
+    groups = torch.nn.functional.pad(position, (0, -call.chunk_length % SUBGROUP), value=-1)
+    groups = groups.unflatten(-1, (-1, SUBGROUP))  # [B, H, n, M, 16]
+    real = (groups >= 0)[..., None].to(dtype)  # [B, H, n, M, 16, 1]
+    query = call.query.to(dtype)
+    rows = query.gather(2, groups.clamp(min=0).reshape(batch, heads, -1, 1).expand(-1, -1, -1, query.shape[3]))
+    rows = rows.view(*groups.shape, -1)
+    members = real.sum(dim=-2)  # [B, H, n, M, 1]
+    mean = (rows * real).sum(dim=-2) / members.clamp(min=1)
+    key = per_query_head(call.key.to(dtype), heads)[:, :, :keys]
+    score = call.scale * torch.einsum("bhnmd,bhsd->bhnms", mean, key)
+    allowed, bias = _allowed(call, groups[..., None], torch.arange(keys, device=key.device), dtype)
+    seeing = allowed.sum(dim=-2).to(dtype)  # [B, H, n, M, S']
+    if call.attn_mask is not None:
+        mean_bias = torch.where(allowed, bias, 0.0).sum(dim=-2) / seeing.clamp(min=1)
+        unmasked = call._replace(attn_mask=None)
+        visible = _allowed(unmasked, groups[..., None], torch.arange(keys, device=key.device), dtype)[0]
+        score = score + mean_bias + (seeing / members.clamp(min=1)).log()
+        new = visible & (seeing > 0)[..., None, :]
+    else:
+        new = allowed
+    candidate = seeing > 0
+    if keys > EXACT_KEYS and call.attn_mask is None:
+        candidate = candidate & _candidates(call, mean, key, groups)
+    weight = _softmax(score, candidate)
+    windows = local_windows(call)
+    all_keys = torch.arange(keys, device=key.device)
+    if rounds == 1:
+        own = windows[torch.arange(n, device=key.device)]  # [n, 2]
+        share = new.sum(dim=-2) / members.clamp(min=1)
+        inside = (all_keys >= own[:, :1]) & (all_keys < own[:, 1:])
+        share = share * ~inside[:, None]
+    else:
+        own = windows[groups.clamp(min=0) // call.chunk_length]  # [B, H, n, M, 16, 2]
+        inside = (all_keys >= own[..., :1]) & (all_keys < own[..., 1:])
+        share = (new & ~inside).sum(dim=-2) / members.clamp(min=1)
+    return (share * (weight + LEAST) * candidate).sum(dim=-2)
+
+
+def _softmax(score: Tensor, where: Tensor) -> Tensor:
+    """Over the last dimension; 0 elsewhere."""
+    score = score.masked_fill(~where, float("-inf"))
+    return torch.where(where, score.softmax(dim=-1), 0.0)
+
+
+def _candidates(call: SelectCall, mean: Tensor, key: Tensor, groups: Tensor) -> Tensor:
+    """bool [B, H, n, 1, S']: keys of the blocks to which the sub-groups give most weight, by the blocks' mean keys."""
+    size = key.shape[2]
+    count = -(-size // KEY_BLOCK)
+    batch = key.shape[0]
+    there = torch.ones(batch, size, dtype=torch.bool, device=key.device)
+    if call.key_padding_mask is not None:
+        there = ~call.key_padding_mask[:, :size]
+    there = there[:, None].to(key.dtype)
+    pad = -size % KEY_BLOCK
+    blocks = torch.nn.functional.pad(key * there[..., None], (0, 0, 0, pad)).unflatten(2, (count, KEY_BLOCK)).sum(dim=3)
+    sizes = torch.nn.functional.pad(there, (0, pad)).unflatten(2, (count, KEY_BLOCK)).sum(dim=3)  # [B, 1, count]
+    score = call.scale * torch.einsum("bhnmd,bhkd->bhnmk", mean, blocks / sizes.clamp(min=1)[..., None])
+    score = score + sizes.log()[:, :, None, None]
+    # A block can be seen if its first key comes no later than the sub-group's last query.
+    last = groups.amax(dim=-1)[..., None]  # [B, H, n, M, 1]
+    first = torch.arange(count, device=key.device) * KEY_BLOCK
+    seen = (last >= first if call.causal else last >= 0) & (sizes > 0)[:, :, None, None]
+    weight = _softmax(score, seen)
+    chosen = _best(((weight + LEAST) * seen).sum(dim=3), CHOSEN_BLOCKS)
+    return chosen.repeat_interleave(KEY_BLOCK, dim=-1)[..., None, :size]
+
+
+def select_keys(call: SelectCall) -> Tensor:
+    """int32 [B, H, N, W], see ``_calls.ListCall.key_lists``."""
+    shape = call.lists_shape
+    if 0 in shape[:3]:
+        return torch.full(shape, -1, dtype=torch.int32, device=call.query.device)
+    size = call.key.shape[2]
+    keys = size - call.context_keys
+    context = range(keys, size)
+    score = selection_scores(call)
+    all_keys = torch.arange(keys, device=score.device)
+    windows = local_windows(call)
+    local = (all_keys >= windows[:, :1]) & (all_keys < windows[:, 1:])  # [chunks, S']
+    if call.key_padding_mask is not None:
+        local = local & ~call.key_padding_mask[:, None, None, :keys]
+    local = local.expand(*shape[:2], -1, -1)
+    if call.order is None or call.order.shape[2] == 1:
+        best = _best(score, call.budget - local.sum(dim=-1, keepdim=True))
+        return _rows_of_flags(local | best, context, shape[3])
+    best = _best(score, call.budget - call.local)
+    rows = [_rows_of_flags(local, context, shape[3]), _rows_of_flags(best, range(0), shape[3])]
+    return torch.cat(rows, dim=2)
+
+
+# ---- attention
+
+
+class ListScores(NamedTuple):
+    position: Tensor  # int64 [B, H, N, C], -1: none
+    key: Tensor  # int64 [B, H, N, W], -1: none
+    scores: Tensor  # [B, H, N, C, W], -inf where not included
+    included: Tensor  # bool
+    dropout: Tensor | float  # factors
+
+
+def list_scores(call: ListCall) -> ListScores:
+    """The scores of every pair of a query and a key of its lists."""
+    dtype = _compute_dtype(call.query)
+    batch, heads = call.query.shape[:2]
+    position, key = _positions(call), call.key_lists.long()
+    rounds = 1 if call.order is None else call.order.shape[2]
+    query_rows = gather_rows(call.query.to(dtype), position)
+    key_rows = gather_rows(per_query_head(call.key.to(dtype), heads), key)
+    included, bias = _allowed(call, position[..., :, None], key[..., None, :], dtype)
+    if rounds == 2:  # the second leaves out what the first has shown: from the first to the last key of the query's row
+        chunks = key.shape[2] // 2
+        first = key[:, :, :chunks]
+        window = (first >= 0) & (first < call.key.shape[2] - call.context_keys)
+        low = torch.where(window, first, first.new_tensor(2**31 - 1)).amin(dim=-1)  # [B, H, chunks]
+        high = torch.where(window, first, -1).amax(dim=-1)
+        chunk = (position[:, :, chunks:].clamp(min=0) // call.chunk_length).flatten(2)
+        low, high = (x.gather(2, chunk).view(batch, heads, chunks, -1, 1) for x in (low, high))
+        other = key[:, :, chunks:, None]
+        hidden = torch.cat([torch.zeros_like(included[:, :, :chunks]), (other >= low) & (other <= high)], dim=2)
+        included = included & ~hidden
+    scores = (call.scale * (query_rows @ key_rows.mT) + bias).masked_fill(~included, float("-inf"))
+    dropout: Tensor | float = 1.0
+    if call.dropout_p > 0:
+        assert call.dropout_seed is not None
+        device = scores.device
+        head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1, 1)
+        slot = torch.arange(position.shape[2] // rounds * call.chunk_length, device=device).repeat(rounds)
+        slot = slot.view(position.shape[2], call.chunk_length, 1)
+        round_ = (torch.arange(position.shape[2], device=device) * rounds // position.shape[2])[:, None, None]
+        place = torch.arange(key.shape[-1], device=device)
+        words = philox(call.dropout_seed.to(device), place // 4, slot, round_, head)
+        words = words.gather(-1, (place % 4).expand(scores.shape)[..., None])[..., 0]
+        dropout = (words >= drop_threshold(call.dropout_p)).to(dtype) * keep_factor(call.dropout_p)
+    return ListScores(position, key, scores, included, dropout)
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, H, L, D] at index [B, H, N, K] -> [B, H, N, K, D]; zero where the index is -1."""
+    batch, heads, _, width = x.shape
+    if x.shape[2] == 0:
+        return x.new_zeros((*index.shape, width))
+    at = index.clamp(min=0).reshape(batch, heads, -1, 1).expand(-1, -1, -1, width)
+    return x.gather(2, at).view(*index.shape, width) * (index >= 0)[..., None]
+
+
+def add_rows(length: int, index: Tensor, rows: Tensor) -> Tensor:
+    """[B, H, length, D]: the sums of rows [B, H, N, K, D] by index [B, H, N, K]; -1: nowhere."""
+    batch, heads = index.shape[:2]
+    width = rows.shape[-1]
+    at = torch.where(index < 0, length, index).reshape(batch, heads, -1, 1).expand(-1, -1, -1, width)
+    total = torch.zeros(batch, heads, length + 1, width, dtype=rows.dtype, device=rows.device)
+    return total.scatter_add(2, at, rows.reshape(batch, heads, -1, width))[:, :, :length]
+
+
+class RestTerm(NamedTuple):
+    share: Tensor  # [B, 1, L, S]: 1 / number of keys that the query may see, at those keys
+    score: Tensor  # [B, H, L], -inf where nothing is unseen
+
+
+def rest_term(call: ListCall, s: ListScores, query: Tensor, key: Tensor) -> RestTerm:
+    """The pseudo-key: the mean of the keys that a query may see, with the log of the number of those it did not see."""
+    batch, _, length = call.query.shape[:3]
+    size = key.shape[2]
+    device, dtype = key.device, key.dtype
+    keys = torch.arange(size, device=device)
+    visible = torch.ones(length, size, dtype=torch.bool, device=device) & (keys < size - call.context_keys)
+    if call.causal:
+        visible = visible & (keys <= torch.arange(length, device=device)[:, None])
+    visible = visible.expand(batch, 1, -1, -1)
+    if call.key_padding_mask is not None:
+        visible = visible & ~call.key_padding_mask[:, None, None, :]
+    seen = (s.included & (s.key < size - call.context_keys)[..., None, :]).sum(dim=-1, keepdim=True).to(dtype)
+    seen = add_rows(length, s.position, seen)[..., 0]
+    count = visible.sum(dim=-1).to(dtype)
+    share = visible.to(dtype) / count.clamp(min=1)[..., None]
+    unseen = count - seen
+    mean = share @ key if call.causal else (share[:, :, :1] @ key).expand(-1, -1, length, -1)
+    score = call.scale * (query * mean).sum(-1) + unseen.clamp(min=1).log()
+    return RestTerm(share, torch.where(unseen > 0, score, float("-inf")))
+
+
+def call_tensors(call: ListCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, and key and value for every query head, in the dtype that is computed in."""
+    dtype, heads = _compute_dtype(call.query), call.query.shape[1]
+    key, value = (per_query_head(x.to(dtype), heads) for x in (call.key, call.value))
+    return call.query.to(dtype), key, value
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.masked_fill(x == float("-inf"), 0.0)
+
+
+def probabilities(s: ListScores, lse: Tensor) -> Tensor:
+    """[B, H, N, C, W] of lse [B, H, L]."""
+    return torch.exp(s.scores - gather_rows(_finite(lse)[..., None], s.position))
+
+
+def logsumexp(s: ListScores, rest: RestTerm | None, length: int) -> Tensor:
+    """[B, H, L], over the keys of all rounds and the pseudo-key; -inf where a query sees nothing."""
+    batch, heads = s.position.shape[:2]
+    index = torch.where(s.position < 0, length, s.position).flatten(2)
+    top = s.scores.new_full((batch, heads, length + 1), float("-inf"))
+    top = top.scatter_reduce(2, index, s.scores.detach().amax(dim=-1).flatten(2), "amax")[..., :length]
+    if rest is not None:
+        top = torch.maximum(top, rest.score.detach())
+    total = add_rows(length, s.position, probabilities(s, top).sum(dim=-1, keepdim=True))[..., 0]
+    if rest is not None:
+        total = total + torch.exp(rest.score - _finite(top))
+    some = total > 0
+    return torch.where(some, _finite(top) + torch.where(some, total, 1.0).log(), float("-inf"))
+
+
+def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
+    """out [B, H, L, E] and lse [B, H, L]. Differentiable by autograd when called directly."""
+    length = call.query.shape[2]
+    query, key, value = call_tensors(call)
+    if 0 in query.shape[:3] or call.key_lists.shape[3] == 0:
+        out = query.new_zeros((*query.shape[:3], value.shape[3])).to(call.value.dtype)
+        return out, query.new_full(query.shape[:3], float("-inf"))
+    s = list_scores(call)
+    rest = rest_term(call, s, query, key) if call.rest_term else None
+    lse = logsumexp(s, rest, length)
+    out = add_rows(length, s.position, (probabilities(s, lse) * s.dropout) @ gather_rows(value, s.key))
+    if rest is not None:
+        out = out + torch.exp(rest.score - _finite(lse))[..., None] * (rest.share @ value)
+    return out.to(call.value.dtype), lse
+
+
+def per_key_head(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient [B, H, S, D] of ``per_query_head(x)`` as that of x."""
+    return grad if grad.shape[1] == x.shape[1] else grad.unflatten(1, (x.shape[1], -1)).sum(dim=2)
+
+
+def list_attention_backward(
+    call: ListCall, grad_out: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value. P = exp(s - lse), dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), for the
+    pseudo-key, too, whose gradients go to all keys that it is the mean of."""
+    length, size = call.query.shape[2], call.key.shape[2]
+    query, key, value = call_tensors(call)
+    if 0 in query.shape[:3] or call.key_lists.shape[3] == 0:
+        return torch.zeros_like(call.query), torch.zeros_like(call.key), torch.zeros_like(call.value)
+    grad_out, lse = grad_out.to(query.dtype), lse.to(query.dtype)
+    delta = (grad_out * out.to(query.dtype)).sum(dim=-1, keepdim=True)
+    s = list_scores(call)
+    weight = probabilities(s, lse)
+    grad_rows, value_rows = gather_rows(grad_out, s.position), gather_rows(value, s.key)
+    grad_scores = weight * (s.dropout * (grad_rows @ value_rows.mT) - gather_rows(delta, s.position)) * call.scale
+    grad_query = add_rows(length, s.position, grad_scores @ gather_rows(key, s.key))
+    grad_key = add_rows(size, s.key, grad_scores.mT @ gather_rows(query, s.position))
+    grad_value = add_rows(size, s.key, (weight * s.dropout).mT @ grad_rows)
+    if call.rest_term:
+        rest = rest_term(call, s, query, key)
+        rest_weight = torch.exp(rest.score - _finite(lse))[..., None]
+        mean_key, mean_value = rest.share @ key, rest.share @ value
+        slope = rest_weight * ((grad_out * mean_value).sum(-1, keepdim=True) - delta) * call.scale
+        grad_query = grad_query + slope * mean_key
+        grad_key = grad_key + rest.share.mT @ (slope * query)
+        grad_value = grad_value + rest.share.mT @ (rest_weight * grad_out)
+    grads = grad_query, per_key_head(grad_key, call.key), per_key_head(grad_value, call.value)
+    return tuple(g.to(call.query.dtype) for g in grads)  # type: ignore[return-value]
+
+
+def dense_weights(call: ListCall) -> Tensor:
+    """[B, H, L, S] the probabilities after dropout, differentiable; the pseudo-key's lies evenly on its mean's keys."""
+    length, size = call.query.shape[2], call.key.shape[2]
+    query, key, _ = call_tensors(call)
+    if 0 in query.shape[:3] or call.key_lists.shape[3] == 0:
+        return query.new_zeros((*query.shape[:3], size)).to(call.value.dtype)
+    s = list_scores(call)
+    rest = rest_term(call, s, query, key) if call.rest_term else None
+    lse = logsumexp(s, rest, length)
+    weights = _scatter(s, probabilities(s, lse) * s.dropout, length, size)
+    if rest is not None:
+        weights = weights + torch.exp(rest.score - _finite(lse))[..., None] * rest.share
+    return weights.to(call.value.dtype)
+
+
+def _scatter(s: ListScores, x: Tensor, length: int, size: int) -> Tensor:
+    """[B, H, L, S]: the sums of x [B, H, N, C, W] by query and key."""
+    pair = s.position[..., :, None] * size + s.key[..., None, :]
+    none = (s.position < 0)[..., :, None] | (s.key < 0)[..., None, :]
+    dense = x.new_zeros((*x.shape[:2], length * size + 1))
+    dense = dense.scatter_add(2, torch.where(none, length * size, pair).flatten(2), x.flatten(2))
+    return dense[..., :-1].unflatten(-1, (length, size))

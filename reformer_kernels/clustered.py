@@ -1,0 +1,187 @@
+"""Clustered attention: groups of queries attend the keys that they would give most weight, and one for all the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks as check
+from . import _ops
+from ._calls import ListCall
+from ._dispatch import check_backend
+from .backends import reference_lists
+from .functional import seed_tensor
+
+GROUPINGS = ("position", "hash")
+SEGMENT = 256  # hashing groups queries within so many positions: their groups' keys depend on no query further away
+
+
+def clustered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    budget: int = 128,
+    local_fraction: float = 0.25,
+    chunk_length: int = 32,
+    grouping: str = "position",
+    rest_term: bool = True,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    hash_seed: int | Tensor = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax attention with separate queries and keys, over ``budget`` keys a query: for pretrained attention.
+
+    Queries are grouped in chunks. Each chunk attends a local window and the keys that its queries would give most
+    weight, found with the mean queries of its sub-groups of 16; a key counts once. One pseudo-key stands for all keys
+    that a query may see but did not: their mean key and value (of all keys that it may see), with the logarithm of
+    their number added to the score. With a budget of at least S keys the result is exact. After improved clustered
+    attention (Vyas, Katharopoulos, Fleuret, arXiv 2007.04825). Selecting costs L * S / 16 products a head up to 16,384
+    keys; beyond, blocks of 64 keys are chosen first by their means.
+
+    Which keys a chunk takes depends on all its queries, so ``causal`` masks values and keys of later positions exactly,
+    but an earlier query of the same chunk can see other (earlier) keys when a later one changes.
+
+    Args:
+        query: [B, H, L, D], float32, bfloat16, float16 or float64, any strides.
+        key: [B, Hk, S, D], same dtype; Hk divides H, and query head h reads key head h // (H / Hk).
+        value: [B, Hk, S, E], same dtype.
+        budget: keys that a query attends, at least 1.
+        local_fraction: share of the budget, 0 to 1, that is a window around the query's chunk of positions (with
+            ``causal`` one that ends with it). Unused if L and S differ and nothing is causal: then positions of queries
+            and keys have nothing to do with each other.
+        chunk_length: queries that share their keys. Shorter is more accurate and slower.
+        grouping: "position": chunks are neighbouring queries; "hash": they share a bucket of centred queries, within
+            segments of 256 positions, and the local window is attended apart from that.
+        rest_term: use the pseudo-key. It is off with an ``attn_mask``.
+        causal: keys at later positions are masked (position i of the queries is position i of the keys).
+        key_padding_mask: bool [B, S], True: ignored.
+        attn_mask: [B or 1, H or 1, L, S], bool (True: ignored) or floating (added to the score; -1e30 and below:
+            ignored).
+        scale: of ``query @ key``; None: ``D ** -0.5``.
+        dropout_p: probability in [0, 1] of dropping an attention weight (the pseudo-key's is never dropped).
+        dropout_seed: int64 tensor of one element; needed when ``dropout_p`` is positive.
+        hash_seed: an int, or an int64 tensor of one element on the CPU, for ``grouping="hash"``.
+        backend: the name of a backend, or None.
+
+    Returns:
+        [B, H, L, E]. A query that sees no key gives 0.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape or value.
+        NotImplementedError: the named backend does not support the call.
+    """
+    return attend(
+        query,
+        key,
+        value,
+        budget=budget,
+        local_fraction=local_fraction,
+        chunk_length=chunk_length,
+        grouping=grouping,
+        rest_term=rest_term,
+        causal=causal,
+        key_padding_mask=key_padding_mask,
+        attn_mask=attn_mask,
+        scale=scale,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        hash_seed=hash_seed,
+        backend=backend,
+    )[0]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    budget: int,
+    local_fraction: float,
+    chunk_length: int,
+    grouping: str,
+    rest_term: bool,
+    causal: bool,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    hash_seed: int | Tensor,
+    backend: str | None,
+    context_keys: int = 0,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``clustered_attention`` for modules: with keys that every query sees, and with the attention weights.
+
+    Args:
+        context_keys: the last keys, beside the budget; never masked, also if ``causal``.
+        need_weights: also return the probabilities that were used, [B, H, L, S]: O(L * S) memory. The pseudo-key's is
+            spread evenly over the keys whose mean it is, so that ``weights @ value`` is the output.
+    """
+    _check(query, key, value, budget, local_fraction, chunk_length, grouping, rest_term, context_keys)
+    check.check_bool("causal", causal)
+    check.check_scale(scale)
+    check.check_dropout(dropout_p, dropout_seed, query.device)
+    check_backend(backend)
+    length, head_dim = query.shape[2:]
+    size = key.shape[2]
+    check.check_key_padding_mask(key_padding_mask, "key", key)
+    check.check_attn_mask(attn_mask, "query", query, length, size)
+    local = round(budget * local_fraction) if causal or length == size - context_keys else 0
+    factor = float(head_dim**-0.5 if scale is None else scale)
+    order = _hash_order(query, chunk_length, hash_seed, backend) if grouping == "hash" else None
+    lists = _ops.select_keys(
+        query.detach(), key.detach(), order, key_padding_mask, attn_mask, chunk_length, budget, local, context_keys,
+        causal, factor, backend or "",
+    )  # fmt: skip
+    arguments = (
+        query, key, value, order, lists, key_padding_mask, attn_mask, dropout_seed, chunk_length, context_keys, causal,
+        rest_term and attn_mask is None, factor, float(dropout_p), backend or "",
+    )  # fmt: skip
+    out, _ = _ops.list_attention(*arguments)
+    return out, reference_lists.dense_weights(ListCall(*arguments)) if need_weights else None
+
+
+def _check(
+    query: Any, key: Any, value: Any, budget: Any, local_fraction: Any, chunk_length: Any, grouping: Any,
+    rest_term: Any, context_keys: Any,
+) -> None:  # fmt: skip
+    check.check_tensor("query", query, "B H L D")
+    check.check_tensor("key", key, "B Hk S D", check.dtypes_with(query))
+    check.check_tensor("value", value, "B Hk S E", check.dtypes_with(query))
+    check.check_like("key", key, "query", query)
+    check.check_like("value", value, "query", query)
+    check.check_width("query", query)
+    check.check_width("value", value)
+    check.check_key_heads(query, key)
+    check.check_shape("key", key, (query.shape[0], key.shape[1], key.shape[2], query.shape[3]))
+    check.check_shape("value", value, (*key.shape[:3], value.shape[3]))
+    check.check_int("budget", budget, 1)
+    check.check_int("chunk_length", chunk_length, 1)
+    check.check_int("context_keys", context_keys, 0, key.shape[2])
+    check.check_fraction("local_fraction", local_fraction)
+    check.check_choice("grouping", grouping, GROUPINGS)
+    check.check_bool("rest_term", rest_term)
+
+
+def _hash_order(query: Tensor, chunk_length: int, hash_seed: int | Tensor, backend: str | None) -> Tensor:
+    """int32 [B, H, 2, L]: the order of positions, and that by segment and bucket of the centred queries."""
+    batch, heads, length, _ = query.shape
+    centred = query.detach() - query.detach().mean(dim=2, keepdim=True)
+    n_buckets = 2 * max(1, SEGMENT // (2 * chunk_length))
+    seed = seed_tensor(hash_seed)
+    buckets = _ops.hash_buckets(centred, None, None, seed, [n_buckets], 1, chunk_length, backend or "")
+    positions = torch.arange(length, dtype=torch.int32, device=query.device)
+    segments = -(-length // SEGMENT)
+    order = _ops.bucket_order(
+        buckets + positions // SEGMENT * n_buckets, None, n_buckets * torch.sym_max(1, segments), backend or ""
+    )
+    return torch.cat([positions.expand(batch, heads, 1, length), order], dim=2)
