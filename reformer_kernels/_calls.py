@@ -97,6 +97,7 @@ class SelectCall(NamedTuple):
     query: Tensor  # [B, H, L, D]
     key: Tensor  # [B, Hk, S, D], Hk divides H
     order: Tensor | None  # int32 [B, H, R, L]; with two rounds the first is that of positions; None: one, of positions
+    query_padding_mask: Tensor | None  # bool [B, L], True: the query chooses nothing, unless all of its chunk are such
     key_padding_mask: Tensor | None  # bool [B, S]
     attn_mask: Tensor | None  # bool (True: ignored) or float (added) [B|1, H|1, L, S]
     chunk_length: int

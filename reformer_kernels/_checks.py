@@ -110,12 +110,13 @@ def check_scale(scale: Any) -> None:
         raise ValueError(f"scale must be finite in float32, got {scale}")
 
 
-def check_key_padding_mask(mask: Any, query_name: str, query: Tensor) -> None:
+def check_padding_mask(mask: Any, rows_name: str, rows: Tensor, name: str = "key_padding_mask") -> None:
+    """bool [B, L] for rows [B, H, L, D]."""
     if mask is None:
         return
-    check_tensor("key_padding_mask", mask, "B L", (torch.bool,))
-    check_like("key_padding_mask", mask, query_name, query)
-    check_shape("key_padding_mask", mask, (query.shape[0], query.shape[2]))
+    check_tensor(name, mask, "B L", (torch.bool,))
+    check_like(name, mask, rows_name, rows)
+    check_shape(name, mask, (rows.shape[0], rows.shape[2]))
 
 
 def check_attn_mask(mask: Any, query_name: str, query: Tensor, n_queries: int, n_keys: int | None = None) -> None:

@@ -29,6 +29,7 @@ def clustered_attention(
     grouping: str = "position",
     rest_term: bool = True,
     causal: bool = False,
+    query_padding_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
     scale: float | None = None,
@@ -62,6 +63,8 @@ def clustered_attention(
             segments of 256 positions, and the local window is attended apart from that.
         rest_term: use the pseudo-key. It is off with an ``attn_mask``.
         causal: keys at later positions are masked (position i of the queries is position i of the keys).
+        query_padding_mask: bool [B, L], True: the query has no say in the choice of keys, so that what it holds has no
+            effect on other rows of the output.
         key_padding_mask: bool [B, S], True: ignored.
         attn_mask: [B or 1, H or 1, L, S], bool (True: ignored) or floating (added to the score; -1e30 and below:
             ignored).
@@ -88,6 +91,7 @@ def clustered_attention(
         grouping=grouping,
         rest_term=rest_term,
         causal=causal,
+        query_padding_mask=query_padding_mask,
         key_padding_mask=key_padding_mask,
         attn_mask=attn_mask,
         scale=scale,
@@ -109,6 +113,7 @@ def attend(
     grouping: str,
     rest_term: bool,
     causal: bool,
+    query_padding_mask: Tensor | None = None,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     scale: float | None,
@@ -133,14 +138,17 @@ def attend(
     check_backend(backend)
     length, head_dim = query.shape[2:]
     size = key.shape[2]
-    check.check_key_padding_mask(key_padding_mask, "key", key)
+    check.check_padding_mask(query_padding_mask, "query", query, "query_padding_mask")
+    check.check_padding_mask(key_padding_mask, "key", key)
     check.check_attn_mask(attn_mask, "query", query, length, size)
     local = round(budget * local_fraction) if causal or length == size - context_keys else 0
     factor = float(head_dim**-0.5 if scale is None else scale)
-    order = _hash_order(query, chunk_length, hash_seed, backend) if grouping == "hash" else None
+    order = None
+    if grouping == "hash":
+        order = _hash_order(query, query_padding_mask, chunk_length, hash_seed, backend)
     lists = _ops.select_keys(
-        query.detach(), key.detach(), order, key_padding_mask, attn_mask, chunk_length, budget, local, context_keys,
-        causal, factor, backend or "",
+        query.detach(), key.detach(), order, query_padding_mask, key_padding_mask, attn_mask, chunk_length, budget,
+        local, context_keys, causal, factor, backend or "",
     )  # fmt: skip
     arguments = (
         query, key, value, order, lists, key_padding_mask, attn_mask, dropout_seed, chunk_length, context_keys, causal,
@@ -172,16 +180,29 @@ def _check(
     check.check_bool("rest_term", rest_term)
 
 
-def _hash_order(query: Tensor, chunk_length: int, hash_seed: int | Tensor, backend: str | None) -> Tensor:
-    """int32 [B, H, 2, L]: the order of positions, and that by segment and bucket of the centred queries."""
+def _hash_order(
+    query: Tensor, padding: Tensor | None, chunk_length: int, hash_seed: int | Tensor, backend: str | None
+) -> Tensor:
+    """int32 [B, H, 2, L]: the order of positions, and that by segment and bucket of the centred queries.
+
+    In every segment padding comes last.
+    """
     batch, heads, length, _ = query.shape
-    centred = query.detach() - query.detach().mean(dim=2, keepdim=True)
+    query = query.detach()
+    if padding is None:
+        centred = query - query.mean(dim=2, keepdim=True)
+    else:
+        real = ~padding[:, None, :, None]
+        centred = query - (query * real).sum(dim=2, keepdim=True) / real.sum(dim=2, keepdim=True).clamp(min=1)
     n_buckets = 2 * max(1, SEGMENT // (2 * chunk_length))
     seed = seed_tensor(hash_seed)
-    buckets = _ops.hash_buckets(centred, None, None, seed, [n_buckets], 1, chunk_length, backend or "")
+    buckets = _ops.hash_buckets(centred, None, padding, seed, [n_buckets], 1, chunk_length, backend or "")
     positions = torch.arange(length, dtype=torch.int32, device=query.device)
     segments = -(-length // SEGMENT)
     order = _ops.bucket_order(
-        buckets + positions // SEGMENT * n_buckets, None, n_buckets * torch.sym_max(1, segments), backend or ""
+        buckets + positions // SEGMENT * (n_buckets + 1),
+        None,
+        (n_buckets + 1) * torch.sym_max(1, segments),
+        backend or "",
     )
     return torch.cat([positions.expand(batch, heads, 1, length), order], dim=2)

@@ -148,7 +148,7 @@ def lsh_attention(
         if cu_seqlens is not None:
             raise ValueError(f"num_queries must be None with cu_seqlens, got {num_queries}")
     n_queries = length if num_queries is None else num_queries
-    check.check_key_padding_mask(key_padding_mask, "query_key", query_key)
+    check.check_padding_mask(key_padding_mask, "query_key", query_key)
     check.check_attn_mask(attn_mask, "query_key", query_key, n_queries)
     check.check_cu_seqlens(cu_seqlens, query_key)
 
@@ -258,7 +258,7 @@ def local_attention(
     check.check_shape("value", value, (*key.shape[:3], value.shape[3]))
     _check_common(chunk_length, chunks_before, chunks_after, causal, dropout_p, dropout_seed, backend, query.device)
     check.check_scale(scale)
-    check.check_key_padding_mask(key_padding_mask, "query", query)
+    check.check_padding_mask(key_padding_mask, "query", query)
     check.check_attn_mask(attn_mask, "query", query, query.shape[2])
     scale = query.shape[3] ** -0.5 if scale is None else scale
     return _ops.chunk_attention(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import clustered
 from ._checks import check_like, check_shape, check_tensor
-from .modules.attention import _draw_seed
+from .modules.attention import draw_seed
 from .modules.multihead import check_clustered_options
 
 
@@ -100,7 +100,7 @@ def scaled_dot_product_attention(
         attn_mask=None if attn_mask is None else _four_dimensional(attn_mask, lead, q.shape[2], k.shape[2]),
         scale=scale,
         dropout_p=dropout_p,
-        dropout_seed=_draw_seed().to(q.device) if dropout_p > 0 else None,
+        dropout_seed=draw_seed(q.device) if dropout_p > 0 else None,
         hash_seed=hash_seed,
         backend=backend,
         context_keys=0,

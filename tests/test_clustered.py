@@ -46,6 +46,8 @@ def modes(length: int, size: int) -> dict[str, dict[str, Any]]:
         "bool mask": {"attn_mask": torch.rand(2, 1, length, size) < 0.5},
         "float mask": {"attn_mask": torch.randn(1, 4, length, size), "causal": True},
         "dropout": {"causal": True, **DROPOUT},
+        "padded queries": {"query_padding_mask": torch.rand(2, length) < 0.6},
+        "hash, padded queries": {"query_padding_mask": torch.rand(2, length) < 0.6, "grouping": "hash", "causal": True},
         "hash": {"grouping": "hash"},
         "hash, causal": {"grouping": "hash", "causal": True, **DROPOUT},
         "hash, padding": {"grouping": "hash", "causal": True, "key_padding_mask": torch.rand(2, size) < 0.4},
@@ -156,7 +158,7 @@ def test_against_loops_in_python(backend: str, mode: str) -> None:
             options[name] = options[name][:1]
     seen: Any = None
     if options.pop("grouping", None) == "hash":
-        seen = clustered._hash_order(q, 5, 0, None)[:, :, 1]
+        seen = clustered._hash_order(q, None, 5, 0, None)[:, :, 1]
     expected = naive_clustered_attention(q, k, v, seen, **options)
     actual = rk.clustered_attention(
         q, k, v, grouping="position" if seen is None else "hash", backend=backend, **options
@@ -245,6 +247,20 @@ def test_nothing_leaks(backend: str, grouping: str) -> None:
     assert torch.equal(before[:, :, :17], after[:, :, :17])
 
 
+@pytest.mark.parametrize("grouping", clustered.GROUPINGS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_padded_queries_have_no_effect(backend: str, grouping: str) -> None:
+    q, k, v = qkv(300)
+    padding = torch.zeros(2, 300, dtype=torch.bool)
+    padding[0, 270:], padding[1, 33:47] = True, True
+    q2 = torch.where(padding[:, None, :, None], 50.0, q)
+    options = {"budget": 24, "chunk_length": 16, "grouping": grouping, "backend": backend}
+    before, after = (rk.clustered_attention(x, k, v, query_padding_mask=padding, **options) for x in (q, q2))
+    real = ~padding[:, None, :, None]
+    assert torch.equal(before * real, after * real)
+    assert not torch.equal(*(rk.clustered_attention(x, k, v, **options) * real for x in (q, q2)))
+
+
 def test_batch_rows_and_heads_are_independent() -> None:
     q, k, v = qkv(50)
     for grouping in clustered.GROUPINGS:
@@ -291,7 +307,7 @@ def select_call(
     call = list_call(length, size, dtype, options, context_keys)
     budget = options.get("budget", 12)
     local = round(budget * options.get("local_fraction", 0.4)) if call.causal or length == size - context_keys else 0
-    masks = call.key_padding_mask, call.attn_mask
+    masks = options.get("query_padding_mask"), call.key_padding_mask, call.attn_mask
     return SelectCall(call.query, call.key, call.order, *masks, call.chunk_length, budget,
                       local, context_keys, call.causal, call.scale, "")  # fmt: skip
 
@@ -342,7 +358,7 @@ def test_two_steps_for_many_keys(causal: bool) -> None:
     # The best keys are still found where their blocks stand out.
     q, k = torch.randn(1, 1, 32, 16), torch.randn(1, 1, size, 16)
     k[0, 0, 9000:9064] += 3 * q[0, 0].mean(dim=0) / q[0, 0].mean(dim=0).norm() ** 2
-    lists = native.select_keys(SelectCall(q, k, None, None, None, 32, 32, 0, 0, False, 1.0, ""))
+    lists = native.select_keys(SelectCall(q, k, None, None, None, None, 32, 32, 0, 0, False, 1.0, ""))
     found = ((lists >= 9000) & (lists < 9064)).float().mean()
     assert found > 0.9, found
 

@@ -46,6 +46,18 @@ def test_randomness_comes_from_torch(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_hash_seed_of_the_drop_in() -> None:
+    x = torch.randn(2, 200, 16)
+    drawn = rk.LSHMultiheadAttention(16, 4, batch_first=True, budget=16, grouping="hash", hash_seed=None)
+    fixed = rk.LSHMultiheadAttention(16, 4, batch_first=True, budget=16, grouping="hash")
+    fixed.load_state_dict(drawn.state_dict())
+    state = torch.get_rng_state()
+    assert torch.equal(fixed(x, x, x)[0], fixed(x, x, x)[0])
+    assert torch.equal(drawn.eval()(x, x, x)[0], fixed(x, x, x)[0])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(drawn.train()(x, x, x)[0], drawn(x, x, x)[0])
+
+
 def test_hash_seed() -> None:
     x = torch.randn(1, 100, 16)
     fixed, drawn = LAYERS["lsh"](hash_seed=4), LAYERS["lsh"]()

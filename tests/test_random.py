@@ -99,6 +99,8 @@ def clustered_calls(draw: st.DrawFn) -> tuple[Any, torch.dtype]:
     if draw(st.booleans()):
         options["key_padding_mask"] = torch.rand(batch, size, generator=generator) < draw(st.sampled_from([0.2, 1.0]))
     if draw(st.booleans()):
+        options["query_padding_mask"] = torch.rand(batch, length, generator=generator) < 0.5
+    if draw(st.booleans()):
         mask = torch.randn(batch, 1, length, size, generator=generator)
         options["attn_mask"] = mask if draw(st.booleans()) else mask > 0
     call = testing.capture(rk.clustered_attention, q, k, v, op="list_attention", **options)

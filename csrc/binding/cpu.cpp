@@ -304,9 +304,9 @@ void chunk_attention_backward(RK_ATTENTION_PARAMETERS, Tensor grad_out, Tensor o
   with_kernels(a.type, [&](const auto& k) { k.backward(a.p, threads()); });
 }
 
-void select_keys(Tensor query, Tensor key, OptionalTensor order, OptionalTensor padding, OptionalTensor mask,
-                 int64_t chunk_length, int64_t budget, int64_t local, int64_t context_keys, double scale, int64_t flags,
-                 Tensor lists) {
+void select_keys(Tensor query, Tensor key, OptionalTensor order, OptionalTensor query_padding, OptionalTensor padding,
+                 OptionalTensor mask, int64_t chunk_length, int64_t budget, int64_t local, int64_t context_keys,
+                 double scale, int64_t flags, Tensor lists) {
   STD_TORCH_CHECK(lists.dim() == 4, "lists must have 4 dimensions");
   const Attention a = list_attention(query, key, nullptr, order, padding, mask, chunk_length, lists.size(3),
                                      context_keys, scale, flags);
@@ -314,7 +314,8 @@ void select_keys(Tensor query, Tensor key, OptionalTensor order, OptionalTensor 
   STD_TORCH_CHECK(local >= 0 && local <= budget, "the local window must be between 0 and the budget");
   const int64_t longest = p.R == 1 ? context_keys + budget : std::max(context_keys + local, budget - local);
   STD_TORCH_CHECK(p.list_length >= longest, "lists must have room for ", longest, " keys, got ", p.list_length);
-  rk::SelectParams s{p, budget, local, nullptr};
+  rk::SelectParams s{p, budget, local, nullptr, nullptr};
+  s.query_padding = contiguous<bool>("query_padding_mask", query_padding, ScalarType::Bool, {p.B, p.L});
   s.lists = const_cast<int32_t*>(
       contiguous<int32_t>("lists", lists, ScalarType::Int, {p.B, p.H, list_rows(p), p.list_length}));
   with_kernels(a.type, [&](const auto& k) { k.select(s, threads()); });
@@ -396,7 +397,8 @@ STABLE_TORCH_LIBRARY(reformer_kernels_cpu, m) {
          "Tensor(c!) grad_value) -> ()")
             .c_str());
   m.def(
-      "select_keys(Tensor query, Tensor key, Tensor? order, Tensor? key_padding_mask, Tensor? attn_mask, int "
+      "select_keys(Tensor query, Tensor key, Tensor? order, Tensor? query_padding_mask, Tensor? key_padding_mask, "
+      "Tensor? attn_mask, int "
       "chunk_length, int budget, int local, int context_keys, float scale, int flags, Tensor(a!) lists) -> ()");
   const std::string lists = kListSchema;
   m.def(("list_attention_forward(" + lists + "Tensor(a!) out, Tensor(b!) lse) -> ()").c_str());

@@ -87,6 +87,7 @@ struct OrderParams {
 struct SelectParams {
   AttentionParams attention;  // without value; its key_lists are null
   int64_t budget, local;      // keys of a query without the context, and how many of them are its local window
+  const bool* query_padding;  // [B, L], true: chooses nothing (unless all of its chunk are such), or null
   int32_t* lists;             // [B, H, R * chunks, list_length]
 };
 

@@ -171,7 +171,8 @@ def chunk_attention_backward(
 def select_keys(call: SelectCall) -> Tensor:
     lists = torch.empty(call.lists_shape, dtype=torch.int32, device=call.query.device)
     _ops.select_keys(
-        _rows(call.query), _rows(call.key), _contiguous(call.order), _contiguous(call.key_padding_mask), _mask(call),
+        _rows(call.query), _rows(call.key), _contiguous(call.order), _contiguous(call.query_padding_mask),
+        _contiguous(call.key_padding_mask), _mask(call),
         call.chunk_length, call.budget, call.local, call.context_keys, call.scale, _flags(causal=call.causal), lists,
     )  # fmt: skip
     return lists

@@ -109,6 +109,16 @@ def _best(score: Tensor, count: Tensor | int) -> Tensor:
     return (rank < count) & (score > 0)
 
 
+def _choosing(position: Tensor, padding: Tensor) -> Tensor:
+    """Of every chunk [B, H, n, C] the queries that are no padding, then -1; all of them where there are no others."""
+    batch, heads = position.shape[:2]
+    at = position.clamp(min=0).flatten(2)
+    padded = padding[:, None].expand(batch, heads, -1).gather(2, at).view(position.shape) | (position < 0)
+    order = padded.to(torch.int8).argsort(dim=-1, stable=True)
+    kept = torch.where(padded, -1, position).gather(-1, order)
+    return torch.where(padded.all(dim=-1, keepdim=True), position, kept)
+
+
 def selection_scores(call: SelectCall) -> Tensor:
     """[B, H, n, S']: what the keys are chosen by, for the n rows of the last round; 0: not to be taken.
 
@@ -122,6 +132,8 @@ def selection_scores(call: SelectCall) -> Tensor:
     position = _positions(call)
     position = position.view(batch, heads, rounds, -1, call.chunk_length)[:, :, -1]  # [B, H, n, C]
     n = position.shape[2]
+    if call.query_padding_mask is not None:
+        position = _choosing(position, call.query_padding_mask)
     groups = torch.nn.functional.pad(position, (0, -call.chunk_length % SUBGROUP), value=-1)
     groups = groups.unflatten(-1, (-1, SUBGROUP))  # [B, H, n, M, 16]
     real = (groups >= 0)[..., None].to(dtype)  # [B, H, n, M, 16, 1]

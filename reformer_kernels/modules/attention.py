@@ -15,9 +15,22 @@ from ..rules import AttentionRules
 _SEED_RANGE = 2**63 - 1
 
 
-def _draw_seed() -> Tensor:
+def draw_seed(device: torch.device | str = "cpu") -> Tensor:
+    """A seed as an int64 tensor of one element."""
     # From torch's generator on the CPU: reproducible by torch.manual_seed, replayed by checkpointing, no device sync.
-    return torch.randint(_SEED_RANGE, (1,), dtype=torch.int64, device="cpu")
+    return torch.randint(_SEED_RANGE, (1,), dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+
+
+def check_hash_seed(hash_seed: Any) -> None:
+    if hash_seed is not None:
+        check_int("hash_seed", hash_seed, -(2**63), 2**63 - 1)
+
+
+def seed_of(hash_seed: int | None, training: bool) -> int | Tensor:
+    """The hash seed of one forward: None draws new ones in training, and is 0 in evaluation."""
+    if hash_seed is not None:
+        return hash_seed
+    return draw_seed() if training else 0
 
 
 class _SelfAttention(nn.Module):
@@ -53,10 +66,10 @@ class _SelfAttention(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise ValueError(f"x must have shape [B, L, {self.embed_dim}], got {list(x.shape)}")
 
-    def _dropout(self) -> dict[str, Any]:
+    def _dropout(self, device: torch.device) -> dict[str, Any]:
         if not self.training or self.dropout == 0:
             return {}
-        return {"dropout_p": self.dropout, "dropout_seed": _draw_seed()}
+        return {"dropout_p": self.dropout, "dropout_seed": draw_seed(device)}
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, dropout={self.dropout}"
@@ -110,8 +123,7 @@ class LSHSelfAttention(_SelfAttention):
         check_choice("alignment", alignment, ("ring", "bucket"))
         check_int("n_hashes", n_hashes, 1)
         check_int("chunk_length", chunk_length, 1)
-        if hash_seed is not None:
-            check_int("hash_seed", hash_seed, -(2**63), 2**63 - 1)
+        check_hash_seed(hash_seed)
         self.n_hashes = n_hashes
         self.hash_seed = hash_seed
         self.options: dict[str, Any] = {
@@ -141,9 +153,6 @@ class LSHSelfAttention(_SelfAttention):
         Returns [B, num_queries, E], with ``return_buckets`` also the buckets, which a recomputation may pass again.
         """
         self._check_input(x)
-        hash_seed: int | Tensor = 0 if self.hash_seed is None else self.hash_seed
-        if self.hash_seed is None and self.training:
-            hash_seed = _draw_seed()
         result = functional.lsh_attention(
             self._heads(self.query_key(x)),
             self._heads(self.value(x)),
@@ -151,11 +160,11 @@ class LSHSelfAttention(_SelfAttention):
             key_padding_mask=key_padding_mask,
             attn_mask=attn_mask,
             num_queries=num_queries,
-            hash_seed=hash_seed,
+            hash_seed=seed_of(self.hash_seed, self.training),
             buckets=buckets,
             return_buckets=return_buckets,
             **self.options,
-            **self._dropout(),
+            **self._dropout(x.device),
         )
         if return_buckets:
             return self._merge(result[0]), result[1]
@@ -219,7 +228,7 @@ class LocalSelfAttention(_SelfAttention):
             key_padding_mask=key_padding_mask,
             attn_mask=attn_mask,
             **self.options,
-            **self._dropout(),
+            **self._dropout(x.device),
         )
         return self._merge(out)
 

@@ -15,10 +15,10 @@ from .. import clustered, functional
 from .._checks import check_bool, check_choice, check_fraction, check_int
 from .._dispatch import check_backend
 from ..hashing import bucket_factors
-from .attention import _draw_seed
+from .attention import check_hash_seed, draw_seed, seed_of
 
 _MASKED = -1e4  # added to a score, this leaves no weight in any dtype; float16's most negative number is -65504
-_CLUSTERED = ("budget", "local_fraction", "grouping", "rest_term", "chunk_length", "hash_seed", "backend")
+_CLUSTERED = ("budget", "local_fraction", "grouping", "rest_term", "chunk_length", "backend")
 
 
 def _no_fused_path(module: nn.Module, args: Any) -> None:
@@ -42,7 +42,8 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
             ``nn.MultiheadAttention``.
         budget, local_fraction, grouping, rest_term, chunk_length, hash_seed, backend: as in
-            ``functional.clustered_attention``.
+            ``functional.clustered_attention``. A ``hash_seed`` of None draws a new one in every training forward, and
+            is 0 in evaluation.
         causal: query i sees the keys 0 ... i, without any L x L mask.
         exact_below: the largest number of keys that is attended exactly; None: ``budget``.
         shared_qk: the Reformer's attention instead (``functional.lsh_attention``): **another function**, at every
@@ -84,7 +85,7 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         n_hashes: int | None = None,
         n_buckets: int | Sequence[int] | None = None,
         exact_below: int | None = None,
-        hash_seed: int = 0,
+        hash_seed: int | None = 0,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -176,7 +177,7 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
             dropout_p = self.dropout if self.training else 0.0
             out, weights = _attend_exactly(q, k, v, *masks, causal, context_keys, dropout_p, need_weights)
         else:
-            out, weights = self._attend_long(q, k, v, *masks, causal, context_keys, need_weights)
+            out, weights = self._attend_long(q, k, v, *masks, causal, context_keys, need_weights, key is query)
         out = out.permute(0, 2, 1, 3) if rows_first else out.permute(2, 0, 1, 3)
         out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         if weights is not None and average_attn_weights:
@@ -195,6 +196,7 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         causal: bool,
         context_keys: int,
         need_weights: bool,
+        self_attention: bool,
     ) -> tuple[Tensor, Tensor | None]:
         options = self.options
         scale = self.head_dim**-0.5
@@ -206,11 +208,15 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         arguments: dict[str, Any] = {"causal": causal, "key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
         dropping = self.training and self.dropout > 0
         arguments["dropout_p"] = self.dropout if dropping else 0.0
-        arguments["dropout_seed"] = _draw_seed().to(q.device) if dropping else None
+        arguments["dropout_seed"] = draw_seed(q.device) if dropping else None
+        hashed = options["shared_qk"] or options["grouping"] == "hash"
+        arguments["hash_seed"] = seed_of(options["hash_seed"], self.training) if hashed else 0
         if options["shared_qk"]:
-            arguments |= {name: options[name] for name in ("n_buckets", "chunk_length", "hash_seed", "backend")}
+            arguments |= {name: options[name] for name in ("n_buckets", "chunk_length", "backend")}
             return functional.lsh_attention(q, v, n_hashes=options["n_hashes"] or 4, **arguments), None
         arguments |= {name: options[name] for name in _CLUSTERED}
+        if self_attention and key_padding_mask is not None:
+            arguments["query_padding_mask"] = key_padding_mask[:, : q.shape[2]]
         return clustered.attend(q, k, v, **arguments, scale=scale, context_keys=context_keys, need_weights=need_weights)
 
     def _fits(
@@ -411,7 +417,7 @@ def check_clustered_options(
     check_int("chunk_length", chunk_length, 1)
     check_choice("grouping", grouping, clustered.GROUPINGS)
     check_bool("rest_term", rest_term)
-    check_int("hash_seed", hash_seed, -(2**63), 2**63 - 1)
+    check_hash_seed(hash_seed)
     check_backend(backend)
     if exact_below is not None:
         check_int("exact_below", exact_below, 0)

@@ -191,7 +191,8 @@ void list_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::Typed
     if (i % p.R == 1) std::shuffle(order.begin() + i * p.L, order.begin() + (i + 1) * p.L, generator);
   }
   p.order = order.data();
-  const Flags padding(p.B * p.S, 0.4), mask(p.L * p.S, 0.4);
+  const Flags padding(p.B * p.S, 0.4), mask(p.L * p.S, 0.4), padded_queries(p.B * p.L, pick({1, 2}) / 2.0);
+  const bool* query_padding = chance(0.3) ? padded_queries.data.get() : nullptr;
   p.flags = chance(0.5) ? kCausal : 0;
   if (chance(0.3)) p.padding = padding.data.get();
   if (chance(0.2))
@@ -204,7 +205,7 @@ void list_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::Typed
   const int64_t chunks = (p.L + p.chunk_length - 1) / p.chunk_length;
   auto select = [&](const cpu::TypedKernels<T>& kernels, int n_threads) {
     std::vector<int32_t> lists(heads * p.R * chunks * p.list_length, -7);
-    kernels.select(SelectParams{p, budget, local, lists.data()}, threads(n_threads));
+    kernels.select(SelectParams{p, budget, local, query_padding, lists.data()}, threads(n_threads));
     return lists;
   };
   const std::vector<int32_t> lists = select(cpu::kernels_baseline()->*type, 1);

@@ -24,6 +24,7 @@ struct SelectScratch {
   std::vector<T> scores;                // [batch * subgroups][candidates]
   std::vector<T> total, bias, padding;  // [candidates]
   std::vector<int> candidates, chosen, positions;
+  std::vector<int> members;                // [batch * subgroups][16] the positions of queries, -1: none
   std::vector<std::pair<int, int>> steps;  // from this candidate on, so many more queries see new keys
   Prefetch prefetch;
 
@@ -35,7 +36,8 @@ struct SelectScratch {
         means(batch * subgroups * Dp),
         keys(kKeyBlock * Dp),
         KT(Dp * kKeyBlock),
-        largest(batch * subgroups) {}
+        largest(batch * subgroups),
+        members(batch * subgroups * kSubgroup) {}
 };
 
 // What all chunks of a unit share.
@@ -85,9 +87,10 @@ class Selection {
     const int64_t batch = blocks_.two_steps ? 1 : s.batch;
     for (int64_t c = begin; c < end; c += batch) {
       const int64_t n = std::min(batch, end - c);
-      for (int64_t i = 0; i < n; ++i) mean_queries(s, c + i, i * s.subgroups);
+      std::fill_n<T*>(s.means, n * s.subgroups * s.Dp, T(0));  // of sub-groups without members, too
+      for (int64_t i = 0; i < n; ++i) fill_members(s, c + i, i * s.subgroups), mean_queries(s, i * s.subgroups);
       if (blocks_.two_steps)
-        choose_blocks(s, c);
+        choose_blocks(s);
       else
         all_keys(s);
       multiply_keys(s, n * s.subgroups);
@@ -105,22 +108,35 @@ class Selection {
     return list;
   }
 
-  // f(first slot, count, m) for the sub-groups of a chunk.
+  // f(row, positions, count) for the sub-groups of the chunk whose first one is in row `first`.
   template <class F>
-  void each_subgroup(int64_t chunk, F&& f) const {
-    const Chunk c = u_.chunks[chunk];
-    for (int i = 0, m = 0; i < c.count; i += kSubgroup, ++m) f(c.start + i, std::min(kSubgroup, c.count - i), m);
+  void each_subgroup(const SelectScratch<T>& s, int64_t first, F&& f) const {
+    for (int64_t m = first; m < first + s.subgroups; ++m) {
+      const int* position = s.members.data() + m * kSubgroup;
+      const int count = static_cast<int>(std::find(position, position + kSubgroup, -1) - position);
+      if (count > 0) f(m, position, count);
+    }
   }
 
-  void mean_queries(SelectScratch<T>& s, int64_t chunk, int64_t row) const {
-    each_subgroup(chunk, [&](int64_t slot, int count, int m) {
-      int position[kSubgroup], largest = 0;
-      for (int i = 0; i < count; ++i) position[i] = u_.position(slot + i), largest = std::max(largest, position[i]);
+  // The queries of a chunk that choose: those that are no padding, or all where there are no others.
+  void fill_members(SelectScratch<T>& s, int64_t chunk, int64_t first) const {
+    const Chunk c = u_.chunks[chunk];
+    int* members = s.members.data() + first * kSubgroup;
+    std::fill_n(members, s.subgroups * kSubgroup, -1);
+    const bool* padding = select_.query_padding ? select_.query_padding + u_.b * p_.L : nullptr;
+    int n = 0;
+    for (int i = 0; i < c.count; ++i)
+      if (const int position = u_.position(c.start + i); !(padding && padding[position])) members[n++] = position;
+    if (n == 0)
+      for (int i = 0; i < c.count; ++i) members[i] = u_.position(c.start + i);
+  }
+
+  void mean_queries(SelectScratch<T>& s, int64_t first) const {
+    each_subgroup(s, first, [&](int64_t m, const int* position, int count) {
       gather<T>(p_.query, u_, u_.h, position, count, static_cast<int>(p_.L), p_.D, s.queries, s.Dp);
-      T* mean = s.means + (row + m) * s.Dp;
-      std::fill_n(mean, s.Dp, T(0));
+      T* mean = s.means + m * s.Dp;
       for (int i = 0; i < count; ++i) add_row<T>(mean, s.queries + i * s.Dp, s.Dp, T(1) / count);
-      s.largest[row + m] = p_.has(kCausal) ? largest : std::numeric_limits<int>::max();
+      s.largest[m] = p_.has(kCausal) ? *std::max_element(position, position + count) : std::numeric_limits<int>::max();
     });
   }
 
@@ -130,10 +146,10 @@ class Selection {
   }
 
   // The keys of the blocks to which the chunk's queries give most weight.
-  void choose_blocks(SelectScratch<T>& s, int64_t chunk) const {
+  void choose_blocks(SelectScratch<T>& s) const {
     s.total.assign(blocks_.count, T(0));
     std::vector<T>& x = s.bias;
-    each_subgroup(chunk, [&](int64_t, int, int m) {
+    each_subgroup(s, 0, [&](int64_t m, const int*, int) {
       T top = kLowest<T>, sum = 0;
       x.assign(blocks_.count, kMasked<T>);
       for (int64_t b = 0; b < blocks_.count && b * kKeyBlock <= s.largest[m]; ++b) {
@@ -176,8 +192,8 @@ class Selection {
   void select_row(SelectScratch<T>& s, int64_t chunk, int64_t first_row) const {
     const int64_t n = s.candidates.size(), stride = round_up(n, kKeyBlock);
     s.total.assign(n, T(0));
-    each_subgroup(chunk, [&](int64_t slot, int count, int m) {
-      add_weights(s, slot, count, s.scores.data() + (first_row + m) * stride, s.largest[first_row + m]);
+    each_subgroup(s, first_row, [&](int64_t m, const int* position, int count) {
+      add_weights(s, position, count, s.scores.data() + m * stride, s.largest[m]);
     });
     int32_t* list = row(chunk);
     int64_t wanted = select_.budget - select_.local;
@@ -199,7 +215,7 @@ class Selection {
   }
 
   // total += the softmax of a sub-group's scores, times the share of its queries to which the key is new.
-  void add_weights(SelectScratch<T>& s, int64_t slot, int count, T* x, int largest) const {
+  void add_weights(SelectScratch<T>& s, const int* position, int count, T* x, int largest) const {
     auto below = [&](int position) {
       return static_cast<int>(std::lower_bound(s.candidates.begin(), s.candidates.end(), position) -
                               s.candidates.begin());
@@ -209,7 +225,7 @@ class Selection {
     if (n == 0) return;
     const T scale = static_cast<T>(p_.scale * kLog2e);
     const T* bias = s.padding.data();
-    if (rules_.any()) mean_bias(s, slot, count, n), bias = s.bias.data();
+    if (rules_.any()) mean_bias(s, position, count, n), bias = s.bias.data();
     const int padded_n = static_cast<int>(round_up(n, kLanes<T>));
     Vec<T> tops = splat(kLowest<T>), sums{};
     for (int j = 0; j < padded_n; j += kLanes<T>) {
@@ -234,10 +250,10 @@ class Selection {
       if (from < to) s.steps.emplace_back(from, by), s.steps.emplace_back(to, -by);
     };
     for (int i = 0; i < count; ++i) {
-      const int position = u_.position(slot + i), to = p_.has(kCausal) ? below(position + 1) : n;
+      const int to = p_.has(kCausal) ? below(position[i] + 1) : n;
       step(0, to, 1);
       if (u_.R == 1) continue;  // its whole chunk's window is left out later
-      const Range w = window(position / p_.chunk_length);
+      const Range w = window(position[i] / p_.chunk_length);
       step(std::min(below(w.from), to), std::min(below(w.to), to), -1);
     }
     std::sort(s.steps.begin(), s.steps.end());
@@ -258,13 +274,12 @@ class Selection {
   }
 
   // The mean of what attn_mask adds for those queries that may see the key, and the log of their share.
-  void mean_bias(SelectScratch<T>& s, int64_t slot, int count, int n) const {
+  void mean_bias(SelectScratch<T>& s, const int* position, int count, int n) const {
     s.bias.assign(round_up(n, kLanes<T>), T(0));
     std::vector<int> seeing(n, 0);
     for (int i = 0; i < count; ++i) {
-      const int position = u_.position(slot + i);
-      for (int j = 0; j < n && !(p_.has(kCausal) && s.candidates[j] > position); ++j) {
-        const T mask = rules_.mask(position, s.candidates[j]);
+      for (int j = 0; j < n && !(p_.has(kCausal) && s.candidates[j] > position[i]); ++j) {
+        const T mask = rules_.mask(position[i], s.candidates[j]);
         if (mask > kMasked<T>) s.bias[j] += mask, ++seeing[j];
       }
     }
