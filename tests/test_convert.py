@@ -87,7 +87,7 @@ def test_converts_in_place() -> None:
         ({"causal": None}, TypeError, "causal must be a bool, got None"),
         ({"shared_qk": 1}, TypeError, "shared_qk must be a bool, got 1"),
         ({"exact_below": -1}, ValueError, "exact_below must be at least 0, got -1"),
-        ({"hash_seed": None}, TypeError, "hash_seed must be an int, got None"),
+        ({"hash_seed": 1.5}, TypeError, "hash_seed must be an int, got 1.5"),
         ({"backend": "tpu"}, ValueError, "backend must be one of"),
         ({"n_hashes": 4}, ValueError, "n_hashes must be None without shared_qk=True, got 4"),
         ({"n_buckets": 4}, ValueError, "n_buckets must be None without shared_qk=True, got 4"),
