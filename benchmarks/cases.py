@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Case:
-    """One attention problem: float32, causal, shared QK where the provider has it."""
+    """One attention problem: float32, shared QK where the provider has it; causal, but for the target "module"."""
 
     length: int
     batch: int = 1
@@ -58,10 +58,21 @@ SUITES: dict[str, Suite] = {
     "backends": Suite(
         cases=(Case(1024), Case(4096)), targets=("attention",), providers=("ours", "ours, cpu", "ours, reference")
     ),
+    "drop-in": Suite(
+        cases=tuple(Case(length) for length in (32, 128, 1024, 4096, 16384)),
+        targets=("module",),
+        providers=("ours", "nn.MultiheadAttention"),
+        memory=(Case(16384),),
+    ),
     "kernels": Suite(kernels="default"),
     "small": Suite(
         cases=tuple(Case(length, heads=2, head_dim=16) for length in (128, 512)),
         memory=(Case(512, heads=2, head_dim=16),),
+    ),
+    "small drop-in": Suite(
+        cases=tuple(Case(length, heads=2, head_dim=16) for length in (128, 300)),
+        targets=("module",),
+        providers=("ours", "nn.MultiheadAttention"),
     ),
     "tiny": Suite(  # whether the command works, in a few seconds
         cases=(Case(128, heads=2, head_dim=16),),

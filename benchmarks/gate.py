@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import reformer_kernels as rk
 from reformer_kernels import _dispatch, testing
 from reformer_kernels._calls import AttentionCall
+from reformer_kernels.backends import reference_lists
 
 from .cases import Case
 from .providers import PROVIDERS, SAME_FUNCTION, inputs
@@ -23,29 +25,58 @@ def step(function: Callable[..., Tensor], tensors: list[Tensor], grad_out: Tenso
     return [out.detach(), *torch.autograd.grad(out, tensors, grad_out)]
 
 
-def recorded(function: Callable[[], Any]) -> tuple[AttentionCall, str, Any]:
-    """The first attention call of ``function()``, the name of the backend that served it, and the result."""
-    calls: list[tuple[AttentionCall, str]] = []
-    original = {name: b.chunk_attention for name, b in _dispatch.BACKENDS.items() if b is not None}
+def recorded(function: Callable[[], Any], op: str = "chunk_attention") -> tuple[Any, str, Any]:
+    """The first call of the op by ``function()``, the name of the backend that served it, and the result."""
+    calls: list[tuple[Any, str]] = []
+    original = {name: getattr(b, op) for name, b in _dispatch.BACKENDS.items() if b is not None}
 
-    def spy(name: str) -> Callable[[AttentionCall], Any]:
-        def chunk_attention(call: AttentionCall) -> Any:
+    def spy(name: str) -> Callable[[Any], Any]:
+        def attention(call: Any) -> Any:
             detached: dict[str, Any] = {
                 field: x.detach() for field, x in call._asdict().items() if isinstance(x, Tensor)
             }
             calls.append((call._replace(**detached), name))
             return original[name](call)
 
-        return chunk_attention
+        return attention
 
     try:
         for name in original:
-            setattr(_dispatch.BACKENDS[name], "chunk_attention", spy(name))  # noqa: B010  (it is a Protocol)
+            setattr(_dispatch.BACKENDS[name], op, spy(name))
         result = function()
     finally:
-        for name, chunk_attention in original.items():
-            setattr(_dispatch.BACKENDS[name], "chunk_attention", chunk_attention)  # noqa: B010
+        for name, attention in original.items():
+            setattr(_dispatch.BACKENDS[name], op, attention)
     return (*calls[0], result)
+
+
+def check_module(name: str, case: Case) -> str:
+    """Checks one of our modules on a case, and says what was checked.
+
+    Where it is exact it must agree with the stock module as the stock module agrees with itself in float64. Beyond,
+    its attention must agree with the oracle, and it must choose the keys that the oracle would.
+
+    Raises:
+        AssertionError: it computes something else.
+    """
+    case = case.shorter(2048)
+    tensors, grad_out = inputs("module", case)
+    functions = {n: PROVIDERS[n].make("module", case) for n in (name, "nn.MultiheadAttention")}
+    ours, stock = functions[name], functions["nn.MultiheadAttention"]
+    assert ours is not None and stock is not None
+    if case.length <= rk.LSHMultiheadAttention(1, 1).options["budget"]:
+        exact = step(stock, [t.detach().double().requires_grad_() for t in tensors], grad_out.double())
+        for a, b, e in zip(step(ours, tensors, grad_out), step(stock, tensors, grad_out), exact, strict=True):
+            error, peer = (float((x - e).abs().max()) for x in (a, b))
+            rounding = torch.finfo(a.dtype).eps * float(e.abs().max())
+            assert error <= 2 * peer + rounding, f"{name} is off by {error:.3g}, the stock module by {peer:.3g}"
+        return f"as exact as nn.MultiheadAttention (L {case.length})"
+    call, backend, _ = recorded(lambda: ours(*tensors), "list_attention")
+    testing.assert_matches_oracle(call, call.query.dtype, backend)
+    select, _, _ = recorded(lambda: ours(*tensors), "select_keys")
+    same = float((reference_lists.select_keys(select) == call.key_lists).all(dim=-1).float().mean())
+    assert same > 0.99, f"{same:.2%} of the lists of keys are the oracle's"  # near-ties may fall to either side
+    return f"{backend} agrees with the float64 oracle (L {case.length})"
 
 
 def check_provider(name: str, case: Case) -> str:

@@ -2,26 +2,28 @@
 
 "attention" is the attention alone, of query_key and value [B, H, L, D]; "layer" is a layer without its output
 projection: x [B, L, H * D] is projected to queries (shared with the keys) and values, and attended. Hugging Face's
-layer contains those projections, so the others are measured with the same ones.
+layer contains those projections, so the others are measured with the same ones. "module" is self-attention by
+nn.MultiheadAttention or its drop-in, with all projections and without weights; it is not causal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import reformer_kernels as rk
 from reformer_kernels.hashing import bucket_factors
 
 from .cases import Case
 
-Function = Callable[..., Tensor]  # (query_key, value) or (x, w_query_key, w_value); weights [H * D, H * D]
+# (query_key, value), or (x, w_query_key, w_value) with weights [H * D, H * D], or (x, *parameters of the module)
+Function = Callable[..., Tensor]
 Maker = Callable[[Case], Function]
-TARGETS = ("attention", "layer")
+TARGETS = ("attention", "layer", "module")
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,10 @@ class Provider:
     layer: Maker | None
     cost: Callable[[Case], Cost]  # flop: as if done at the machine's peak
     backend: str | None = None  # of ours
+    module: Maker | None = None
 
     def make(self, target: str, case: Case) -> Function | None:
-        maker = self.attention if target == "attention" else self.layer
+        maker: Maker | None = getattr(self, target)
         return None if maker is None else maker(case)
 
 
@@ -54,6 +57,10 @@ def inputs(target: str, case: Case) -> tuple[list[Tensor], Tensor]:
     if target == "attention":
         rows = [normal(case.batch, case.heads, case.length, case.head_dim) for _ in range(3)]
         tensors, grad_out = rows[:2], rows[2]
+    elif target == "module":
+        x, grad_out = (normal(case.batch, case.length, width) for _ in range(2))
+        shapes = [p.shape for p in nn.MultiheadAttention(width, case.heads, device="meta").parameters()]
+        tensors = [x, *(normal(*shape) / width**0.5 for shape in shapes)]
     else:
         x, grad_out = (normal(case.batch, case.length, width) for _ in range(2))
         tensors = [x, *(normal(width, width) / width**0.5 for _ in range(2))]
@@ -74,6 +81,20 @@ def _projected(attention: Maker) -> Maker:
     def make(case: Case) -> Function:
         attend = attention(case)
         return lambda x, w_qk, w_v: _merge(attend(_heads(case, x, w_qk), _heads(case, x, w_v)))
+
+    return make
+
+
+def _module(kind: type[nn.MultiheadAttention]) -> Maker:
+    def make(case: Case) -> Function:
+        module = kind(case.heads * case.head_dim, case.heads, batch_first=True)
+        names = [name for name, _ in module.named_parameters()]
+
+        def attend(x: Tensor, *parameters: Tensor) -> Tensor:
+            weights = dict(zip(names, parameters, strict=True))
+            return torch.func.functional_call(module, weights, (x, x, x), {"need_weights": False})[0]
+
+        return attend
 
     return make
 
@@ -168,12 +189,13 @@ def _dense_cost(case: Case) -> Cost:
 
 
 PROVIDERS: dict[str, Provider] = {
-    "ours": _offer(_ours(None), _fused_cost),
+    "ours": replace(_offer(_ours(None), _fused_cost), module=_module(rk.LSHMultiheadAttention)),
     "ours, cpu": _offer(_ours("cpu"), _fused_cost, "cpu"),
     "ours, reference": _offer(_ours("reference"), _unfused_cost, "reference"),
     "torch SDPA": _offer(_sdpa, _dense_cost),
     "Hugging Face": Provider(None, _huggingface, _unfused_cost),
     "lucidrains": Provider(_lucidrains, None, _unfused_cost),
+    "nn.MultiheadAttention": Provider(None, None, _dense_cost, module=_module(nn.MultiheadAttention)),
     # What every layer here contains besides attention.
     "projections alone": Provider(None, _projected(lambda case: torch.add), _fused_cost),
 }

@@ -12,7 +12,11 @@ from .cases import Case
 
 Row = dict[str, Any]
 ALONE = "projections alone"
-TITLES = {"attention": "Attention alone", "layer": "Layer, with the projections to queries and values"}
+TITLES = {
+    "attention": "Attention alone",
+    "layer": "Layer, with the projections to queries and values",
+    "module": "Self-attention module with all its projections, not causal, without weights",
+}
 
 
 def length_name(length: int) -> str:

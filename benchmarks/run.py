@@ -33,7 +33,7 @@ def reason_to_skip(name: str, target: str, case: Case, gflops: float, max_second
     provider = PROVIDERS[name]
     if provider.backend and provider.backend not in kernels.backends_available():
         return f"no backend {provider.backend}"
-    if (provider.attention if target == "attention" else provider.layer) is None:
+    if getattr(provider, target) is None:
         return f"has no {target}"
     cost = provider.cost(case)
     if (seconds := cost.flop / gflops * 1e-9) > max_seconds:
@@ -103,7 +103,8 @@ def run(suite: Suite, options: argparse.Namespace, pair: Pair | None) -> Row:
 
     for case in suite.cases:
         checked = [name for name in suite.providers if name.startswith("ours")]
-        verdicts = {name: gate.check_provider(name, case) for name in checked}
+        check = gate.check_module if suite.targets == ("module",) else gate.check_provider
+        verdicts = {name: check(name, case) for name in checked}
         print(f"\n{case}: {'; '.join(verdicts.values())}", flush=True)
         for target in suite.targets:
             row = measure_case(case, target, suite, gflops, options) | {"gate": verdicts}

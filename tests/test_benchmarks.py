@@ -13,7 +13,7 @@ import torch
 from benchmarks import base, gate, report, run, timing
 from benchmarks.cases import SUITES, Case
 from benchmarks.kernel_cases import VARIANTS, Variant, backward_flop, forward_flop, make_call, seen_keys, window_keys
-from benchmarks.providers import PROVIDERS, inputs
+from benchmarks.providers import PROVIDERS, TARGETS, inputs
 from reformer_kernels.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,11 +70,33 @@ def test_a_wrong_result_stops_the_run_before_any_time_is_taken(monkeypatch, wron
         run.main([*TINY, "--providers", "ours"])
 
 
+@needs_cpu_kernels
+@pytest.mark.parametrize("wrong", ["list_attention", "list_attention_backward", "select_keys", "exact", None])
+def test_the_gate_of_the_drop_in(monkeypatch, wrong):
+    if wrong == "exact":
+        ours = PROVIDERS["ours"]
+        scaled = replace(ours, module=lambda case: lambda *x: ours.module(case)(*x) * (1 + 1e-5))
+        monkeypatch.setitem(PROVIDERS, "ours", scaled)
+    elif wrong == "select_keys":
+        right = native.select_keys
+        monkeypatch.setattr(native, wrong, lambda call: right(call._replace(key=-call.key)))
+    elif wrong:
+        right = getattr(native, wrong)
+        monkeypatch.setattr(native, wrong, lambda *a: (right(*a)[0] * 1.001, *right(*a)[1:]))
+    case = Case(128 if wrong == "exact" else 300, heads=2, head_dim=16)
+    if wrong is None:
+        assert "agrees with the float64 oracle" in gate.check_module("ours", case)
+        assert "as exact as" in gate.check_module("ours", case.shorter(128))
+        return
+    with pytest.raises(AssertionError):
+        gate.check_module("ours", case)
+
+
 @pytest.mark.parametrize("name", PROVIDERS)
 def test_every_provider_gives_an_output_and_gradients_or_has_no_such_target(name):
     torch.use_deterministic_algorithms(False)  # the peers' gathers have no deterministic backward
     case = Case(128, heads=2, head_dim=16)
-    for target in ("attention", "layer"):
+    for target in TARGETS:
         function = PROVIDERS[name].make(target, case)
         tensors, grad_out = inputs(target, case)
         if function is None:
