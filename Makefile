@@ -14,7 +14,7 @@ help:  ## list the targets
 
 .venv/ready: pyproject.toml
 	python3 -m venv .venv
-	$(BIN)/pip install --quiet torch==$(TORCH) 'setuptools>=77' ninja
+	$(BIN)/pip install --quiet torch==$(TORCH) torchvision 'setuptools>=77' ninja  # a torchvision that fits this torch
 	@touch $@
 
 .venv/built: .venv/ready setup.py $(shell find csrc -type f)

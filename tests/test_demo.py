@@ -30,7 +30,7 @@ def test_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     text.write_bytes(ENGLISH * 60)
     done = run(
         *f"--seconds 2 --context 256 --width 32 --layers 2 --heads 2 --lengths 512,256 --repeats 1 --generate 20 "
-        f"--text {text} --out {out}".split()
+        f"--swap-length 300 --swap-repeats 1 --text {text} --out {out}".split()
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "wins by" in done.stdout
@@ -44,6 +44,9 @@ def test_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     points = [(row["length"], row["name"]) for row in results["attention"]]
     assert points == [(length, name) for length in LENGTHS for name in cost.NAMES]
     assert all(row["seconds"] > 0 and row["extra_bytes"] > 0 and row["calls"] == 1 for row in results["attention"])
+    swapped = results["swap"]
+    assert swapped["length"] == 300 and swapped["seconds"].keys() == {"stock", "swapped"}
+    assert 0 <= swapped["short_difference"] < 1e-5
     for name in figure.MODELS:
         training = results["training"][name]
         assert training["after"] < training["before"], name

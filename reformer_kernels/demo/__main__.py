@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..backends import native
-from . import cost, figure, training
+from . import cost, figure, swap, training
 from .model import ByteLM
 from .text import DemoError, read_text, split_text
 
@@ -58,8 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     count = partial(_integer, 1)
     parser = _Parser(
         prog="python -m reformer_kernels.demo",
-        description="Measures LSH attention against torch SDPA, then trains a byte-level language model with each of "
-        "them for the same time, and writes a figure, the numbers and a sample.",
+        description="Measures LSH attention against torch SDPA and a stock model before and after the one-line swap, "
+        "then trains a byte-level language model with LSH attention and with SDPA for the same time, and writes a "
+        "figure, the numbers and a sample.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -75,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument(
         "--point-seconds", type=_positive, default=12.0, help="no further repeat once a point has taken this long"
     )
+    part = parser.add_argument_group("one-line swap")
+    part.add_argument("--swap-length", type=count, default=8192, help="sequence length of the model that is converted")
+    part.add_argument("--swap-repeats", type=count, default=2, help="timed steps before and after")
     part = parser.add_argument_group("language model")
     part.add_argument("--seconds", type=_positive, default=100.0, help="training time of each model")
     part.add_argument("--context", type=partial(_integer, 2), default=4096, help="bytes in a window")
@@ -133,6 +137,15 @@ def _print_cost(rows: list[dict[str, Any]]) -> None:
             f"    {lsh['extra_bytes'] / 2**20:6.0f} MiB  {sdpa['extra_bytes'] / 2**20:6.0f} MiB"
             f"    {lsh['calls']} and {sdpa['calls']}"
         )
+
+
+def _print_swap(result: dict[str, Any]) -> None:
+    stock, swapped = result["seconds"]["stock"], result["seconds"]["swapped"]
+    print(f"\nThe one-line swap, rk.convert_attention(model): {swap.SETTINGS}")
+    print(
+        f"{result['length']:8,}  {stock:8.3f} s -> {swapped:.3f} s a training step, {stock / swapped:.1f}x\n"
+        f"{result['short_length']:8,}  the same function: outputs differ by {result['short_difference']:.1e} at most"
+    )
 
 
 def _train(options: argparse.Namespace, data: tuple[Tensor, Tensor], tqdm: Any) -> dict[str, training.Run]:
@@ -202,6 +215,10 @@ def _run(options: argparse.Namespace) -> None:
         options.lengths, options.repeats, options.point_seconds, partial(tqdm, desc="one attention layer", unit="L")
     )
     _print_cost(attention)
+    swapped = swap.measure(
+        options.swap_length, options.swap_repeats, options.seed, partial(tqdm, desc="one-line swap", unit="pair")
+    )
+    _print_swap(swapped)
     print(
         f"\nA language model of {options.layers} layers, width {options.width}, context {options.context:,}, on "
         f"{len(train_data):,} bytes of text; held out: the last {len(held_out):,}",
@@ -226,6 +243,7 @@ def _run(options: argparse.Namespace) -> None:
         "environment": environment,
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "attention": attention,
+        "swap": swapped,
         "training": results,
         "sample": {"prompt": prompt_text, "text": sample_text},
     }
