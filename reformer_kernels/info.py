@@ -14,6 +14,7 @@ import torch
 from . import __version__
 from ._dispatch import explain
 from .backends import native
+from .clustered import clustered_attention
 from .functional import local_attention, lsh_attention
 from .rules import AttentionRules
 
@@ -50,7 +51,8 @@ def report() -> str:
             x = torch.empty(1, 2, 256, 16, dtype=dtype, device=device)
             lines += ["", f"lsh_attention, {dtype}", explain(lsh_attention, x, x)]
     x = torch.empty(1, 2, 256, 16)
-    lines += ["", "local_attention, torch.float32", explain(local_attention, x, x, x)]
+    for function in (local_attention, clustered_attention):
+        lines += ["", f"{function.__name__}, torch.float32", explain(function, x, x, x)]
     lines += ["", "lsh_attention with AttentionRules.huggingface(), torch.float32"]
     lines.append(explain(lsh_attention, x, x, rules=AttentionRules.huggingface()))
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import reformer_kernels as rk
+from reformer_kernels.backends import native
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +19,14 @@ def _clean_state() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     rk.use_backend(None)
+
+
+@pytest.fixture(params=native.build_info().get("isa", []))
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of the library in turn."""
+    try:
+        forced = native.use_isa(request.param)
+    except RuntimeError:
+        pytest.skip(f"this processor does not run {request.param}")
+    with forced:
+        yield request.param

@@ -15,7 +15,6 @@ from reformer_kernels.backends import native, reference, reference_lists
 from .naive import clustered_attention as naive_clustered_attention
 from .test_random import LAYOUTS
 
-ISAS = native.build_info()["isa"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DROPOUT = {"dropout_p": 0.3, "dropout_seed": torch.tensor([2**40 + 5])}
 
@@ -94,14 +93,9 @@ def test_context_keys(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["plain", "dropout", "hash, causal", "bool mask"])
-@pytest.mark.parametrize("isa", ISAS)
-def test_instruction_sets(isa: str, mode: str) -> None:
-    try:
-        context = native.use_isa(isa)
-    except RuntimeError:
-        pytest.skip(f"this processor does not run {isa}")
-    with context:
-        testing.assert_matches_oracle(list_call(61, 61, torch.float64, modes(61, 61)[mode]), torch.float32, "cpu")
+@pytest.mark.usefixtures("isa")
+def test_instruction_sets(mode: str) -> None:
+    testing.assert_matches_oracle(list_call(61, 61, torch.float64, modes(61, 61)[mode]), torch.float32, "cpu")
 
 
 def test_long_sequences() -> None:
@@ -337,16 +331,11 @@ def assert_best(call: SelectCall, lists: Tensor) -> None:
     assert bool((best_left * (1 - 2 * slack) <= least).all())
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_the_choice_in_float32(isa: str) -> None:
-    try:
-        context = native.use_isa(isa)
-    except RuntimeError:
-        pytest.skip(f"this processor does not run {isa}")
-    with context:
-        for mode in ("plain", "causal", "hash, causal", "padding", "float mask"):
-            call = select_call(300, 300, torch.float32, modes(300, 300)[mode])
-            assert_best(call, native.select_keys(call))
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("mode", ["plain", "causal", "hash, causal", "padding", "float mask"])
+def test_the_choice_in_float32(mode: str) -> None:
+    call = select_call(300, 300, torch.float32, modes(300, 300)[mode])
+    assert_best(call, native.select_keys(call))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -12,7 +12,14 @@ from reformer_kernels.info import cuda_library
 
 def test_report() -> None:
     run = subprocess.run([sys.executable, "-m", "reformer_kernels.info"], capture_output=True, text=True, check=True)
-    for text in (rk.__version__, torch.__version__, native.build_info()["isa_in_use"], "CUDA library", "serves it"):
+    for text in (
+        rk.__version__,
+        torch.__version__,
+        native.build_info()["isa_in_use"],
+        "CUDA library",
+        "serves it",
+        "list_attention",
+    ):
         assert text in run.stdout
     assert 'cpu        no: rules.own_position="sentinel" is served by the reference only' in run.stdout
 

@@ -48,24 +48,32 @@ void prefetch_list(const AttentionParams& p, const Unit& u, int64_t chunk, Prefe
   prefetch.add<T>(p.value, u, u.key_head, list, 0, count, limit, p.E);
 }
 
-template <class T>
-void list_forward_chunks(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T>& s, int64_t begin,
-                         int64_t end) {
+// f(chunk, its queries, their number, its keys) for the chunks [begin, end); Scratch is that of forward or backward.
+template <class T, class Scratch, class F>
+void each_list(const AttentionParams& p, Shared<T>& shared, Scratch& s, int64_t begin, int64_t end, F&& f) {
   const Unit& u = shared.unit;
   ChunkRows<T>& keys = s.chunks[0];
   ListQueries queries;
   for (int64_t c = begin; c < end; ++c) {
-    const Chunk chunk = u.chunks[c];
-    const QueryChunk q = queries.of(u, chunk);
+    const int count = u.chunks[c].count;
+    const QueryChunk q = queries.of(u, u.chunks[c]);
     keys.load_list(p, u, key_list(p, u, c), s.Dp, s.Ep);
-    if (p.has(kRest)) count_seen<T>(p, u, keys, q, chunk.count, shared.lists.seen);
+    if (p.has(kRest)) count_seen<T>(p, u, keys, q, count, shared.lists.seen);
     s.prefetch.clear();
     if (c + 1 < end) prefetch_list<T>(p, u, c + 1, s.prefetch);
     s.prefetch.ready(s.most_steps);
-    s.window.assign(1, {&keys, static_cast<int>(c), 0});
-    for (int block = 0; block < chunk.count; block += kQueries)
-      forward_block<T>(p, shared, s, q, nullptr, block, std::min(kQueries, chunk.count - block));
+    f(c, q, count, keys);
   }
+}
+
+template <class T>
+void list_forward_chunks(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T>& s, int64_t begin,
+                         int64_t end) {
+  each_list<T>(p, shared, s, begin, end, [&](int64_t c, const QueryChunk& q, int queries, ChunkRows<T>& keys) {
+    s.window.assign(1, {&keys, static_cast<int>(c), 0});
+    for (int block = 0; block < queries; block += kQueries)
+      forward_block<T>(p, shared, s, q, nullptr, block, std::min(kQueries, queries - block));
+  });
 }
 
 template <class T>
@@ -88,28 +96,18 @@ template <class T>
 void list_backward_chunks(const AttentionParams& p, Shared<T>& shared, BackwardScratch<T>& s, int64_t first,
                           int64_t begin, int64_t end) {
   const Unit& u = shared.unit;
-  ListState<T>& lists = shared.lists;
-  ChunkRows<T>& keys = s.chunks[0];
-  ListQueries queries;
-  for (int64_t c = begin; c < end; ++c) {
-    const Chunk chunk = u.chunks[c];
-    const QueryChunk q = queries.of(u, chunk);
-    keys.load_list(p, u, key_list(p, u, c), s.Dp, s.Ep);
-    if (p.has(kRest)) count_seen<T>(p, u, keys, q, chunk.count, lists.seen);
-    s.prefetch.clear();
-    if (c + 1 < end) prefetch_list<T>(p, u, c + 1, s.prefetch);
-    s.prefetch.ready(s.most_steps);
+  each_list<T>(p, shared, s, begin, end, [&](int64_t c, const QueryChunk& q, int queries, ChunkRows<T>& keys) {
     const int64_t place = (c - first) * p.list_length;
-    for (int block = 0; block < chunk.count; block += kQueries) {
-      const int count = std::min(kQueries, chunk.count - block);
+    T *dK = shared.lists.dK + place * s.Dp, *dV = shared.lists.dV + place * s.Ep;
+    for (int block = 0; block < queries; block += kQueries) {
+      const int count = std::min(kQueries, queries - block);
       start_block<T>(p, shared, s, q, nullptr, block, count);
-      pair_gradients<T>(p, shared, s, {&keys, static_cast<int>(c), 0}, {s.dQ, false},
-                        {lists.dK + place * s.Dp, block > 0}, {lists.dV + place * s.Ep, block > 0});
+      pair_gradients<T>(p, shared, s, {&keys, static_cast<int>(c), 0}, {s.dQ, false}, {dK, block > 0}, {dV, block > 0});
       for (int i = 0; i < count; ++i)
-        merge_row<T>(p.grad_query.at<T>(u.b, u.h, q.position[block + i]), s.dQ + i * s.Dp, p.D,
-                     u.round(chunk.start) == 0, T(1), T(1));
+        merge_row<T>(p.grad_query.at<T>(u.b, u.h, q.position[block + i]), s.dQ + i * s.Dp, p.D, u.round(q.start) == 0,
+                     T(1), T(1));
     }
-  }
+  });
 }
 
 // Adds the gradients of the places of the chunks [first, last) to their keys.
