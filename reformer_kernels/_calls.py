@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,16 +117,22 @@ class SelectCall(NamedTuple):
         return self.query.device
 
     @property
-    def lists_shape(self) -> tuple[int, int, int, int]:
+    def lists_shape(self) -> tuple[Any, ...]:
         """[B, H, R * chunks, list length]"""
         batch, heads, length = self.query.shape[:3]
         rounds = 1 if self.order is None else self.order.shape[2]
-        context, local = self.context_keys, self.local
-        width = context + self.budget if rounds == 1 else max(context + local, self.budget - local)
+        context, keys = self.context_keys, self.key.shape[2] - self.context_keys
+        most = torch.sym_min(self.budget if rounds == 1 else self.budget - self.local, keys)
+        width = context + most
+        if rounds == 2:
+            width = torch.sym_max(context + torch.sym_min(self.local, keys), most)
+        width = torch.sym_max(1, width)  # a list without keys has its -1
         return batch, heads, rounds * (-(-length // self.chunk_length)), width
 
 
 class ListCall(NamedTuple):
+    """Lists hold keys that every query of the chunk may see or that are masked by position; no padding."""
+
     query: Tensor  # [B, H, L, D]
     key: Tensor  # [B, Hk, S, D]
     value: Tensor  # [B, Hk, S, E]

@@ -15,6 +15,7 @@ from .backends import reference_lists
 from .functional import seed_tensor
 
 GROUPINGS = ("position", "hash")
+BUCKETS = 16  # of a segment
 SEGMENT = 256  # hashing groups queries within so many positions: their groups' keys depend on no query further away
 
 
@@ -25,7 +26,7 @@ def clustered_attention(
     *,
     budget: int = 128,
     local_fraction: float = 0.25,
-    chunk_length: int = 32,
+    chunk_length: int | None = None,
     grouping: str = "position",
     rest_term: bool = True,
     causal: bool = False,
@@ -41,11 +42,11 @@ def clustered_attention(
     """Softmax attention with separate queries and keys, over ``budget`` keys a query: for pretrained attention.
 
     Queries are grouped in chunks. Each chunk attends a local window and the keys that its queries would give most
-    weight, found with the mean queries of its sub-groups of 16; a key counts once. One pseudo-key stands for all keys
+    weight, found with the mean queries of its four quarters; a key counts once. One pseudo-key stands for all keys
     that a query may see but did not: their mean key and value (of all keys that it may see), with the logarithm of
     their number added to the score. With a budget of at least S keys the result is exact. After improved clustered
-    attention (Vyas, Katharopoulos, Fleuret, arXiv 2007.04825). Selecting costs L * S / 16 products a head up to 16,384
-    keys; beyond, blocks of 64 keys are chosen first by their means.
+    attention (Vyas, Katharopoulos, Fleuret, arXiv 2007.04825). Selecting costs L * S * 4 / chunk_length
+    products of rows a head up to 16,384 keys; beyond, blocks of 64 keys are chosen first by their means.
 
     Which keys a chunk takes depends on all its queries, so ``causal`` masks values and keys of later positions exactly,
     but an earlier query of the same chunk can see other (earlier) keys when a later one changes.
@@ -58,7 +59,8 @@ def clustered_attention(
         local_fraction: share of the budget, 0 to 1, that is a window around the query's chunk of positions (with
             ``causal`` one that ends with it). Unused if L and S differ and nothing is causal: then positions of queries
             and keys have nothing to do with each other.
-        chunk_length: queries that share their keys. Shorter is more accurate and slower.
+        chunk_length: queries that share their keys. Shorter is more accurate and slower. None: 16, with more than 4,096
+            keys 32, and with more than 32,768 keys 64.
         grouping: "position": chunks are neighbouring queries; "hash": they share a bucket of centred queries, within
             segments of 256 positions, and the local window is attended apart from that.
         rest_term: use the pseudo-key. It is off with an ``attn_mask``.
@@ -109,7 +111,7 @@ def attend(
     *,
     budget: int,
     local_fraction: float,
-    chunk_length: int,
+    chunk_length: int | None,
     grouping: str,
     rest_term: bool,
     causal: bool,
@@ -123,11 +125,13 @@ def attend(
     backend: str | None,
     context_keys: int = 0,
     need_weights: bool = False,
+    hash_width: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``clustered_attention`` for modules: with keys that every query sees, and with the attention weights.
 
     Args:
         context_keys: the last keys, beside the budget; never masked, also if ``causal``.
+        hash_width: hash by so many columns of the queries; None: all.
         need_weights: also return the probabilities that were used, [B, H, L, S]: O(L * S) memory. The pseudo-key's is
             spread evenly over the keys whose mean it is, so that ``weights @ value`` is the output.
     """
@@ -141,21 +145,34 @@ def attend(
     check.check_padding_mask(query_padding_mask, "query", query, "query_padding_mask")
     check.check_padding_mask(key_padding_mask, "key", key)
     check.check_attn_mask(attn_mask, "query", query, length, size)
-    local = round(budget * local_fraction) if causal or length == size - context_keys else 0
+    keys = size - context_keys
+    chunk = _default_chunk_length(size) if chunk_length is None else chunk_length
+    # Without a window where positions of queries and keys have nothing to do with each other, and where the hashed
+    # groups' own share of the budget is to hold all keys.
+    local = 0
+    if (causal or length == keys) and not (grouping == "hash" and budget >= keys):
+        local = round(budget * local_fraction)
+    seed = seed_tensor(hash_seed)
     factor = float(head_dim**-0.5 if scale is None else scale)
     order = None
     if grouping == "hash":
-        order = _hash_order(query, query_padding_mask, chunk_length, hash_seed, backend)
+        order = _hash_order(query[..., :hash_width], query_padding_mask, seed, backend)
     lists = _ops.select_keys(
-        query.detach(), key.detach(), order, query_padding_mask, key_padding_mask, attn_mask, chunk_length, budget,
+        query.detach(), key.detach(), order, query_padding_mask, key_padding_mask, attn_mask, chunk, budget,
         local, context_keys, causal, factor, backend or "",
     )  # fmt: skip
     arguments = (
-        query, key, value, order, lists, key_padding_mask, attn_mask, dropout_seed, chunk_length, context_keys, causal,
+        query, key, value, order, lists, key_padding_mask, attn_mask, dropout_seed, chunk, context_keys, causal,
         rest_term and attn_mask is None, factor, float(dropout_p), backend or "",
     )  # fmt: skip
     out, _ = _ops.list_attention(*arguments)
     return out, reference_lists.dense_weights(ListCall(*arguments)) if need_weights else None
+
+
+def _default_chunk_length(size: int) -> int:
+    """16, with more than 4,096 keys 32, with more than 32,768 keys 64. Without branches: a size may be symbolic."""
+    short, medium = 1 // (1 + size // 4097), 1 // (1 + size // 32769)
+    return 16 * (4 - short - 2 * medium)
 
 
 def _check(
@@ -173,16 +190,15 @@ def _check(
     check.check_shape("key", key, (query.shape[0], key.shape[1], key.shape[2], query.shape[3]))
     check.check_shape("value", value, (*key.shape[:3], value.shape[3]))
     check.check_int("budget", budget, 1)
-    check.check_int("chunk_length", chunk_length, 1)
+    if chunk_length is not None:
+        check.check_int("chunk_length", chunk_length, 1)
     check.check_int("context_keys", context_keys, 0, key.shape[2])
     check.check_fraction("local_fraction", local_fraction)
     check.check_choice("grouping", grouping, GROUPINGS)
     check.check_bool("rest_term", rest_term)
 
 
-def _hash_order(
-    query: Tensor, padding: Tensor | None, chunk_length: int, hash_seed: int | Tensor, backend: str | None
-) -> Tensor:
+def _hash_order(query: Tensor, padding: Tensor | None, seed: Tensor, backend: str | None) -> Tensor:
     """int32 [B, H, 2, L]: the order of positions, and that by segment and bucket of the centred queries.
 
     In every segment padding comes last.
@@ -194,15 +210,13 @@ def _hash_order(
     else:
         real = ~padding[:, None, :, None]
         centred = query - (query * real).sum(dim=2, keepdim=True) / real.sum(dim=2, keepdim=True).clamp(min=1)
-    n_buckets = 2 * max(1, SEGMENT // (2 * chunk_length))
-    seed = seed_tensor(hash_seed)
-    buckets = _ops.hash_buckets(centred, None, padding, seed, [n_buckets], 1, chunk_length, backend or "")
+    buckets = _ops.hash_buckets(centred, None, padding, seed, [BUCKETS], 1, SEGMENT, backend or "")
     positions = torch.arange(length, dtype=torch.int32, device=query.device)
     segments = -(-length // SEGMENT)
     order = _ops.bucket_order(
-        buckets + positions // SEGMENT * (n_buckets + 1),
+        buckets + positions // SEGMENT * (BUCKETS + 1),
         None,
-        (n_buckets + 1) * torch.sym_max(1, segments),
+        (BUCKETS + 1) * torch.sym_max(1, segments),
         backend or "",
     )
     return torch.cat([positions.expand(batch, heads, 1, length), order], dim=2)

@@ -29,7 +29,7 @@ def scaled_dot_product_attention(
     local_fraction: float = 0.25,
     grouping: str = "position",
     rest_term: bool = True,
-    chunk_length: int = 32,
+    chunk_length: int | None = None,
     exact_below: int | None = None,
     hash_seed: int = 0,
     backend: str | None = None,

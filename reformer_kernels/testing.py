@@ -73,7 +73,7 @@ def _list_terms(call: ListCall, grad_out: Tensor) -> dict[str, float]:
     rows, add = reference_lists.gather_rows, reference_lists.add_rows
     out = add(length, s.position, dropped @ rows(value, s.key))
     if rest is not None:
-        rest_weight = torch.exp(rest.score - reference._finite(lse))[..., None]
+        rest_weight = torch.exp(rest.score - reference_lists.finite(lse))[..., None]
         finite = rest.score.masked_fill(rest.score == float("-inf"), 0.0)
         score_rounding = max(score_rounding, 1 + float(finite.abs().max()))
         mean_key, mean_value = rest.share @ key, rest.share @ value
@@ -93,7 +93,7 @@ def _list_terms(call: ListCall, grad_out: Tensor) -> dict[str, float]:
         grads[2] = grads[2] + rest.share.mT @ (rest_weight * grad)
     grads[1:] = [reference_lists.per_key_head(g, x) for g, x in zip(grads[1:], (call.key, call.value), strict=True)]
     terms = {name: float(x.max()) * score_rounding for name, x in zip(("out", *NAMES[2:]), (out, *grads), strict=True)}
-    return terms | {"lse": score_rounding + float(reference._finite(lse).abs().max())}
+    return terms | {"lse": score_rounding + float(reference_lists.finite(lse).abs().max())}
 
 
 def _chunk_terms(call: AttentionCall, grad_out: Tensor) -> dict[str, float]:
@@ -105,7 +105,7 @@ def _chunk_terms(call: AttentionCall, grad_out: Tensor) -> dict[str, float]:
         query, key, value = reference.tensors(part, torch.float64)
         s = reference._score(part, order, query, key, (unit, len(parts)))
         _, lse = reference._attend(part, s, value)
-        weight = torch.exp(s.scores - reference._finite(reference._of_query(s, lse)))
+        weight = torch.exp(s.scores - reference_lists.finite(reference._of_query(s, lse)))
         dropped = weight * (1.0 if s.dropout is None else s.dropout)
         scores = s.scores.masked_fill(~s.included, 0.0).abs()
         score_rounding = 1 + float(scores.max())
@@ -133,7 +133,7 @@ def _chunk_terms(call: AttentionCall, grad_out: Tensor) -> dict[str, float]:
         sums = {"out": out, "grad_query": grads[0], "grad_key": grads[1], "grad_value": grads[2]}
         for name, x in sums.items():
             largest[name] = max(largest[name], float(x.max()) * score_rounding)
-        largest["lse"] = max(largest["lse"], score_rounding + float(reference._finite(lse).abs().max()))
+        largest["lse"] = max(largest["lse"], score_rounding + float(reference_lists.finite(lse).abs().max()))
     return largest
 
 

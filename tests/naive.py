@@ -125,8 +125,9 @@ def clustered_attention(
             for start in range(0, length, chunk_length):
                 chunk = order[start : start + chunk_length]
                 score = [0.0] * length
-                for first in range(0, len(chunk), 16):
-                    members = chunk[first : first + 16]
+                size = -(-min(chunk_length, length) // 4)
+                for first in range(0, len(chunk), size):
+                    members = chunk[first : first + size]
                     mean = [sum(x) / len(members) for x in zip(*(q[i] for i in members), strict=True)]
                     weights = {}
                     for j in range(length):

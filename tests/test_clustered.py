@@ -1,5 +1,6 @@
 """Clustered attention: the choice of keys, attention to lists of keys, the rest term; kernels against the oracle."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -152,7 +153,7 @@ def test_against_loops_in_python(backend: str, mode: str) -> None:
             options[name] = options[name][:1]
     seen: Any = None
     if options.pop("grouping", None) == "hash":
-        seen = clustered._hash_order(q, None, 5, 0, None)[:, :, 1]
+        seen = clustered._hash_order(q, None, torch.tensor([0]), None)[:, :, 1]
     expected = naive_clustered_attention(q, k, v, seen, **options)
     actual = rk.clustered_attention(
         q, k, v, grouping="position" if seen is None else "hash", backend=backend, **options
@@ -165,7 +166,7 @@ def test_against_loops_in_python(backend: str, mode: str) -> None:
 def test_a_budget_of_all_keys_is_exact(grouping: str, size: int) -> None:
     q, k, v = (x.double() for x in qkv(30, size))
     expanded = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-    options = {"budget": 50, "grouping": grouping, "chunk_length": 7}
+    options = {"budget": size, "grouping": grouping, "chunk_length": 7}
     padding = torch.rand(2, size) < 0.3
     padding[:, 0] = False
     mask = torch.rand(2, 4, 30, size) < 0.3
@@ -286,6 +287,23 @@ def test_empty(backend: str, length: int, size: int, batch: int) -> None:
         assert not any(g.any() for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
+def test_no_query_heads() -> None:
+    q, k = torch.randn(1, 0, 9, 4, requires_grad=True), torch.randn(1, 2, 9, 4, requires_grad=True)
+    for function in (rk.clustered_attention, rk.local_attention):
+        out = function(q, k, k)
+        assert out.shape == q.shape and not torch.autograd.grad(out.sum(), k)[0].any()
+
+
+def test_the_reference_lays_out_its_results_as_the_fake_does() -> None:
+    q, k, v = (torch.randn(1, 20, 2, 4).transpose(1, 2).requires_grad_() for _ in range(3))
+    for rest_term in (False, True):
+        attend = functools.partial(rk.clustered_attention, budget=8, rest_term=rest_term, backend="reference")
+        function = torch.compile(lambda q, k, v, f=attend: f(q, k, v), backend="aot_eager", fullgraph=True)
+        out = function(q, k, v)
+        torch.testing.assert_close(out, rk.clustered_attention(q, k, v, budget=8, rest_term=rest_term))
+        torch.autograd.grad(out.sum(), (q, k, v))
+
+
 def test_extreme_scores_stay_finite() -> None:
     q, k, v = (1e4 * x for x in qkv(64))
     out = rk.clustered_attention(q, k, v, budget=8, chunk_length=8, causal=True)
@@ -350,6 +368,48 @@ def test_two_steps_for_many_keys(causal: bool) -> None:
     lists = native.select_keys(SelectCall(q, k, None, None, None, None, 32, 32, 0, 0, False, 1.0, ""))
     found = ((lists >= 9000) & (lists < 9064)).float().mean()
     assert found > 0.9, found
+
+
+def test_a_large_budget_of_many_keys_is_exact() -> None:
+    size = reference_lists.EXACT_KEYS + 100
+    q, k, v = (torch.randn(1, 1, n, 8) for n in (20, size, size))
+    out = rk.clustered_attention(q, k, v, budget=10**9, chunk_length=8)  # also one far larger than the keys
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("size", [200, reference_lists.EXACT_KEYS + 64])
+def test_sub_groups_that_see_nothing(size: int) -> None:
+    """Causal queries before the first key that is no padding; whole rows of padding; keys that are not finite."""
+    q, k, v = torch.randn(2, 1, 100, 4), torch.randn(2, 1, size, 4), torch.randn(2, 1, size, 4)
+    padding = torch.zeros(2, size, dtype=torch.bool)
+    padding[0, :64], padding[1] = True, True
+    options = {"budget": 8, "chunk_length": 100, "local_fraction": 0.0}
+    for causal in (False, True):
+        call = testing.capture(
+            rk.clustered_attention, q.double(), k.double(), v.double(), op="select_keys", causal=causal,
+            key_padding_mask=padding, **options,
+        )  # fmt: skip
+        assert torch.equal(native.select_keys(call), reference.select_keys(call))
+        assert (native.select_keys(call)[0] >= 0).sum() == 8
+        out = rk.clustered_attention(q, k, v, causal=causal, key_padding_mask=padding, **options)
+        assert out.isfinite().all() and not out[1].any()
+        for bad in (float("inf"), float("nan")):
+            k2 = k.masked_fill(padding[:, None, :, None], bad)  # what is ignored may hold anything
+            v2 = v.masked_fill(padding[:, None, :, None], bad)
+            assert torch.equal(
+                out, rk.clustered_attention(q, k2, v2, causal=causal, key_padding_mask=padding, **options)
+            )
+        rk.clustered_attention(q, k.clone().fill_(float("inf")), v, causal=causal, **options)  # garbage, but no crash
+
+
+def test_lists_end_at_their_first_gap() -> None:
+    q, k, v = (x[:1, :2, :8].contiguous().requires_grad_() for x in qkv(20, key_heads=4))
+    lists = torch.tensor([3, -1, 7, 5], dtype=torch.int32).expand(1, 2, 2, 4).contiguous()
+    arguments = (q, k, v, None, lists, None, None, None, 4, 0, False, False, 0.5, 0.0, "cpu")
+    out, _ = torch.ops.reformer_kernels.list_attention.default(*arguments)
+    torch.testing.assert_close(out, v[:, :, 3:4].expand_as(out))
+    _, grad_key, grad_value = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not grad_key.any() and grad_value[:, :, 3].eq(8).all() and not grad_value[:, :, 4:].any()
 
 
 def test_selection_finds_far_keys() -> None:

@@ -287,7 +287,7 @@ def test_shared_qk_is_lsh_attention() -> None:
 # Compilers
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"shared_qk": True}])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"shared_qk": True}, {"grouping": "hash"}])
 def test_compile_with_dynamic_length(options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     m = LSHMultiheadAttention(E, H, 0.1, batch_first=True, budget=32, chunk_length=16, **options).eval()
@@ -303,7 +303,7 @@ def test_compile_with_dynamic_length(options: dict[str, Any]) -> None:
 
 
 def test_export_with_dynamic_length() -> None:
-    m = LSHMultiheadAttention(E, H, batch_first=True, budget=32, chunk_length=16).eval()
+    m = LSHMultiheadAttention(E, H, batch_first=True, budget=32).eval()  # chunk_length depends on the length
 
     class Self(nn.Module):
         def __init__(self) -> None:
@@ -321,6 +321,23 @@ def test_export_with_dynamic_length() -> None:
 
 
 @nested_warnings
+def test_gradients_per_sample_with_a_float_mask() -> None:
+    m = LSHMultiheadAttention(E, H, batch_first=True, budget=16, chunk_length=8)
+    parameters = {name: p.detach() for name, p in m.named_parameters()}
+    x = torch.randn(3, 40, E)
+    mask = torch.zeros(3, 40).masked_fill(torch.rand(3, 40) < 0.2, -torch.inf)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+        given = (x[None], x[None], x[None], mask[None])
+        return torch.func.functional_call(m, parameters, given, {"need_weights": False})[0].square().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, mask)
+    for i in range(3):
+        alone = torch.autograd.grad(loss(dict(m.named_parameters()), x[i], mask[i]), list(m.parameters()))
+        for (name, _), g in zip(m.named_parameters(), alone, strict=True):
+            torch.testing.assert_close(together[name][i], g)
+
+
 def test_compiled_encoder_calls_our_forward() -> None:
     torch._dynamo.reset()
     layer = nn.TransformerEncoderLayer(E, H, 32, batch_first=True)

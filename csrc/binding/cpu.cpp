@@ -312,9 +312,10 @@ void select_keys(Tensor query, Tensor key, OptionalTensor order, OptionalTensor 
                                      context_keys, scale, flags);
   const rk::AttentionParams& p = a.p;
   STD_TORCH_CHECK(local >= 0 && local <= budget, "the local window must be between 0 and the budget");
-  const int64_t longest = p.R == 1 ? context_keys + budget : std::max(context_keys + local, budget - local);
+  const int64_t keys = p.S - context_keys, most = std::min(p.R == 1 ? budget : budget - local, keys);
+  const int64_t longest = p.R == 1 ? context_keys + most : std::max(context_keys + std::min(local, keys), most);
   STD_TORCH_CHECK(p.list_length >= longest, "lists must have room for ", longest, " keys, got ", p.list_length);
-  rk::SelectParams s{p, budget, local, nullptr, nullptr};
+  rk::SelectParams s{p, std::min<int64_t>(budget, INT32_MAX), std::min<int64_t>(local, INT32_MAX), nullptr, nullptr};
   s.query_padding = contiguous<bool>("query_padding_mask", query_padding, ScalarType::Bool, {p.B, p.L});
   s.lists = const_cast<int32_t*>(
       contiguous<int32_t>("lists", lists, ScalarType::Int, {p.B, p.H, list_rows(p), p.list_length}));

@@ -161,6 +161,8 @@ def chunk_attention_backward(
     key = None if call.key is None else _rows(call.key)
     grad_query, grad_value = (empty_rows(x, x.shape[2], x.shape[3]) for x in (query, value))
     grad_key = None if key is None else empty_rows(key, key.shape[2], key.shape[3])
+    if grad_key is not None and query.shape[1] == 0:  # no unit of work, which would write them
+        grad_key.zero_(), grad_value.zero_()
     _ops.chunk_attention_backward(
         query, key, value, *_options(call), _rows(grad_out), _rows(out), lse.contiguous(), self_only.contiguous(),
         grad_query, grad_key, grad_value,
@@ -206,7 +208,7 @@ def list_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = _rows(call.query), _rows(call.key), _rows(call.value)
     grads = tuple(empty_rows(x, x.shape[2], x.shape[3]) for x in (query, key, value))
-    if query.shape[2] == 0:  # no unit of work, which would write them
+    if 0 in query.shape[:3]:  # no unit of work, which would write them
         return tuple(g.zero_() for g in grads)  # type: ignore[return-value]
     _ops.list_attention_backward(
         query, key, value, *_list_options(call), _rows(out), lse.contiguous(), _rows(grad_out), *grads

@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._calls import AttentionCall, Call, HashCall, OrderCall, empty_rows, out_of_range
+from .._calls import AttentionCall, Call, HashCall, OrderCall, out_of_range
 from .philox import drop_threshold, keep_factor, philox
 from .reference_lists import (
     MASKED,
+    finite,
+    like,
     list_attention,
     list_attention_backward,
     per_key_head,
@@ -296,16 +298,16 @@ def _attend(call: AttentionCall, s: _Scores, value: Tensor) -> tuple[Tensor, Ten
     if call.rules.combine_rounds == "exp_lse":
         probability, round_lse = _round_softmax(s)
         lse = _log_add(call, s, round_lse)
-        weight = torch.exp(round_lse - _finite(_of_query(s, lse)))
+        weight = torch.exp(round_lse - finite(_of_query(s, lse)))
         return _per_query_sum(call, s, (probability * drop) @ value_rows * weight), lse
     # The softmax over the rounds' logsumexp of each round's softmax is one softmax over all (round, key) pairs.
     maximum = _per_query_max(call, s, s.scores.detach().amax(dim=-1))
-    weight = torch.exp(s.scores - _finite(_of_query(s, maximum)))
+    weight = torch.exp(s.scores - finite(_of_query(s, maximum)))
     total = _per_query_sum(call, s, weight.sum(dim=-1, keepdim=True))[..., 0]
     out = _per_query_sum(call, s, (weight * drop) @ value_rows)
     some = total > 0
     total = torch.where(some, total, 1.0)
-    lse = torch.where(some, _finite(maximum) + total.log(), float("-inf"))
+    lse = torch.where(some, finite(maximum) + total.log(), float("-inf"))
     return out / total[..., None], lse
 
 
@@ -318,13 +320,9 @@ def _round_softmax(s: _Scores) -> tuple[Tensor, Tensor]:
 
 
 def _log_add(call: AttentionCall, s: _Scores, round_lse: Tensor) -> Tensor:
-    maximum = _finite(_per_query_max(call, s, round_lse.detach()[..., 0]))
+    maximum = finite(_per_query_max(call, s, round_lse.detach()[..., 0]))
     total = _per_query_sum(call, s, torch.exp(round_lse - _of_query(s, maximum)))[..., 0]
     return torch.where(total > 0, maximum + torch.where(total > 0, total, 1.0).log(), float("-inf"))
-
-
-def _finite(x: Tensor) -> Tensor:
-    return x.masked_fill(x == float("-inf"), 0.0)
 
 
 def tensors(call: AttentionCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -355,9 +353,9 @@ def _one_sequence_backward(
     lse = torch.nn.functional.pad(lse.to(dtype), (0, rest))
     if call.rules.combine_rounds == "exp_lse":  # in two steps, as exp(s - lse) is inexact next to sentinels
         probability, round_lse = _round_softmax(s)
-        weight = probability * torch.exp(round_lse - _finite(_of_query(s, lse)))
+        weight = probability * torch.exp(round_lse - finite(_of_query(s, lse)))
     else:
-        weight = torch.exp(s.scores - _finite(_of_query(s, lse)))
+        weight = torch.exp(s.scores - finite(_of_query(s, lse)))
     drop = 1.0 if s.dropout is None else s.dropout
     grad_rows, query_rows = _rows(grad_out, s.query_position), _rows(query, s.query_position)
     delta = _of_query(s, (grad_out * out).sum(-1))
@@ -408,11 +406,6 @@ def _split(call: AttentionCall) -> list[tuple[AttentionCall, Tensor, slice]]:
     return parts
 
 
-def _like(model: Tensor, x: Tensor) -> Tensor:
-    """x, laid out in memory as ``empty_rows`` does."""
-    return x if model.is_contiguous() else empty_rows(model, x.shape[2], x.shape[3]).to(x.dtype).copy_(x)
-
-
 def _empty(call: AttentionCall) -> bool:
     return 0 in (*call.query.shape[:3], call.n_queries)
 
@@ -427,9 +420,9 @@ def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     if not results:
         rows = (*call.query.shape[:2], call.n_queries)
         lse = call.query.new_zeros(rows, dtype=torch.promote_types(call.query.dtype, torch.float32))
-        return _like(call.query, call.value.new_zeros((*rows, call.value.shape[3]))), lse, lse > 0
+        return like(call.query, call.value.new_zeros((*rows, call.value.shape[3]))), lse, lse > 0
     out, lse, self_only = (torch.cat(x, dim=2) for x in zip(*results, strict=True))
-    return _like(call.query, out), lse, self_only
+    return like(call.query, out), lse, self_only
 
 
 def chunk_attention_backward(
@@ -443,12 +436,12 @@ def chunk_attention_backward(
             residuals = grad_out[:, :, rows], out[:, :, rows], lse[:, :, rows]
             results.append(_one_sequence_backward(part, order, (unit, len(parts)), *residuals))
     if not results:
-        zeros = [_like(x, torch.zeros_like(x)) for x in (call.query, call.value)]
+        zeros = [like(x, torch.zeros_like(x)) for x in (call.query, call.value)]
         return (
             zeros[0],
-            call.query.new_empty(0) if call.key is None else _like(call.key, torch.zeros_like(call.key)),
+            call.query.new_empty(0) if call.key is None else like(call.key, torch.zeros_like(call.key)),
             zeros[1],
         )
     query, key, value = zip(*results, strict=True)
-    grads = [_like(x, torch.cat(g, dim=2)) for x, g in ((call.query, query), (call.value, value))]
-    return grads[0], key[0] if call.key is None else _like(call.key, torch.cat(key, dim=2)), grads[1]
+    grads = [like(x, torch.cat(g, dim=2)) for x, g in ((call.query, query), (call.value, value))]
+    return grads[0], key[0] if call.key is None else like(call.key, torch.cat(key, dim=2)), grads[1]

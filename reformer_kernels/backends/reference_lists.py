@@ -11,15 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._calls import ListCall, SelectCall
+from .._calls import ListCall, SelectCall, empty_rows
 from .philox import drop_threshold, keep_factor, philox
 
 MASKED = -1e30  # a float mask at or below this masks, as -inf does
 
-SUBGROUP = 16  # queries of a chunk that one mean query stands for
+SUBGROUPS = 4  # of a chunk; one mean query stands for each
 EXACT_KEYS = 16384  # up to so many keys each is looked at; above, blocks of keys are chosen first
 KEY_BLOCK = 64
-CHOSEN_BLOCKS = 64
+CHOSEN_BLOCKS = 64  # or twice what the budget fills
 LEAST = 1e-30  # a weight too small for a float still beats a key that is not to be taken
 
 
@@ -42,7 +42,7 @@ def _positions(call: SelectCall | ListCall) -> Tensor:
     order = call.order
     if order is None:
         order = torch.arange(length, device=device).expand(batch, heads, 1, length)
-    chunk = call.chunk_length
+    chunk = min(call.chunk_length, max(1, length))
     padded = torch.nn.functional.pad(order.long(), (0, -length % chunk), value=-1)
     return padded.reshape(batch, heads, -1, chunk)
 
@@ -130,13 +130,14 @@ def selection_scores(call: SelectCall) -> Tensor:
     rounds = 1 if call.order is None else call.order.shape[2]
     keys = call.key.shape[2] - call.context_keys
     position = _positions(call)
-    position = position.view(batch, heads, rounds, -1, call.chunk_length)[:, :, -1]  # [B, H, n, C]
-    n = position.shape[2]
+    position = position.unflatten(2, (rounds, -1))[:, :, -1]  # [B, H, n, C]
     if call.query_padding_mask is not None:
         position = _choosing(position, call.query_padding_mask)
-    groups = torch.nn.functional.pad(position, (0, -call.chunk_length % SUBGROUP), value=-1)
-    groups = groups.unflatten(-1, (-1, SUBGROUP))  # [B, H, n, M, 16]
-    real = (groups >= 0)[..., None].to(dtype)  # [B, H, n, M, 16, 1]
+    chunk = position.shape[3]
+    size = -(-chunk // SUBGROUPS)
+    groups = torch.nn.functional.pad(position, (0, -chunk % size), value=-1)
+    groups = groups.unflatten(-1, (-1, size))  # [B, H, n, M, size]
+    real = (groups >= 0)[..., None].to(dtype)  # [B, H, n, M, size, 1]
     query = call.query.to(dtype)
     rows = query.gather(2, groups.clamp(min=0).reshape(batch, heads, -1, 1).expand(-1, -1, -1, query.shape[3]))
     rows = rows.view(*groups.shape, -1)
@@ -161,12 +162,11 @@ def selection_scores(call: SelectCall) -> Tensor:
     windows = local_windows(call)
     all_keys = torch.arange(keys, device=key.device)
     if rounds == 1:
-        own = windows[torch.arange(n, device=key.device)]  # [n, 2]
         share = new.sum(dim=-2) / members.clamp(min=1)
-        inside = (all_keys >= own[:, :1]) & (all_keys < own[:, 1:])
+        inside = (all_keys >= windows[:, :1]) & (all_keys < windows[:, 1:])  # [n, S']
         share = share * ~inside[:, None]
     else:
-        own = windows[groups.clamp(min=0) // call.chunk_length]  # [B, H, n, M, 16, 2]
+        own = windows[groups.clamp(min=0) // call.chunk_length]  # [B, H, n, M, size, 2]
         inside = (all_keys >= own[..., :1]) & (all_keys < own[..., 1:])
         share = (new & ~inside).sum(dim=-2) / members.clamp(min=1)
     return (share * (weight + LEAST) * candidate).sum(dim=-2)
@@ -197,7 +197,7 @@ def _candidates(call: SelectCall, mean: Tensor, key: Tensor, groups: Tensor) -> 
     first = torch.arange(count, device=key.device) * KEY_BLOCK
     seen = (last >= first if call.causal else last >= 0) & (sizes > 0)[:, :, None, None]
     weight = _softmax(score, seen)
-    chosen = _best(((weight + LEAST) * seen).sum(dim=3), CHOSEN_BLOCKS)
+    chosen = _best(((weight + LEAST) * seen).sum(dim=3), max(CHOSEN_BLOCKS, 2 * -(-call.budget // KEY_BLOCK)))
     return chosen.repeat_interleave(KEY_BLOCK, dim=-1)[..., None, :size]
 
 
@@ -261,8 +261,8 @@ def list_scores(call: ListCall) -> ListScores:
         assert call.dropout_seed is not None
         device = scores.device
         head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1, 1)
-        slot = torch.arange(position.shape[2] // rounds * call.chunk_length, device=device).repeat(rounds)
-        slot = slot.view(position.shape[2], call.chunk_length, 1)
+        slot = torch.arange(position[0, 0].numel() // rounds, device=device).repeat(rounds)
+        slot = slot.view(*position.shape[2:], 1)
         round_ = (torch.arange(position.shape[2], device=device) * rounds // position.shape[2])[:, None, None]
         place = torch.arange(key.shape[-1], device=device)
         words = philox(call.dropout_seed.to(device), place // 4, slot, round_, head)
@@ -323,13 +323,18 @@ def call_tensors(call: ListCall) -> tuple[Tensor, Tensor, Tensor]:
     return call.query.to(dtype), key, value
 
 
-def _finite(x: Tensor) -> Tensor:
+def like(model: Tensor, x: Tensor) -> Tensor:
+    """x, laid out in memory as the kernels' results and the fake ones are."""
+    return empty_rows(model, x.shape[2], x.shape[3]).to(x.dtype).copy_(x)
+
+
+def finite(x: Tensor) -> Tensor:
     return x.masked_fill(x == float("-inf"), 0.0)
 
 
 def probabilities(s: ListScores, lse: Tensor) -> Tensor:
     """[B, H, N, C, W] of lse [B, H, L]."""
-    return torch.exp(s.scores - gather_rows(_finite(lse)[..., None], s.position))
+    return torch.exp(s.scores - gather_rows(finite(lse)[..., None], s.position))
 
 
 def logsumexp(s: ListScores, rest: RestTerm | None, length: int) -> Tensor:
@@ -342,9 +347,9 @@ def logsumexp(s: ListScores, rest: RestTerm | None, length: int) -> Tensor:
         top = torch.maximum(top, rest.score.detach())
     total = add_rows(length, s.position, probabilities(s, top).sum(dim=-1, keepdim=True))[..., 0]
     if rest is not None:
-        total = total + torch.exp(rest.score - _finite(top))
+        total = total + torch.exp(rest.score - finite(top))
     some = total > 0
-    return torch.where(some, _finite(top) + torch.where(some, total, 1.0).log(), float("-inf"))
+    return torch.where(some, finite(top) + torch.where(some, total, 1.0).log(), float("-inf"))
 
 
 def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
@@ -353,14 +358,14 @@ def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
     query, key, value = call_tensors(call)
     if 0 in query.shape[:3] or call.key_lists.shape[3] == 0:
         out = query.new_zeros((*query.shape[:3], value.shape[3])).to(call.value.dtype)
-        return out, query.new_full(query.shape[:3], float("-inf"))
+        return like(call.query, out), query.new_full(query.shape[:3], float("-inf"))
     s = list_scores(call)
     rest = rest_term(call, s, query, key) if call.rest_term else None
     lse = logsumexp(s, rest, length)
     out = add_rows(length, s.position, (probabilities(s, lse) * s.dropout) @ gather_rows(value, s.key))
     if rest is not None:
-        out = out + torch.exp(rest.score - _finite(lse))[..., None] * (rest.share @ value)
-    return out.to(call.value.dtype), lse
+        out = out + torch.exp(rest.score - finite(lse))[..., None] * (rest.share @ value)
+    return like(call.query, out.to(call.value.dtype)), lse.contiguous()
 
 
 def per_key_head(grad: Tensor, x: Tensor) -> Tensor:
@@ -376,7 +381,7 @@ def list_attention_backward(
     length, size = call.query.shape[2], call.key.shape[2]
     query, key, value = call_tensors(call)
     if 0 in query.shape[:3] or call.key_lists.shape[3] == 0:
-        return torch.zeros_like(call.query), torch.zeros_like(call.key), torch.zeros_like(call.value)
+        return tuple(like(x, torch.zeros_like(x)) for x in (call.query, call.key, call.value))  # type: ignore[return-value]
     grad_out, lse = grad_out.to(query.dtype), lse.to(query.dtype)
     delta = (grad_out * out.to(query.dtype)).sum(dim=-1, keepdim=True)
     s = list_scores(call)
@@ -388,14 +393,15 @@ def list_attention_backward(
     grad_value = add_rows(size, s.key, (weight * s.dropout).mT @ grad_rows)
     if call.rest_term:
         rest = rest_term(call, s, query, key)
-        rest_weight = torch.exp(rest.score - _finite(lse))[..., None]
+        rest_weight = torch.exp(rest.score - finite(lse))[..., None]
         mean_key, mean_value = rest.share @ key, rest.share @ value
         slope = rest_weight * ((grad_out * mean_value).sum(-1, keepdim=True) - delta) * call.scale
         grad_query = grad_query + slope * mean_key
         grad_key = grad_key + rest.share.mT @ (slope * query)
         grad_value = grad_value + rest.share.mT @ (rest_weight * grad_out)
     grads = grad_query, per_key_head(grad_key, call.key), per_key_head(grad_value, call.value)
-    return tuple(g.to(call.query.dtype) for g in grads)  # type: ignore[return-value]
+    tensors = call.query, call.key, call.value
+    return tuple(like(x, g.to(x.dtype)) for x, g in zip(tensors, grads, strict=True))  # type: ignore[return-value]
 
 
 def dense_weights(call: ListCall) -> Tensor:
@@ -409,7 +415,7 @@ def dense_weights(call: ListCall) -> Tensor:
     lse = logsumexp(s, rest, length)
     weights = _scatter(s, probabilities(s, lse) * s.dropout, length, size)
     if rest is not None:
-        weights = weights + torch.exp(rest.score - _finite(lse))[..., None] * rest.share
+        weights = weights + torch.exp(rest.score - finite(lse))[..., None] * rest.share
     return weights.to(call.value.dtype)
 
 

@@ -53,6 +53,8 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
             and ``vdim``; of the options only ``chunk_length``, ``causal``, ``hash_seed`` and ``backend`` apply.
         n_hashes, n_buckets: as in ``functional.lsh_attention``, only with ``shared_qk``. None: 4, and by the length.
 
+    torch.fx needs a tracer whose ``is_leaf_module`` knows the class; torch.jit.script does not take it.
+
     Shape: as in ``nn.MultiheadAttention``.
 
     Raises:
@@ -79,7 +81,7 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         local_fraction: float = 0.25,
         grouping: str = "position",
         rest_term: bool = True,
-        chunk_length: int = 32,
+        chunk_length: int | None = None,
         causal: bool = False,
         shared_qk: bool = False,
         n_hashes: int | None = None,
@@ -141,7 +143,7 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
           ignores a key.
         * With ``is_causal`` and without weights, ``attn_mask`` is taken for the causal mask and not read (the stock
           module does so if there is no padding mask).
-        * An ``attn_mask`` costs L x S memory and the pseudo-key, and gets no gradient: prefer ``causal``.
+        * An ``attn_mask`` costs L x S memory and the pseudo-key, and may not require a gradient: prefer ``causal``.
 
         Returns:
             The output, and the weights [N, L, S], unaveraged [N, H, L, S], or None without ``need_weights``.
@@ -212,9 +214,10 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         hashed = options["shared_qk"] or options["grouping"] == "hash"
         arguments["hash_seed"] = seed_of(options["hash_seed"], self.training) if hashed else 0
         if options["shared_qk"]:
-            arguments |= {name: options[name] for name in ("n_buckets", "chunk_length", "backend")}
+            arguments |= {name: options[name] for name in ("n_buckets", "backend")}
+            arguments["chunk_length"] = options["chunk_length"] or 64
             return functional.lsh_attention(q, v, n_hashes=options["n_hashes"] or 4, **arguments), None
-        arguments |= {name: options[name] for name in _CLUSTERED}
+        arguments |= {name: options[name] for name in _CLUSTERED} | {"hash_width": self.head_dim}
         if self_attention and key_padding_mask is not None:
             arguments["query_padding_mask"] = key_padding_mask[:, : q.shape[2]]
         return clustered.attend(q, k, v, **arguments, scale=scale, context_keys=context_keys, need_weights=need_weights)
@@ -355,7 +358,7 @@ def _is_known_to_be_zero(x: Tensor) -> bool:
     """False where the values cannot be read."""
     if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         return False
-    if torch._C._functorch.is_batchedtensor(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch._C._are_functorch_transforms_active() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     return not bool(x.any())
 
@@ -414,7 +417,8 @@ def check_clustered_options(
     """The options that modules and ``scaled_dot_product_attention`` share."""
     check_int("budget", budget, 1)
     check_fraction("local_fraction", local_fraction)
-    check_int("chunk_length", chunk_length, 1)
+    if chunk_length is not None:
+        check_int("chunk_length", chunk_length, 1)
     check_choice("grouping", grouping, clustered.GROUPINGS)
     check_bool("rest_term", rest_term)
     check_hash_seed(hash_seed)

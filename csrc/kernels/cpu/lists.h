@@ -119,7 +119,11 @@ void add_places(const AttentionParams& p, Shared<T>& shared, int64_t first, int6
   const int64_t places = (last - first) * p.list_length;
   const int32_t none = static_cast<int32_t>(p.S);
   lists.keys.resize(places), lists.order.resize(places);
-  for (int64_t i = 0; i < places; ++i) lists.keys[i] = list[i] < 0 ? none : list[i];
+  for (int64_t begin = 0; begin < places; begin += p.list_length)
+    for (int64_t i = 0, left = 1; i < p.list_length; ++i) {  // a list ends at its first -1
+      left &= list[begin + i] >= 0;
+      lists.keys[begin + i] = left ? list[begin + i] : none;
+    }
   counting_sort(lists.keys.data(), places, p.S + 1, lists.order.data(), lists.scratch);
   parallel(0, p.S, [&](BackwardScratch<T>& s, int64_t begin, int64_t end) {
     const int32_t* key = lists.keys.data();

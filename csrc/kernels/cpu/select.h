@@ -7,10 +7,10 @@
 
 namespace rk::cpu::RK_ISA {
 
-constexpr int kSubgroup = 16;            // queries of a chunk that one mean stands for
+constexpr int64_t kSubgroups = 4;        // of a chunk; one mean query stands for each
 constexpr int64_t kExactKeys = 16384;    // up to so many keys each is looked at
 constexpr int64_t kKeyBlock = kQueries;  // keys of a block
-constexpr int64_t kChosenBlocks = 64;
+constexpr int64_t kChosenBlocks = 64;    // or twice what the budget fills
 
 // A weight too small for a float still beats a key that is not to be taken.
 template <class T>
@@ -18,26 +18,28 @@ constexpr T kLeast = T(1e-30);
 
 template <class T>
 struct SelectScratch {
-  int64_t Dp, subgroups, batch;         // batch: chunks whose means are multiplied with the keys at once
-  Buffer<T> queries, means, keys, KT;   // [16][Dp], [batch * subgroups][Dp], [64][Dp], [Dp][64]
-  std::vector<int> largest;             // the last position in each sub-group
-  std::vector<T> scores;                // [batch * subgroups][candidates]
-  std::vector<T> total, bias, padding;  // [candidates]
+  int64_t Dp, size, subgroups, batch;        // size: queries of a sub-group; batch: chunks that are done at once
+  int64_t rows;                              // batch * subgroups
+  Buffer<T> queries, means, keys, KT, tile;  // [size][Dp], [rows][Dp], [64][Dp], [Dp][64], [rows][64]
+  std::vector<int> members, largest,
+      n_seen;                     // [rows][size] positions of queries, -1: none; the last; how many candidates it sees
+  std::vector<T> weights;         // [rows][candidates], in each block in units of 2^tops of it
+  std::vector<T> tops, top, sum;  // [rows][blocks]; [rows] their maximum, and the sum of the weights in its units
+  std::vector<T> total, bias, padding;      // [candidates]
+  std::vector<T> block_tops, largest_tops;  // of total
   std::vector<int> candidates, chosen, positions;
-  std::vector<int> members;                // [batch * subgroups][16] the positions of queries, -1: none
   std::vector<std::pair<int, int>> steps;  // from this candidate on, so many more queries see new keys
   Prefetch prefetch;
 
-  explicit SelectScratch(const AttentionParams& p)
-      : Dp(round_up(p.D, kRowPad)),
-        subgroups((std::min(p.chunk_length, std::max<int64_t>(p.L, 1)) + kSubgroup - 1) / kSubgroup),
-        batch(std::max<int64_t>(1, kQueries / subgroups)),
-        queries(kSubgroup * Dp),
-        means(batch * subgroups * Dp),
-        keys(kKeyBlock * Dp),
-        KT(Dp * kKeyBlock),
-        largest(batch * subgroups),
-        members(batch * subgroups * kSubgroup) {}
+  explicit SelectScratch(const AttentionParams& p) : Dp(round_up(p.D, kRowPad)) {
+    const int64_t chunk = std::min(p.chunk_length, std::max<int64_t>(p.L, 1));
+    size = (chunk + kSubgroups - 1) / kSubgroups, subgroups = (chunk + size - 1) / size;
+    batch = kQueries / kSubgroups, rows = batch * subgroups;
+    queries.resize(round_up(size, kRowPad) * Dp), means.resize(rows * Dp);
+    keys.resize(kKeyBlock * Dp), KT.resize(Dp * kKeyBlock), tile.resize(rows * kKeyBlock);
+    members.resize(rows * size), largest.resize(rows), n_seen.resize(rows), top.resize(rows), sum.resize(rows);
+    bias.resize(kKeyBlock);
+  }
 };
 
 // What all chunks of a unit share.
@@ -45,6 +47,7 @@ template <class T>
 struct KeyBlocks {
   int64_t n_keys, count;  // without the context; blocks
   Buffer<T> means;        // [count][Dp], where keys are chosen in two steps
+  Buffer<T> transposed;   // [count][Dp][64], where they are not
   std::vector<int> sizes;
   bool two_steps;
 };
@@ -93,9 +96,22 @@ class Selection {
         choose_blocks(s);
       else
         all_keys(s);
-      multiply_keys(s, n * s.subgroups);
+      weigh_keys(s, n * s.subgroups);
       for (int64_t i = 0; i < n; ++i) select_row(s, c + i, i * s.subgroups);
     }
+  }
+
+  // to [Dp][64]
+  void transpose_keys(SelectScratch<T>& s, const int* key, int count, T* to) const {
+    gather<T>(p_.key, u_, u_.key_head, key, count, static_cast<int>(p_.S), p_.D, s.keys, s.Dp);
+    transpose_rows<T>(s.keys, s.Dp, count, p_.D, to);
+  }
+
+  void transpose_block(SelectScratch<T>& s, int64_t block) const {
+    int key[kKeyBlock];
+    std::iota(key, key + kKeyBlock, static_cast<int>(block * kKeyBlock));
+    const int64_t count = std::min(kKeyBlock, blocks_.n_keys - block * kKeyBlock);
+    transpose_keys(s, key, static_cast<int>(count), blocks_.transposed + block * s.Dp * kKeyBlock);
   }
 
  private:
@@ -112,8 +128,8 @@ class Selection {
   template <class F>
   void each_subgroup(const SelectScratch<T>& s, int64_t first, F&& f) const {
     for (int64_t m = first; m < first + s.subgroups; ++m) {
-      const int* position = s.members.data() + m * kSubgroup;
-      const int count = static_cast<int>(std::find(position, position + kSubgroup, -1) - position);
+      const int* position = s.members.data() + m * s.size;
+      const int count = static_cast<int>(std::find(position, position + s.size, -1) - position);
       if (count > 0) f(m, position, count);
     }
   }
@@ -121,8 +137,8 @@ class Selection {
   // The queries of a chunk that choose: those that are no padding, or all where there are no others.
   void fill_members(SelectScratch<T>& s, int64_t chunk, int64_t first) const {
     const Chunk c = u_.chunks[chunk];
-    int* members = s.members.data() + first * kSubgroup;
-    std::fill_n(members, s.subgroups * kSubgroup, -1);
+    int* members = s.members.data() + first * s.size;
+    std::fill_n(members, s.subgroups * s.size, -1);
     const bool* padding = select_.query_padding ? select_.query_padding + u_.b * p_.L : nullptr;
     int n = 0;
     for (int i = 0; i < c.count; ++i)
@@ -148,7 +164,7 @@ class Selection {
   // The keys of the blocks to which the chunk's queries give most weight.
   void choose_blocks(SelectScratch<T>& s) const {
     s.total.assign(blocks_.count, T(0));
-    std::vector<T>& x = s.bias;
+    std::vector<T>& x = s.tops;
     each_subgroup(s, 0, [&](int64_t m, const int*, int) {
       T top = kLowest<T>, sum = 0;
       x.assign(blocks_.count, kMasked<T>);
@@ -159,42 +175,84 @@ class Selection {
         top = std::max(top, x[b]);
       }
       for (T& value : x) sum += value = std::exp(value - top);
+      if (!(sum > 0)) return;  // it sees no block, or not a number
       for (int64_t b = 0; b < blocks_.count; ++b)
         s.total[b] += x[b] / sum + (b * kKeyBlock <= s.largest[m] && blocks_.sizes[b] ? kLeast<T> : T(0));
     });
-    take_largest(s, kChosenBlocks);
+    take_largest(s, std::max(kChosenBlocks, 2 * ((select_.budget + kKeyBlock - 1) / kKeyBlock)));
     s.candidates.clear();
     for (int b : s.chosen)
       for (int64_t k = b * kKeyBlock; k < std::min((b + 1) * kKeyBlock, blocks_.n_keys); ++k)
         s.candidates.push_back(static_cast<int>(k));
   }
 
-  // scores = means . candidates, and which of those are padding.
-  void multiply_keys(SelectScratch<T>& s, int64_t rows) const {
-    const int64_t n = s.candidates.size(), stride = round_up(n, kKeyBlock);
-    s.scores.resize(rows * stride);
-    s.padding.assign(stride, kMasked<T>);
+  int below(const SelectScratch<T>& s, int position) const {
+    return static_cast<int>(std::lower_bound(s.candidates.begin(), s.candidates.end(), position) -
+                            s.candidates.begin());
+  }
+
+  // The weights of the candidates for every row of means, block by block: a block's are in units of the largest score
+  // so far, so that scores never leave the cache.
+  void weigh_keys(SelectScratch<T>& s, int64_t rows) const {
+    const int64_t n = s.candidates.size(), blocks = (n + kKeyBlock - 1) / kKeyBlock;
+    s.weights.resize(rows * blocks * kKeyBlock), s.tops.resize(rows * blocks);
+    s.padding.assign(blocks * kKeyBlock, kMasked<T>);
     for (int64_t j = 0; j < n; ++j)
       if (!padded(s.candidates[j])) s.padding[j] = 0;
+    for (int64_t m = 0; m < rows; ++m) {
+      const bool none = s.members[m * s.size] < 0;
+      s.n_seen[m] = none ? 0 : p_.has(kCausal) ? below(s, s.largest[m] + 1) : static_cast<int>(n);
+      s.top[m] = kLowest<T>, s.sum[m] = 0;
+    }
+    const int64_t furthest = *std::max_element(s.n_seen.begin(), s.n_seen.begin() + rows);
     s.prefetch.clear();
     s.prefetch.ready(s.Dp);
-    for (int64_t k = 0; k < n; k += kKeyBlock) {
+    for (int64_t k = 0; k < furthest; k += kKeyBlock) {
       const int count = static_cast<int>(std::min(kKeyBlock, n - k));
-      gather<T>(p_.key, u_, u_.key_head, s.candidates.data() + k, count, static_cast<int>(p_.S), p_.D, s.keys, s.Dp);
-      transpose_rows<T>(s.keys, s.Dp, count, p_.D, s.KT);
-      product<T>(rows, round_up(count, kLanes<T>), s.scores.data() + k, stride, false,
+      if (blocks_.two_steps) transpose_keys(s, s.candidates.data() + k, count, s.KT);
+      const T* KT = blocks_.two_steps ? s.KT : blocks_.transposed + k * s.Dp;
+      product<T>(rows, kKeyBlock, s.tile, kKeyBlock, false,
                  [&]<int M, int N>(Vec<T>(&acc)[M][N], int64_t i0, int64_t j0) RK_LAMBDA {
-                   multiply<T, false>(acc, s.means + i0 * s.Dp, s.Dp, s.KT + j0, kQueries, p_.D, s.prefetch);
+                   multiply<T, false>(acc, s.means + i0 * s.Dp, s.Dp, KT + j0, kQueries, p_.D, s.prefetch);
                  });
+      for (int64_t m = 0; m < rows; ++m)
+        if (k < s.n_seen[m]) weigh_block(s, m, k, blocks);
     }
   }
 
+  void weigh_block(SelectScratch<T>& s, int64_t m, int64_t k, int64_t blocks) const {
+    const int seen = static_cast<int>(std::min(kKeyBlock, s.n_seen[m] - k));
+    const T *bias = s.padding.data() + k, *product = s.tile + m * kKeyBlock;
+    if (rules_.any()) mean_bias(s, m, k, seen), bias = s.bias.data();
+    T *x = s.weights.data() + (m * blocks) * kKeyBlock + k, scores[kKeyBlock];
+    const Vec<T> scale = splat(static_cast<T>(p_.scale * kLog2e));
+    Vec<T> tops = splat(s.top[m]), sums{};
+    for (int j = 0; j < kKeyBlock; j += kLanes<T>) {
+      Vec<T> y = load<T>(product + j) * scale + load<T>(bias + j);
+      y = load<T>(bias + j) > splat(kMasked<T>) ? y : splat(kMasked<T>);  // also where a masked key is not a number
+      if (j + kLanes<T> > seen)
+        for (int i = std::max(0, seen - j); i < kLanes<T>; ++i) y[i] = kMasked<T>;
+      tops = maximum<T>(tops, y);
+      store<T>(scores + j, y);
+    }
+    T top = tops[0];
+    for (int i = 1; i < kLanes<T>; ++i) top = std::max<T>(top, tops[i]);
+    for (int j = 0; j < kKeyBlock; j += kLanes<T>) {
+      const Vec<T> e = exp2(load<T>(scores + j) - splat(top));
+      sums += e;
+      store<T>(x + j, e);
+    }
+    s.sum[m] = s.sum[m] * std::exp2(s.top[m] - top) + sum<T>(sums);
+    s.top[m] = s.tops[m * blocks + k / kKeyBlock] = top;
+    if (rules_.any())
+      for (int j = 0; j < seen; ++j)
+        if (!(bias[j] > kMasked<T>)) x[j] = -1;  // not to be taken
+  }
+
   void select_row(SelectScratch<T>& s, int64_t chunk, int64_t first_row) const {
-    const int64_t n = s.candidates.size(), stride = round_up(n, kKeyBlock);
+    const int64_t n = s.candidates.size();
     s.total.assign(n, T(0));
-    each_subgroup(s, first_row, [&](int64_t m, const int* position, int count) {
-      add_weights(s, position, count, s.scores.data() + m * stride, s.largest[m]);
-    });
+    each_subgroup(s, first_row, [&](int64_t m, const int* position, int count) { add_weights(s, m, position, count); });
     int32_t* list = row(chunk);
     int64_t wanted = select_.budget - select_.local;
     Range local{0, 0};
@@ -214,107 +272,96 @@ class Selection {
     std::fill(list, row(chunk) + p_.list_length, -1);
   }
 
-  // total += the softmax of a sub-group's scores, times the share of its queries to which the key is new.
-  void add_weights(SelectScratch<T>& s, const int* position, int count, T* x, int largest) const {
-    auto below = [&](int position) {
-      return static_cast<int>(std::lower_bound(s.candidates.begin(), s.candidates.end(), position) -
-                              s.candidates.begin());
-    };
-    const int n =
-        largest == std::numeric_limits<int>::max() ? static_cast<int>(s.candidates.size()) : below(largest + 1);
-    if (n == 0) return;
-    const T scale = static_cast<T>(p_.scale * kLog2e);
-    const T* bias = s.padding.data();
-    if (rules_.any()) mean_bias(s, position, count, n), bias = s.bias.data();
-    const int padded_n = static_cast<int>(round_up(n, kLanes<T>));
-    Vec<T> tops = splat(kLowest<T>), sums{};
-    for (int j = 0; j < padded_n; j += kLanes<T>) {
-      Vec<T> y = load<T>(x + j) * splat(scale) + load<T>(bias + j);
-      if (j + kLanes<T> > n)
-        for (int i = n - j; i < kLanes<T>; ++i) y[i] = kMasked<T>;
-      tops = maximum<T>(tops, y);
-      store<T>(x + j, y);
-    }
-    T top = tops[0];
-    for (int i = 1; i < kLanes<T>; ++i) top = std::max<T>(top, tops[i]);
-    for (int j = 0; j < padded_n; j += kLanes<T>) {
-      const Vec<T> e = exp2(load<T>(x + j) - splat(top));
-      sums += e;
-      store<T>(x + j, e);
-    }
-    const T total = sum<T>(sums);
-    if (!(total > 0)) return;
+  // total += the softmax of a sub-group, times the share of its queries to which the key is new.
+  void add_weights(SelectScratch<T>& s, int64_t m, const int* position, int count) const {
+    if (!(s.sum[m] > 0)) return;
     // Queries see new keys from the first candidate on, up to their own position and without their local window.
     s.steps.clear();
     auto step = [&](int from, int to, int by) {
       if (from < to) s.steps.emplace_back(from, by), s.steps.emplace_back(to, -by);
     };
     for (int i = 0; i < count; ++i) {
-      const int to = p_.has(kCausal) ? below(position[i] + 1) : n;
+      const int to = p_.has(kCausal) ? below(s, position[i] + 1) : s.n_seen[m];
       step(0, to, 1);
       if (u_.R == 1) continue;  // its whole chunk's window is left out later
       const Range w = window(position[i] / p_.chunk_length);
-      step(std::min(below(w.from), to), std::min(below(w.to), to), -1);
+      step(std::min(below(s, w.from), to), std::min(below(s, w.to), to), -1);
     }
     std::sort(s.steps.begin(), s.steps.end());
     int queries = 0;
     for (size_t i = 0; i < s.steps.size(); ++i) {
       queries += s.steps[i].second;
-      const int from = s.steps[i].first, to = i + 1 < s.steps.size() ? s.steps[i + 1].first : n;
-      if (queries == 0 || from == to) continue;
-      const T share = static_cast<T>(queries) / count, factor = share / total, least = share * kLeast<T>;
-      T* sum_of = s.total.data();
-      if (rules_.any()) {
-        for (int j = from; j < to; ++j)
-          if (bias[j] > kMasked<T>) sum_of[j] += x[j] * factor + least;
-      } else {
-        for (int j = from; j < to; ++j) sum_of[j] += x[j] * factor + least;
-      }
+      const int from = s.steps[i].first, to = i + 1 < s.steps.size() ? s.steps[i + 1].first : s.n_seen[m];
+      if (queries > 0) add_range(s, m, from, to, static_cast<T>(queries) / count);
     }
   }
 
-  // The mean of what attn_mask adds for those queries that may see the key, and the log of their share.
-  void mean_bias(SelectScratch<T>& s, const int* position, int count, int n) const {
-    s.bias.assign(round_up(n, kLanes<T>), T(0));
-    std::vector<int> seeing(n, 0);
-    for (int i = 0; i < count; ++i) {
-      for (int j = 0; j < n && !(p_.has(kCausal) && s.candidates[j] > position[i]); ++j) {
-        const T mask = rules_.mask(position[i], s.candidates[j]);
-        if (mask > kMasked<T>) s.bias[j] += mask, ++seeing[j];
+  void add_range(SelectScratch<T>& s, int64_t m, int from, int to, T share) const {
+    const int64_t blocks = s.padding.size() / kKeyBlock;
+    const T* x = s.weights.data() + m * blocks * kKeyBlock;
+    T* total = s.total.data();
+    const T least = share * kLeast<T>;
+    while (from < to) {
+      const int end = static_cast<int>(std::min<int64_t>(to, (from / kKeyBlock + 1) * kKeyBlock));
+      const T factor = share / s.sum[m] * std::exp2(s.tops[m * blocks + from / kKeyBlock] - s.top[m]);
+      if (rules_.any()) {
+        for (int j = from; j < end; ++j)
+          if (x[j] >= 0) total[j] += x[j] * factor + least;
+      } else {
+        for (int j = from; j < end; ++j) total[j] += x[j] * factor + least;
       }
+      from = end;
     }
+  }
+
+  // bias [64] of the candidates from k on: the mean of what attn_mask adds for those queries of a sub-group that may
+  // see the key, and the log of their share.
+  void mean_bias(SelectScratch<T>& s, int64_t m, int64_t k, int n) const {
+    const int* position = s.members.data() + m * s.size;
+    const int* key = s.candidates.data() + k;
+    T* bias = s.bias.data();
+    int seeing[kKeyBlock] = {}, count = 0;
+    std::fill_n(bias, kKeyBlock, T(0));
+    for (; count < s.size && position[count] >= 0; ++count)
+      for (int j = 0; j < n && !(p_.has(kCausal) && key[j] > position[count]); ++j)
+        if (const T mask = rules_.mask(position[count], key[j]); mask > kMasked<T>) bias[j] += mask, ++seeing[j];
     for (int j = 0; j < n; ++j)
-      s.bias[j] = seeing[j] && s.padding[j] == 0
-                      ? s.bias[j] / seeing[j] * static_cast<T>(kLog2e) + std::log2(T(seeing[j]) / count)
-                      : kMasked<T>;
+      bias[j] = seeing[j] && s.padding[k + j] == 0
+                    ? bias[j] / seeing[j] * static_cast<T>(kLog2e) + std::log2(T(seeing[j]) / count)
+                    : kMasked<T>;
   }
 
   // chosen = the indices of the `wanted` largest positive totals, rising; of equal ones the first.
   void take_largest(SelectScratch<T>& s, int64_t wanted) const {
+    const int64_t n = s.total.size(), blocks = (n + kKeyBlock - 1) / kKeyBlock;
     s.chosen.clear();
-    const int n = static_cast<int>(s.total.size());
-    auto rank = [&](int j) { return std::bit_cast<uint32_t>(static_cast<float>(s.total[j])); };  // rises with it
-    constexpr int kBins = 2048, kShift = 20;
-    std::vector<int> bins(kBins, 0);
-    for (int j = 0; j < n; ++j) ++bins[rank(j) >> kShift];
-    const int zeros = bins[0];  // and what is too small to tell from it
-    wanted = std::min<int64_t>(wanted, n - zeros);
-    if (wanted <= 0) return;
-    int bin = kBins - 1;
-    int64_t above = 0;
-    while (above + bins[bin] < wanted) above += bins[bin--];
-    std::vector<int> border;
-    for (int j = 0; j < n; ++j) {
-      const int of = static_cast<int>(rank(j) >> kShift);
-      if (of > bin) s.chosen.push_back(j);
-      if (of == bin) border.push_back(j);
+    if (wanted <= 0 || n == 0) return;
+    s.total.resize(blocks * kKeyBlock, T(0));
+    // As many blocks as keys are wanted have such a maximum: smaller keys need not be looked at.
+    s.block_tops.resize(blocks);
+    for (int64_t b = 0; b < blocks; ++b) {
+      Vec<T> top{};
+      for (int64_t j = b * kKeyBlock; j < (b + 1) * kKeyBlock; j += kLanes<T>)
+        top = maximum<T>(load<T>(&s.total[j]), top);
+      s.block_tops[b] = *std::max_element(&top[0], &top[0] + kLanes<T>);
     }
-    auto better = [&](int a, int b) { return rank(a) != rank(b) ? rank(a) > rank(b) : a < b; };
-    const int64_t rest = wanted - above;
-    if (rest < static_cast<int64_t>(border.size()))
-      std::nth_element(border.begin(), border.begin() + rest, border.end(), better);
-    s.chosen.insert(s.chosen.end(), border.begin(), border.begin() + rest);
-    std::sort(s.chosen.begin(), s.chosen.end());
+    T least = std::numeric_limits<T>::denorm_min();
+    if (blocks > wanted) {
+      s.largest_tops = s.block_tops;
+      std::nth_element(s.largest_tops.begin(), s.largest_tops.begin() + wanted - 1, s.largest_tops.end(),
+                       std::greater<T>());
+      least = std::max(least, s.largest_tops[wanted - 1]);
+    }
+    for (int64_t b = 0; b < blocks; ++b)
+      if (s.block_tops[b] >= least)
+        for (int64_t j = b * kKeyBlock; j < (b + 1) * kKeyBlock; ++j)
+          if (s.total[j] >= least) s.chosen.push_back(static_cast<int>(j));
+    if (wanted < static_cast<int64_t>(s.chosen.size())) {
+      auto better = [&](int a, int b) { return s.total[a] != s.total[b] ? s.total[a] > s.total[b] : a < b; };
+      std::nth_element(s.chosen.begin(), s.chosen.begin() + wanted, s.chosen.end(), better);
+      s.chosen.resize(wanted);
+      std::sort(s.chosen.begin(), s.chosen.end());
+    }
   }
 
   const SelectParams& select_;
@@ -355,6 +402,12 @@ void select_keys(const SelectParams& select, const Threads& threads) {
       });
     }
     const Selection<T> selection(select, p, shared, blocks);
+    if (!blocks.two_steps) {
+      blocks.transposed.resize(blocks.count * round_up(p.D, kRowPad) * kKeyBlock);
+      parallel(0, blocks.count, [&](SelectScratch<T>& s, int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) selection.transpose_block(s, b);
+      });
+    }
     if (u.R > 1)
       parallel(0, u.round_begin[1], [&](auto&, int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) selection.local_row(c);
