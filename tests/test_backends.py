@@ -106,6 +106,30 @@ def test_local(length: int, dtype: torch.dtype, causal: bool) -> None:
         testing.assert_matches_oracle(call, dtype, "cpu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_grouped_query_heads(key_heads: int, dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(2, 4, 70, 12), torch.randn(2, key_heads, 70, 12), torch.randn(2, key_heads, 70, 9)
+    for mode in ("plain", "causal", "dropout", "padding", "float mask"):
+        options = {"chunk_length": 16, **modes(70)[mode]}
+        if "attn_mask" in options:
+            options["attn_mask"] = torch.randn(1, 4, 70, 70)
+        call = testing.capture(rk.local_attention, q, k, v, **options)
+        testing.assert_matches_oracle(call, dtype, "cpu")
+        expanded = (x.repeat_interleave(4 // key_heads, dim=1) for x in (k, v))
+        assert torch.equal(rk.local_attention(q, k, v, **options), rk.local_attention(q, *expanded, **options))
+
+
+def test_gradients_of_grouped_heads_do_not_depend_on_the_threads() -> None:
+    q, k, v = (torch.randn(1, heads, 300, 8, requires_grad=True) for heads in (6, 2, 2))
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out = rk.local_attention(q, k, v, chunk_length=16, causal=True)
+        runs.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
 def test_instruction_sets(isa: str) -> None:
     assert native.build_info()["isa_in_use"] == isa
     for length, head_dim in ((65, 17), (200, 64)):

@@ -1,0 +1,65 @@
+"""The examples run, learn, and say what they lack."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import reformer_kernels as rk
+
+ROOT = Path(__file__).resolve().parent.parent
+SWAP = ROOT / "examples" / "swap_attention.py"
+
+
+@pytest.fixture
+def swap():
+    spec = importlib.util.spec_from_file_location("swap_attention", SWAP)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.use_deterministic_algorithms(False)
+    return module
+
+
+def test_swap_attention_prints_both_models():
+    pytest.importorskip("sklearn")
+    options = "--side 12 --steps 3 --batch 2 --width 16 --test-images 4 --threads 1"
+    ran = subprocess.run([sys.executable, str(SWAP), *options.split()], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "sequences of 144 steps" in ran.stdout
+    table = [line.split() for line in ran.stdout.splitlines()[-2:]]
+    assert [row[0] for row in table] == ["stock", "converted"]
+    assert all(row[1].endswith("%") and row[3] == "s" and row[5] == "MB" for row in table)
+
+
+@pytest.mark.parametrize("name", ["stock", "converted"])
+def test_swap_attention_learns(swap, name, monkeypatch):
+    pytest.importorskip("sklearn")
+    converted = []
+    convert = rk.convert_attention
+    monkeypatch.setattr(rk, "convert_attention", lambda model, **options: converted.append(convert(model, **options)))
+    options = swap.parse("--side 16 --steps 60 --batch 32 --width 32 --budget 64 --threads 1".split())
+    assert swap.train(name, options)["accuracy"] > 0.4
+    assert [len(modules) for modules in converted] == ([1] if name == "converted" else [])
+
+
+def test_the_sequence_has_every_pixel(swap):
+    seen = []
+    model = swap.PixelClassifier(16, 8, 2, 1)
+    model.encoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape))
+    assert model(torch.randn(3, 1, 16, 16)).shape == (3, 10)
+    assert seen == [(3, 256, 8)]
+    assert swap.parse([]).side ** 2 == 4096
+
+
+def test_swap_attention_says_what_is_missing(swap, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit, match="pip install scikit-learn"):
+        swap.digits(16)
+    for arguments in (["--steps", "0"], ["--width", "15"]):
+        with pytest.raises(SystemExit):
+            swap.parse(arguments)
+        assert arguments[1] in capsys.readouterr().err
