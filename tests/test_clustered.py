@@ -377,6 +377,17 @@ def test_a_large_budget_of_many_keys_is_exact() -> None:
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
 
 
+@pytest.mark.parametrize("size", [100, 1000])
+def test_of_equal_keys_the_first_are_chosen(size: int) -> None:
+    q, k = torch.randn(1, 2, 20, 4, dtype=torch.float64), torch.randn(1, 2, 1, 4, dtype=torch.float64)
+    k = k.repeat(1, 1, size, 1)
+    k[:, :, ::3] = -k[:, :, ::3]
+    call = SelectCall(q, k, None, None, None, None, 10, 8, 0, 0, False, 0.5, "")
+    assert torch.equal(native.select_keys(call), reference.select_keys(call))
+    for row in native.select_keys(call).flatten(0, 2).tolist():
+        assert row in ([0, 3, 6, 9, 12, 15, 18, 21], [1, 2, 4, 5, 7, 8, 10, 11])
+
+
 @pytest.mark.parametrize("size", [200, reference_lists.EXACT_KEYS + 64])
 def test_sub_groups_that_see_nothing(size: int) -> None:
     """Causal queries before the first key that is no padding; whole rows of padding; keys that are not finite."""
