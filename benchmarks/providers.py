@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,9 +86,11 @@ def _projected(attention: Maker) -> Maker:
     return make
 
 
-def _module(kind: type[nn.MultiheadAttention]) -> Maker:
+def _module(namespace: Any, kind: str) -> Maker:
+    """The class is looked up when it is needed: a base revision may lack it."""
+
     def make(case: Case) -> Function:
-        module = kind(case.heads * case.head_dim, case.heads, batch_first=True)
+        module = getattr(namespace, kind)(case.heads * case.head_dim, case.heads, batch_first=True)
         names = [name for name, _ in module.named_parameters()]
 
         def attend(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -189,13 +192,13 @@ def _dense_cost(case: Case) -> Cost:
 
 
 PROVIDERS: dict[str, Provider] = {
-    "ours": replace(_offer(_ours(None), _fused_cost), module=_module(rk.LSHMultiheadAttention)),
+    "ours": replace(_offer(_ours(None), _fused_cost), module=_module(rk, "LSHMultiheadAttention")),
     "ours, cpu": _offer(_ours("cpu"), _fused_cost, "cpu"),
     "ours, reference": _offer(_ours("reference"), _unfused_cost, "reference"),
     "torch SDPA": _offer(_sdpa, _dense_cost),
     "Hugging Face": Provider(None, _huggingface, _unfused_cost),
     "lucidrains": Provider(_lucidrains, None, _unfused_cost),
-    "nn.MultiheadAttention": Provider(None, None, _dense_cost, module=_module(nn.MultiheadAttention)),
+    "nn.MultiheadAttention": Provider(None, None, _dense_cost, module=_module(nn, "MultiheadAttention")),
     # What every layer here contains besides attention.
     "projections alone": Provider(None, _projected(lambda case: torch.add), _fused_cost),
 }
