@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,22 @@ def test_export_with_dynamic_length() -> None:
         torch.testing.assert_close(program.module()(x), Self()(x))
 
 
+def test_fx_keeps_the_module_whole() -> None:
+    class Self(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = LSHMultiheadAttention(E, H, batch_first=True, budget=16, chunk_length=8)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.attention(x, x, x, key_padding_mask=mask, need_weights=False)[0] + x
+
+    x, mask = torch.randn(2, 50, E), torch.rand(2, 50) < 0.3
+    for module in (Self(), copy.deepcopy(Self())):
+        traced = torch.fx.symbolic_trace(module)
+        assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["attention"]
+        assert torch.equal(traced(x, mask), module(x, mask))
+
+
 @nested_warnings
 def test_gradients_per_sample_with_a_float_mask() -> None:
     m = LSHMultiheadAttention(E, H, batch_first=True, budget=16, chunk_length=8)
@@ -378,7 +395,9 @@ def _train(rank: int, file: str) -> None:
         model(mine).square().mean().backward()
         close([p.grad.full_tensor() for p in model.parameters()], expected)
         assert convert_attention(model) == {}
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # past torch's teardown, which now and then aborts on a thread of gloo that still runs
 
 
 def test_two_processes(tmp_path: Path) -> None:

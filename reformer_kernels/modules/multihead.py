@@ -53,7 +53,7 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
             and ``vdim``; of the options only ``chunk_length``, ``causal``, ``hash_seed`` and ``backend`` apply.
         n_hashes, n_buckets: as in ``functional.lsh_attention``, only with ``shared_qk``. None: 4, and by the length.
 
-    torch.fx needs a tracer whose ``is_leaf_module`` knows the class; torch.jit.script does not take it.
+    torch.fx keeps it as one node, as it does the stock module; torch.jit.script does not take it.
 
     Shape: as in ``nn.MultiheadAttention``.
 
@@ -149,6 +149,9 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
             The output, and the weights [N, L, S], unaveraged [N, H, L, S], or None without ``need_weights``.
         """
         given = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        tracer: Any = getattr(query, "tracer", None)
+        if tracer is not None:  # a torch.fx.Proxy: fx keeps modules of torch.nn whole, and so this one
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), given, {})
         own_nested = query.is_nested and query.layout == torch.strided and self.batch_first and query is key is value
         if own_nested and key_padding_mask is None and attn_mask is None:
             return self._forward_nested(query, need_weights, average_attn_weights)
