@@ -46,6 +46,11 @@ def test_randomness_comes_from_torch(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_options_of_the_drop_in_are_shown() -> None:
+    text = repr(rk.LSHMultiheadAttention(16, 4, causal=True, budget=96))
+    assert "16, num_heads=4" in text and "budget=96" in text and "causal=True" in text and "out_proj" in text
+
+
 def test_hash_seed_of_the_drop_in() -> None:
     x = torch.randn(2, 200, 16)
     drawn = rk.LSHMultiheadAttention(16, 4, batch_first=True, budget=16, grouping="hash", hash_seed=None)

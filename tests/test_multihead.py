@@ -131,11 +131,6 @@ def test_copies_and_saves() -> None:
         assert torch.equal(empty(x, x, x)[0], expected)
 
 
-def test_options_are_shown() -> None:
-    text = repr(LSHMultiheadAttention(E, H, causal=True, budget=96))
-    assert "16, num_heads=4" in text and "budget=96" in text and "causal=True" in text and "out_proj" in text
-
-
 # Errors
 
 
