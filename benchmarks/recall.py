@@ -183,9 +183,9 @@ def from_keys(heads: Heads, rows: Tensor, causal: bool, keys: Tensor) -> Seen:
     allowed = visible(heads, rows, causal)
     keys = keys & allowed
     scores = exact_scores(heads, rows, causal).masked_fill(~keys, IGNORED)
-    mean = allowed / allowed.sum(-1, keepdim=True)
+    mean = allowed.to(scores.dtype) / allowed.sum(-1, keepdim=True)
     rest = heads.query.shape[2] ** -0.5 * (heads.query[:, rows] * (mean @ heads.key)).sum(-1, keepdim=True)
-    rest = rest + (allowed & ~keys).sum(-1, keepdim=True).log()
+    rest = rest + (allowed & ~keys).sum(-1, keepdim=True).to(scores.dtype).log()
     weights = torch.cat((scores, rest.clamp(min=IGNORED)), -1).softmax(-1)
     with_rest = weights[..., :-1] @ heads.value + weights[..., -1:] * (mean @ heads.value)
     without = scores.softmax(-1) @ heads.value * keys.any(-1, keepdim=True)  # a query that sees no key gives 0

@@ -201,13 +201,18 @@ def lm_heads(model: CausalLM, tokens: Tensor) -> Heads:
         found.append(x.unflatten(-1, (3, module.num_heads, module.head_dim)).permute(2, 0, 3, 1, 4))
 
     hooks = [block.attention.register_forward_pre_hook(note_inputs) for block in model.blocks]
+    _run_hooked(model, tokens, hooks)
+    return Heads(*torch.cat(found, 2).contiguous())
+
+
+def _run_hooked(model: nn.Module, tokens: Tensor, hooks: list[Any]) -> None:
+    """One forward, after which its hooks are gone."""
     try:
         with torch.no_grad():
             model(tokens)
     finally:
         for hook in hooks:
             hook.remove()
-    return Heads(*torch.cat(found, 2).contiguous())
 
 
 def minilm() -> tuple[Any, Any]:
@@ -246,12 +251,7 @@ def bert_heads(model: Any, ids: Tensor) -> Heads:
         for layer in model.encoder.layer
         for name in found
     ]
-    try:
-        with torch.no_grad():
-            model(ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    _run_hooked(model, ids, hooks)
     heads = model.config.num_attention_heads
     split = [torch.cat(found[name], -1).unflatten(-1, (len(found[name]) * heads, -1)) for name in Heads._fields]
     return Heads(*(x.transpose(1, 2).contiguous() for x in split))

@@ -56,6 +56,21 @@ def dtypes_with(query: Tensor) -> tuple[torch.dtype, ...]:
     return FLOATING if autocast else (query.dtype,)
 
 
+def check_separate(query: Any, key: Any, value: Any, n_keys: int | None = None) -> None:
+    """query [B, H, L, D], key [B, Hk, S, D] and value [B, Hk, S, E] go together; ``n_keys``: what S has to be."""
+    check_tensor("query", query, "B H L D")
+    check_tensor("key", key, "B Hk S D", dtypes_with(query))
+    check_tensor("value", value, "B Hk S E", dtypes_with(query))
+    for name, x in (("key", key), ("value", value)):
+        check_like(name, x, "query", query)
+    check_width("query", query)
+    check_width("value", value)
+    check_key_heads(query, key)
+    batch, key_heads, size, _ = key.shape
+    check_shape("key", key, (query.shape[0], key_heads, size if n_keys is None else n_keys, query.shape[3]))
+    check_shape("value", value, (batch, key_heads, size, value.shape[3]))
+
+
 def check_int(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
     """An integer (or symbolic integer) in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -179,16 +179,7 @@ def _check(
     query: Any, key: Any, value: Any, budget: Any, local_fraction: Any, chunk_length: Any, grouping: Any,
     rest_term: Any, context_keys: Any,
 ) -> None:  # fmt: skip
-    check.check_tensor("query", query, "B H L D")
-    check.check_tensor("key", key, "B Hk S D", check.dtypes_with(query))
-    check.check_tensor("value", value, "B Hk S E", check.dtypes_with(query))
-    check.check_like("key", key, "query", query)
-    check.check_like("value", value, "query", query)
-    check.check_width("query", query)
-    check.check_width("value", value)
-    check.check_key_heads(query, key)
-    check.check_shape("key", key, (query.shape[0], key.shape[1], key.shape[2], query.shape[3]))
-    check.check_shape("value", value, (*key.shape[:3], value.shape[3]))
+    check.check_separate(query, key, value)
     check.check_int("budget", budget, 1)
     if chunk_length is not None:
         check.check_int("chunk_length", chunk_length, 1)

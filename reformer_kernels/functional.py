@@ -246,16 +246,7 @@ def local_attention(
         NotImplementedError: the named backend does not support the call.
     """
     check.check_tensor("query", query, "B H L D")
-    check.check_tensor("key", key, "B H L D", check.dtypes_with(query))
-    check.check_tensor("value", value, "B H L E", check.dtypes_with(query))
-    check.check_like("key", key, "query", query)
-    check.check_like("value", value, "query", query)
-    check.check_width("query", query)
-    check.check_width("value", value)
-    check.check_key_heads(query, key)
-    batch, _, length, head_dim = query.shape
-    check.check_shape("key", key, (batch, key.shape[1], length, head_dim))
-    check.check_shape("value", value, (*key.shape[:3], value.shape[3]))
+    check.check_separate(query, key, value, query.shape[2])
     _check_common(chunk_length, chunks_before, chunks_after, causal, dropout_p, dropout_seed, backend, query.device)
     check.check_scale(scale)
     check.check_padding_mask(key_padding_mask, "query", query)

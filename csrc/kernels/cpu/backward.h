@@ -233,21 +233,31 @@ void backward_self_only(const AttentionParams& p, Shared<T>& shared) {
   }
 }
 
-template <class T>
-void attention_backward(const AttentionParams& given, const Threads& threads) {
+// gradients(p, shared, parallel) for every unit, between what all backwards begin and end with.
+template <class T, class F>
+void for_each_backward(const AttentionParams& given, const Threads& threads, F&& gradients) {
   using Scratch = BackwardScratch<T>;
   for_each_unit<T, Scratch>(given, threads, [&](Shared<T>& shared, auto&& parallel) {
     const Unit& u = shared.unit;
-    const auto gradients = {kGradQuery, kGradKey, kGradValue};
+    const auto written = {kGradQuery, kGradKey, kGradValue};
     const AttentionParams p =
-        shared.half.widen(given, u, {kQueryRows, kKeyRows, kValueRows, kOutRows, kGradOut}, gradients, parallel);
+        shared.half.widen(given, u, {kQueryRows, kKeyRows, kValueRows, kOutRows, kGradOut}, written, parallel);
     parallel(0, std::min(u.L, p.n_queries - u.offset),
              [&](Scratch&, int64_t begin, int64_t end) { backward_rows<T>(p, shared, begin, end); });
+    gradients(p, shared, parallel);
+    shared.half.round(given, p, u, written, parallel);
+  });
+}
+
+template <class T>
+void attention_backward(const AttentionParams& given, const Threads& threads) {
+  for_each_backward<T>(given, threads, [](const AttentionParams& p, Shared<T>& shared, auto&& parallel) {
+    const Unit& u = shared.unit;
     for (int r = 0; r < u.R; ++r)
-      parallel(u.round_begin[r], u.round_begin[r + 1],
-               [&](Scratch& s, int64_t begin, int64_t end) { BackwardWalk<T>(p, shared, s, begin, end).run(); });
+      parallel(u.round_begin[r], u.round_begin[r + 1], [&](BackwardScratch<T>& s, int64_t begin, int64_t end) {
+        BackwardWalk<T>(p, shared, s, begin, end).run();
+      });
     if (p.shared()) backward_self_only<T>(p, shared);
-    shared.half.round(given, p, u, gradients, parallel);
   });
 }
 

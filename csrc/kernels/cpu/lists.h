@@ -139,12 +139,8 @@ void add_places(const AttentionParams& p, Shared<T>& shared, int64_t first, int6
 template <class T>
 void list_backward(const AttentionParams& given, const Threads& threads) {
   using Scratch = BackwardScratch<T>;
-  for_each_unit<T, Scratch>(given, threads, [&](Shared<T>& shared, auto&& parallel) {
+  for_each_backward<T>(given, threads, [](const AttentionParams& p, Shared<T>& shared, auto&& parallel) {
     const Unit& u = shared.unit;
-    const auto gradients = {kGradQuery, kGradKey, kGradValue};
-    const AttentionParams p =
-        shared.half.widen(given, u, {kQueryRows, kKeyRows, kValueRows, kOutRows, kGradOut}, gradients, parallel);
-    parallel(0, u.L, [&](Scratch&, int64_t begin, int64_t end) { backward_rows<T>(p, shared, begin, end); });
     if (u.h % p.group() == 0)
       parallel(0, p.S, [&](Scratch&, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
@@ -167,7 +163,6 @@ void list_backward(const AttentionParams& given, const Threads& threads) {
         add_places<T>(p, shared, first, last, parallel);
       }
     if (p.has(kRest)) Rest<T>(p, shared).backward(parallel);
-    shared.half.round(given, p, u, gradients, parallel);
   });
 }
 
