@@ -7,8 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether there are values to look at, and looking costs no synchronisation."""
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or torch._C._are_functorch_transforms_active():
+        return False
+    return x.device.type == "cpu" and x.numel() > 0
 
 
 def check_tensor(name: str, x: Any, dims: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:

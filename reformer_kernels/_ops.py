@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch.autograd import forward_ad
 
-from . import _dispatch
+from . import _choices, _dispatch
 from ._calls import AttentionCall, HashCall, ListCall, OrderCall, SelectCall, empty_rows
 
 NAMESPACE = "reformer_kernels"
@@ -72,6 +72,8 @@ def _implementation(name: str, kind: Callable[..., Any], n_residuals: int = 0) -
         call = kind(*args[n_residuals:])
         return getattr(_dispatch.select(call), name)(call, *args[:n_residuals])
 
+    if name in ("hash_buckets", "select_keys"):
+        return _as_given(_choices.kept(name, implementation))
     return _as_given(implementation)
 
 

@@ -1,4 +1,4 @@
-"""The Reformer's attention layers: shared-QK LSH attention and local attention."""
+"""Attention layers: the Reformer's shared-QK LSH attention and local attention, and ordinary full attention."""
 
 from __future__ import annotations
 
@@ -6,11 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from .._checks import check_choice, check_fraction, check_int
+from .._checks import (
+    check_attn_mask,
+    check_bool,
+    check_choice,
+    check_fraction,
+    check_int,
+    check_like,
+    check_padding_mask,
+    check_shape,
+    check_tensor,
+)
 from ..rules import AttentionRules
+from .position import RotaryPositionEmbedding, check_base, check_row_positions
 
 _SEED_RANGE = 2**63 - 1
 
@@ -33,11 +45,20 @@ def seed_of(hash_seed: int | None, training: bool) -> int | Tensor:
     return draw_seed() if training else 0
 
 
-class _SelfAttention(nn.Module):
-    """What both layers share: heads, output projection, dropout."""
+class AttentionBase(nn.Module):
+    """What all layers share: heads, rotation, memory, output projection, dropout."""
+
+    memory: nn.Parameter | None
 
     def __init__(
-        self, embed_dim: int, num_heads: int, head_dim: int | None, dropout: float, bias: bool, factory: dict[str, Any]
+        self,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int | None,
+        dropout: float,
+        bias: bool,
+        rotary_base: float | None,
+        factory: dict[str, Any],
     ) -> None:
         super().__init__()
         check_int("embed_dim", embed_dim, 1)
@@ -51,13 +72,49 @@ class _SelfAttention(nn.Module):
         self.embed_dim, self.num_heads, self.head_dim, self.dropout = embed_dim, num_heads, head_dim, dropout
         self._linear = {"bias": bias, **factory}
         self.output = nn.Linear(num_heads * head_dim, embed_dim, **self._linear)
+        self.rotary: RotaryPositionEmbedding | None = None
+        if rotary_base is not None:
+            check_base("rotary_base", rotary_base)
+            self.rotary = RotaryPositionEmbedding(head_dim, rotary_base)
+        self.register_parameter("memory", None)
+        self.memory_keys = 0
 
-    def _projection(self) -> nn.Linear:
-        return nn.Linear(self.embed_dim, self.num_heads * self.head_dim, **self._linear)
+    def _projection(self, width: int | None = None) -> nn.Linear:
+        return nn.Linear(self.embed_dim if width is None else width, self.num_heads * self.head_dim, **self._linear)
+
+    def _add_memory(self, memory_keys: int, width: int, factory: dict[str, Any]) -> None:
+        check_int("memory_keys", memory_keys, 0)
+        self.memory_keys = memory_keys
+        if memory_keys:
+            self.memory = nn.Parameter(torch.empty(memory_keys, width, **factory))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Of the memory; the projections have their own."""
+        if self.memory is not None:
+            nn.init.normal_(self.memory, std=self.memory.shape[1] ** -0.5)
+
+    def _memory_rows(self, x: Tensor) -> Tensor:
+        """[B, memory_keys, E] for x [B, L, E], in its dtype."""
+        assert self.memory is not None
+        return self.memory.to(x.dtype).expand(x.shape[0], -1, -1)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, H * D] -> [B, H, L, D], a view."""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def _positions(self, x: Tensor, positions: Tensor | None) -> Tensor | None:
+        """The positions of x [B, L, E], if anything depends on them."""
+        if self.rotary is None:
+            return None
+        if positions is None:
+            return torch.arange(x.shape[1], device=x.device)
+        check_row_positions(positions, x)
+        return positions
+
+    def _rotated(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """x [B, H, L, D] as it is seen from its positions."""
+        return x if self.rotary is None or positions is None else self.rotary(x, positions)
 
     def _merge(self, x: Tensor) -> Tensor:
         return self.output(x.transpose(1, 2).flatten(2))
@@ -72,10 +129,11 @@ class _SelfAttention(nn.Module):
         return {"dropout_p": self.dropout, "dropout_seed": draw_seed(device)}
 
     def extra_repr(self) -> str:
-        return f"{self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, dropout={self.dropout}"
+        memory = f", memory_keys={self.memory_keys}" if self.memory_keys else ""
+        return f"{self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, dropout={self.dropout}{memory}"
 
 
-class LSHSelfAttention(_SelfAttention):
+class LSHSelfAttention(AttentionBase):
     """The Reformer's LSH attention layer: one projection for queries and keys (arXiv 2001.04451, section 2).
 
     Args:
@@ -88,6 +146,11 @@ class LSHSelfAttention(_SelfAttention):
         bias: give the projections a bias.
         hash_seed: an int fixes the rotations; None draws new ones in every training forward, as the published
             Reformers do, and uses seed 0 in evaluation.
+        rotary_base: rotate the shared rows by their positions before hashing (``RotaryPositionEmbedding`` with this
+            base, usually 10000), as trax can; None: no rotation.
+        memory_keys: number of learned rows before x that every query may see, as lucidrains' ``num_mem_kv``. They are
+            hashed like other keys, but not rotated. The parameter ``memory``, [memory_keys, E], starts normal with
+            standard deviation ``E ** -0.5``.
         device, dtype: of the parameters.
 
     Shape: x [B, L, E] -> [B, L, E].
@@ -113,17 +176,20 @@ class LSHSelfAttention(_SelfAttention):
         rules: AttentionRules | None = None,
         alignment: str = "ring",
         hash_seed: int | None = None,
+        rotary_base: float | None = None,
+        memory_keys: int = 0,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         factory = {"device": device, "dtype": dtype}
-        super().__init__(embed_dim, num_heads, head_dim, dropout, bias, factory)
+        super().__init__(embed_dim, num_heads, head_dim, dropout, bias, rotary_base, factory)
         self.query_key, self.value = self._projection(), self._projection()
         check_choice("alignment", alignment, ("ring", "bucket"))
         check_int("n_hashes", n_hashes, 1)
         check_int("chunk_length", chunk_length, 1)
         check_hash_seed(hash_seed)
+        self._add_memory(memory_keys, embed_dim, factory)
         self.n_hashes = n_hashes
         self.hash_seed = hash_seed
         self.options: dict[str, Any] = {
@@ -143,6 +209,7 @@ class LSHSelfAttention(_SelfAttention):
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         num_queries: int | None = None,
         n_hashes: int | None = None,
         buckets: Tensor | None = None,
@@ -150,11 +217,33 @@ class LSHSelfAttention(_SelfAttention):
     ) -> Any:
         """x [B, L, E]; masks as in ``functional.lsh_attention``; ``n_hashes`` overrides the layer's.
 
-        Returns [B, num_queries, E], with ``return_buckets`` also the buckets, which a recomputation may pass again.
+        ``positions``, integers [L] or [B, L], are used with ``rotary_base`` only; None: 0 ... L - 1. Masks and
+        ``num_queries`` are about the rows of x: ``memory_keys`` come on top of them.
+
+        Returns [B, num_queries, E], with ``return_buckets`` also the buckets, which a recomputation may pass again:
+        int32 [B, H, n_hashes, memory_keys + L].
         """
         self._check_input(x)
+        positions = self._positions(x, positions)
+        if self.memory is not None:
+            rows = x[:, None].expand(-1, self.num_heads, -1, -1)
+            num_queries = x.shape[1] if num_queries is None else num_queries
+            check_int("num_queries", num_queries, 0, x.shape[1])
+            check_padding_mask(key_padding_mask, "x", rows)
+            check_attn_mask(attn_mask, "x", rows, num_queries)
+            key_padding_mask, positions = (
+                # for masks 0 means visible, and position 0 is not rotated
+                None if of_rows is None else F.pad(of_rows, (self.memory_keys, 0))
+                for of_rows in (key_padding_mask, positions)
+            )
+            if attn_mask is not None:
+                attn_mask = F.pad(attn_mask, (self.memory_keys, 0, self.memory_keys, 0))
+            # First, and queries too, whose outputs nobody needs: so with ``causal`` all see it, and what comes later
+            # does not move it out of a window.
+            x = torch.cat([self._memory_rows(x), x], 1)
+            num_queries += self.memory_keys
         result = functional.lsh_attention(
-            self._heads(self.query_key(x)),
+            self._rotated(self._heads(self.query_key(x)), positions),
             self._heads(self.value(x)),
             n_hashes=self.n_hashes if n_hashes is None else n_hashes,
             key_padding_mask=key_padding_mask,
@@ -166,21 +255,23 @@ class LSHSelfAttention(_SelfAttention):
             **self.options,
             **self._dropout(x.device),
         )
-        if return_buckets:
-            return self._merge(result[0]), result[1]
-        return self._merge(result)
+        out, buckets = result if return_buckets else (result, None)
+        out = self._merge(out[:, :, self.memory_keys :])
+        return (out, buckets) if return_buckets else out
 
     def extra_repr(self) -> str:
         shown = {"n_hashes": self.n_hashes, **self.options, "hash_seed": self.hash_seed}
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in shown.items())])
 
 
-class LocalSelfAttention(_SelfAttention):
+class LocalSelfAttention(AttentionBase):
     """The Reformer's local attention layer: each chunk attends itself and its neighbours.
 
     Args:
         embed_dim, num_heads, head_dim, dropout, bias, device, dtype: as in ``LSHSelfAttention``.
         chunk_length, chunks_before, chunks_after, causal, scale, backend: as in ``functional.local_attention``.
+        rotary_base: rotate queries and keys by their positions (``RotaryPositionEmbedding`` with this base, usually
+            10000); None: no rotation.
 
     Shape: x [B, L, E] -> [B, L, E].
 
@@ -201,12 +292,13 @@ class LocalSelfAttention(_SelfAttention):
         dropout: float = 0.0,
         bias: bool = False,
         scale: float | None = None,
+        rotary_base: float | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         factory = {"device": device, "dtype": dtype}
-        super().__init__(embed_dim, num_heads, head_dim, dropout, bias, factory)
+        super().__init__(embed_dim, num_heads, head_dim, dropout, bias, rotary_base, factory)
         check_int("chunk_length", chunk_length, 1)
         self.query, self.key, self.value = self._projection(), self._projection(), self._projection()
         self.options: dict[str, Any] = {
@@ -218,12 +310,23 @@ class LocalSelfAttention(_SelfAttention):
             "backend": backend,
         }
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        """x [B, L, E]; masks as in ``functional.local_attention``. Returns [B, L, E]."""
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, L, E]; masks as in ``functional.local_attention``. Returns [B, L, E].
+
+        ``positions``, integers [L] or [B, L], are used with ``rotary_base`` only; None: 0 ... L - 1.
+        """
         self._check_input(x)
+        positions = self._positions(x, positions)
         out = functional.local_attention(
-            self._heads(self.query(x)),
-            self._heads(self.key(x)),
+            self._rotated(self._heads(self.query(x)), positions),
+            self._rotated(self._heads(self.key(x)), positions),
             self._heads(self.value(x)),
             key_padding_mask=key_padding_mask,
             attn_mask=attn_mask,
@@ -234,3 +337,132 @@ class LocalSelfAttention(_SelfAttention):
 
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in self.options.items())])
+
+
+class FullAttention(AttentionBase):
+    """Softmax attention by ``F.scaled_dot_product_attention``, with the projections of ``LocalSelfAttention``.
+
+    Time grows with L x S. So does the memory for ``causal`` with a padding mask (bool [B, 1, L, S]); otherwise there is
+    no mask of that size.
+
+    Args:
+        embed_dim: E, size of the input and the output.
+        num_heads: H.
+        head_dim: D; None: ``embed_dim // num_heads``.
+        context_dim: size of the rows of another sequence that keys and values are made of; None: self-attention.
+        causal: query i sees the keys 0 ... i.
+        dropout: probability of dropping an attention weight, in training; drawn from torch's random state.
+        bias: give the projections a bias.
+        memory_keys: number of learned rows beside the input of the keys and values, seen by every query and not
+            rotated. The parameter ``memory``, [memory_keys, context_dim or E], starts normal with a standard deviation
+            of ``1 / sqrt`` of its width.
+        rotary_base: rotate queries and keys by their positions (``RotaryPositionEmbedding`` with this base, usually
+            10000); None: no rotation.
+        device, dtype: of the parameters.
+
+    Shape: x [B, L, E], context [B, S, context_dim] -> [B, L, E]. A query that sees no key gives 0 (``output.bias``).
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape or value, or does not go with ``context_dim``.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        causal: bool = False,
+        dropout: float = 0.0,
+        bias: bool = False,
+        memory_keys: int = 0,
+        rotary_base: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(embed_dim, num_heads, head_dim, dropout, bias, rotary_base, factory)
+        check_bool("causal", causal)
+        if context_dim is not None:
+            check_int("context_dim", context_dim, 1)
+            if causal:
+                raise ValueError("causal must be False with context_dim (a context has no order of its own), got True")
+            if rotary_base is not None:
+                raise ValueError(
+                    f"rotary_base must be None with context_dim (there is no distance to a context), got {rotary_base}"
+                )
+        self.context_dim, self.causal = context_dim, causal
+        self.query = self._projection()
+        self.key, self.value = self._projection(context_dim), self._projection(context_dim)
+        self._add_memory(memory_keys, embed_dim if context_dim is None else context_dim, factory)
+
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        context: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, L, E], and with ``context_dim`` a context [B, S, context_dim]. Returns [B, L, E].
+
+        Args:
+            key_padding_mask: bool, True: ignored as key; [B, S] of the context, or of x if there is none, [B, L].
+            positions: integers [L] or [B, L], used with ``rotary_base`` only; None: 0 ... L - 1.
+        """
+        self._check_input(x)
+        source = self._source(x, context)
+        check_padding_mask(key_padding_mask, "x" if context is None else "context", source[:, None])
+        positions = self._positions(x, positions)
+        mask, sees_none = self._mask(key_padding_mask)
+        if self.memory is not None:
+            source = torch.cat([self._memory_rows(source), source], 1)
+        q = self._rotated(self._heads(self.query(x)), positions)
+        if positions is not None:
+            positions = F.pad(positions, (self.memory_keys, 0))  # position 0 is not rotated
+        k = self._rotated(self._heads(self.key(source)), positions)
+        v = self._heads(self.value(source))
+        is_causal = self.causal and mask is None
+        if is_causal:
+            # Queries for the memory, too: the causal mask of a square takes its first query and its first key together.
+            q = F.pad(q, (0, 0, self.memory_keys, 0))
+        out = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal)
+        if is_causal:
+            out = out[:, :, self.memory_keys :]
+        if sees_none is not None:
+            out = out.masked_fill(sees_none, 0.0)
+        return self._merge(out)
+
+    def _source(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """What keys and values are made of."""
+        if self.context_dim is None:
+            if context is not None:
+                raise ValueError(f"context must be None without context_dim, got shape {list(context.shape)}")
+            return x
+        if context is None:
+            raise ValueError(f"context must be given with context_dim, [B, S, {self.context_dim}], got None")
+        check_tensor("context", context, "B S C")
+        check_like("context", context, "x", x)
+        check_shape("context", context, (x.shape[0], context.shape[1], self.context_dim))
+        return context
+
+    def _mask(self, key_padding_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """True: seen, [B, 1, L or 1, memory_keys + S], and True: sees no key, [B, 1, L or 1, 1]; None: all see all.
+
+        A query that sees no key gets all keys, and its output is to be masked: torch's kernels need not agree on the
+        softmax of nothing, and its gradient.
+        """
+        if key_padding_mask is None:
+            return None, None
+        seen = ~key_padding_mask[:, None, None]
+        if self.causal:
+            length = seen.shape[-1]
+            seen = seen & torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
+        if self.memory_keys:
+            return F.pad(seen, (self.memory_keys, 0), value=True), None
+        sees_none = ~seen.any(-1, keepdim=True)
+        return seen | sees_none, sees_none
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, context_dim={self.context_dim}, causal={self.causal}"

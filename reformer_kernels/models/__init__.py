@@ -1,0 +1,1 @@
+"""The Reformer models: configuration, trunk, and what stands on it."""

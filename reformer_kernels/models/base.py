@@ -1,0 +1,151 @@
+"""What all models share: initial weights, saving and loading without pickle, checks of their input."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import FLOATING, check_like, is_readable
+from .config import ReformerConfig
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_Model = TypeVar("_Model", bound="PretrainedModel")
+
+
+class PretrainedModel(nn.Module):
+    """A model that can be saved to a directory and loaded from it.
+
+    A subclass is made of one or more configurations, keyword arguments of its constructor, which it keeps as
+    attributes of the names in ``config_names``.
+    """
+
+    config_names: tuple[str, ...] = ("config",)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes ``config.json`` and ``model.safetensors``; the directory is made if it does not exist.
+
+        Both are written beside their places first and then moved, so an interrupted save leaves an older one as it was.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        configs = {name: getattr(self, name).to_dict() for name in self.config_names}
+        weights = {name: p.detach().contiguous() for name, p in self.named_parameters()}  # shared ones once
+        text = json.dumps({"model": type(self).__name__, **configs}, indent=2) + "\n"
+        beside = {name: directory / f".{name}.{os.getpid()}" for name in (WEIGHTS_FILE, CONFIG_FILE)}
+        try:
+            save_file(weights, beside[WEIGHTS_FILE])
+            beside[CONFIG_FILE].write_text(text)
+            for name, path in beside.items():
+                os.replace(path, directory / name)
+        finally:
+            for path in beside.values():
+                path.unlink(missing_ok=True)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Model], directory: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+    ) -> _Model:
+        """The model that ``save_pretrained`` wrote, in evaluation mode, with weights of the dtypes they had.
+
+        Args:
+            directory: with ``config.json`` and ``model.safetensors``. Nothing in it is executed or unpickled.
+            device: of the weights.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or holds something other than a model of this class.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        directory, device = Path(directory), torch.device(device)
+        model = cls._from_config_file(directory / CONFIG_FILE)
+        path = directory / WEIGHTS_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {WEIGHTS_FILE} in {directory}")
+        try:
+            weights = load_file(path, device=str(device))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no valid safetensors file: {error}") from error
+        parameters = dict(model.named_parameters())
+        missing, unexpected = sorted(set(parameters) - set(weights)), sorted(set(weights) - set(parameters))
+        if missing or unexpected:
+            raise ValueError(f"{path} does not fit its {CONFIG_FILE}: missing {missing}, unexpected {unexpected}")
+        for name, parameter in parameters.items():
+            if weights[name].dtype not in FLOATING:
+                raise ValueError(f"{path}: {name} must have a dtype of {FLOATING}, got {weights[name].dtype}")
+            if parameter.shape != weights[name].shape:
+                raise ValueError(
+                    f"{path}: {name} must have shape {list(parameter.shape)}, got {list(weights[name].shape)}"
+                )
+            parameter.data = weights.pop(name).clone()  # to torch's alignment: the file has 8 bytes
+        return model.eval()
+
+    @classmethod
+    def _from_config_file(cls: type[_Model], path: Path) -> _Model:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {CONFIG_FILE} in {path.parent}")
+        try:
+            values = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no valid JSON: {error}") from error
+        found = values.get("model") if isinstance(values, dict) else None
+        if found != cls.__name__:
+            raise ValueError(f"{path} must be of a {cls.__name__}, got {found!r}")
+        if set(values) != {"model", *cls.config_names}:
+            raise ValueError(f"{path} must have the keys {['model', *cls.config_names]}, got {list(values)}")
+        try:
+            configs = {name: ReformerConfig.from_dict(values[name]) for name in cls.config_names}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        return cls(**configs)
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def initialize(module: _Module, std: float) -> _Module:
+    """Normal weights and zero biases in the linear layers and embeddings (as BERT and Hugging Face's Reformer)."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+    return module
+
+
+def padding_mask(attention_mask: Any, tokens: Tensor, name: str = "attention_mask") -> Tensor | None:
+    """The modules' ``key_padding_mask`` (bool, True: ignored) of a model's ``attention_mask`` (1: attend)."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(attention_mask).__name__}")
+    if attention_mask.shape != tokens.shape[:2]:
+        raise ValueError(f"{name} must have shape {list(tokens.shape[:2])}, got {list(attention_mask.shape)}")
+    check_like(name, attention_mask, "the tokens", tokens)
+    return attention_mask == 0
+
+
+def check_ids(name: str, ids: Any, vocab_size: int) -> None:
+    """Token ids, integers [B, L]; their values are left to the embedding, whose errors cost no synchronisation."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must have dtype torch.int64 or torch.int32, got {ids.dtype}")
+    if ids.dim() != 2 or not ids.shape[1]:
+        raise ValueError(f"{name} must have shape [B, L] with L at least 1, got {list(ids.shape)}")
+    if is_readable(ids):
+        least, most = (int(x) for x in ids.aminmax())
+        if least < 0 or most >= vocab_size:
+            raise ValueError(f"{name} must be between 0 and {vocab_size - 1}, got {least if least < 0 else most}")

@@ -1,0 +1,119 @@
+"""Language models: ReformerLM predicts the next token, ReformerMaskedLM tokens that were replaced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._checks import check_shape, check_tensor
+from ..modules.feed_forward import chunked_cross_entropy
+from .base import PretrainedModel, initialize
+from .config import ReformerConfig
+from .outputs import LMOutput
+from .reformer import Reformer, for_model
+
+IGNORED = -100
+
+
+def check_labels(labels: Any) -> None:
+    check_tensor("labels", labels, "B L", (torch.int64,))
+
+
+def make_head(trunk: Reformer) -> nn.Linear:
+    """The last layer of a language model: hidden state -> logits."""
+    config = trunk.config
+    head = initialize(nn.Linear(config.hidden_dim, config.vocab_size), config.initializer_range)
+    if config.tie_embeddings:
+        head.weight = trunk.embedding.weight
+    return head
+
+
+def apply_head(
+    trunk: Reformer, head: nn.Linear, streams: tuple[Tensor, Tensor], labels: Tensor | None, return_logits: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The loss of labels, computed in chunks, and logits where there are no labels or they are asked for."""
+    both = torch.cat(streams, dim=-1)
+    to_logits = nn.Sequential(trunk.merge, head)
+    loss = None
+    if labels is not None:
+        length = trunk.config.head_chunk_length
+        loss = chunked_cross_entropy(both, to_logits, labels, chunk_length=length, ignore_index=IGNORED)
+    return loss, to_logits(both) if labels is None or return_logits else None
+
+
+class _LanguageModel(PretrainedModel):
+    causal: bool
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        self.reformer = Reformer(for_model("config", config, self.causal))
+        self.config = self.reformer.config
+        self.head = make_head(self.reformer)
+
+    def _targets(self, labels: Tensor) -> Tensor:
+        """What each position is to predict."""
+        return labels
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        n_hashes: int | None = None,
+        return_logits: bool = False,
+    ) -> LMOutput:
+        """Logits, or with labels the loss.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds, n_hashes: as in ``Reformer``.
+            labels: int64 [B, L], between 0 and V - 1, or -100 where there is nothing to predict.
+            return_logits: also with labels. They are [B, L, V], which the loss alone never holds.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type, shape or value, or a sequence is too long.
+        """
+        streams = self.reformer.streams(input_ids, attention_mask, inputs_embeds, n_hashes=n_hashes)
+        if labels is not None:
+            check_labels(labels)
+            check_shape("labels", labels, tuple(streams[0].shape[:2]))
+            labels = self._targets(labels)
+        return LMOutput(*apply_head(self.reformer, self.head, streams, labels, return_logits))
+
+
+class ReformerLM(_LanguageModel):
+    """A language model: ``logits[:, i]`` predict token i + 1.
+
+    Labels are the tokens themselves (``labels=input_ids``): they are shifted inside. Which keys a query may see is
+    strictly causal only with ``alignment="bucket"``, see ``lsh_attention``.
+
+    Args:
+        config: the architecture; the model's own ``config`` is causal, whatever this one says.
+
+    Raises:
+        TypeError: config is no ``ReformerConfig``.
+    """
+
+    causal = True
+
+    def _targets(self, labels: Tensor) -> Tensor:
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+class ReformerMaskedLM(_LanguageModel):
+    """A masked language model (BERT's): ``logits[:, i]`` predict the token at i.
+
+    Labels are the true tokens where the input was replaced, and -100 elsewhere.
+
+    Args:
+        config: the architecture; the model's own ``config`` is not causal, whatever this one says.
+
+    Raises:
+        TypeError: config is no ``ReformerConfig``.
+    """
+
+    causal = False
