@@ -23,6 +23,7 @@ from torch import Tensor
 
 import reformer_kernels as rk
 from reformer_kernels import clustered
+from reformer_kernels.demo.figure import GREY, sheet
 from reformer_kernels.demo.text import DemoError, split_text
 
 from . import recall_data as data
@@ -422,22 +423,9 @@ STYLES: dict[str, Row] = {  # of the policies in the plot
 
 def draw(path: Path, rows: list[Row]) -> None:
     """Recall and error against the budget: a column per task, a line per policy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    grey = "#555555"
-    style: Any = {
-        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": grey, "axes.labelcolor": grey,
-        "axes.titlesize": 11, "axes.titleweight": "bold", "axes.grid": True, "grid.color": "#ececec",
-        "xtick.color": grey, "ytick.color": grey, "font.size": 10,
-    }  # fmt: skip
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     parts = {"recall": "share of the softmax mass seen", "error": "relative error of the output"}
-    with pyplot.rc_context(style):
-        size = (3.6 * len(tasks) + 0.6, 6.6)
-        figure, axes = pyplot.subplots(2, len(tasks), figsize=size, sharey="row", squeeze=False, layout="constrained")
+    with sheet(path, 2, len(tasks), figsize=(3.6 * len(tasks) + 0.6, 6.6), sharey="row") as (fig, axes):
         for (part, label), line in zip(parts.items(), axes, strict=True):
             for task, ax in zip(tasks, line, strict=True):
                 for name, look in STYLES.items():
@@ -449,11 +437,9 @@ def draw(path: Path, rows: list[Row]) -> None:
             line[0].set_ylabel(label)
         for task, ax in zip(tasks, axes[0], strict=True):
             ax.set_title(task, loc="left")
-        figure.supxlabel("budget: keys that a query attends", fontsize=10, color=grey)
+        fig.supxlabel("budget: keys that a query attends", fontsize=10, color=GREY)
         handles, names = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 2 * len(tasks)), frameon=False)
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        fig.legend(handles, names, loc="outside upper center", ncols=min(len(names), 2 * len(tasks)), frameon=False)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

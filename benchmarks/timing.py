@@ -55,16 +55,16 @@ def step_timer(function: Callable[..., Tensor], tensors: list[Tensor], grad_out:
     return run
 
 
-def interleaved(timers: Mapping[str, Timer], repeats: int) -> dict[str, Times]:
+def interleaved(timers: Mapping[str, Timer], repeats: int, slow_seconds: float = SLOW_SECONDS) -> dict[str, Times]:
     """Medians per timer of ``repeats`` rounds over all of them, after one warm-up run each.
 
-    A timer whose warm-up took more than SLOW_SECONDS is not run again: that run is its result.
+    A timer whose warm-up took more than ``slow_seconds`` is not run again: that run is its result.
     """
     runs: dict[str, list[dict[str, float]]] = {}
     slow = {}
     for name, timer in timers.items():
         first = timer()
-        slow[name] = max(first.values()) > SLOW_SECONDS
+        slow[name] = max(first.values()) > slow_seconds
         runs[name] = [first] if slow[name] else []
     for _ in range(repeats):
         for name, timer in timers.items():

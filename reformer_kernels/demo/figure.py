@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from . import cost
 
 COLOURS = {"lsh": "#0b6e8f", "sdpa": "#d1662b"}
 MODELS = {"lsh": "Local + LSH attention", "sdpa": "torch SDPA"}
-_GREY = "#555555"
+GREY = "#555555"
 _LINE: Any = {"marker": "o", "markersize": 5, "linewidth": 2}
 
 
@@ -26,7 +28,7 @@ def _draw_cost(axes: Any, rows: list[dict[str, Any]], field: str, unit: float, t
         points = [(row["length"], max(row[field] / unit, 1e-3)) for row in rows if row["name"] == name]
         axes.plot(*zip(*points, strict=True), label=cost.NAMES[name], color=colour, **_LINE)
         ends.append(points[-1])
-    axes.annotate("", *ends, arrowprops={"arrowstyle": "<->", "color": _GREY, "shrinkA": 5, "shrinkB": 5})
+    axes.annotate("", *ends, arrowprops={"arrowstyle": "<->", "color": GREY, "shrinkA": 5, "shrinkB": 5})
     (length, lsh), (_, sdpa) = ends
     axes.annotate(
         f"{sdpa / lsh:.2g}x",
@@ -34,7 +36,7 @@ def _draw_cost(axes: Any, rows: list[dict[str, Any]], field: str, unit: float, t
         (7, 0),
         textcoords="offset points",
         va="center",
-        color=_GREY,
+        color=GREY,
     )
     lengths = sorted({row["length"] for row in rows})
     axes.set_xscale("log", base=2)
@@ -61,8 +63,9 @@ def _draw_curves(axes: Any, runs: dict[str, dict[str, Any]], context: int) -> No
     axes.legend(frameon=False, labelcolor="linecolor", loc="upper right")
 
 
-def draw(path: Path, attention: list[dict[str, Any]], runs: dict[str, dict[str, Any]], context: int, note: str) -> None:
-    """Writes the figure; ``attention`` is of ``cost.measure``, ``runs`` the results of the models by name."""
+@contextmanager
+def sheet(path: Path, rows: int, columns: int, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """A matplotlib figure and its axes [rows][columns], to be drawn inside; then written to ``path``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,16 +73,22 @@ def draw(path: Path, attention: list[dict[str, Any]], runs: dict[str, dict[str, 
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     style: Any = {
-        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _GREY, "axes.labelcolor": _GREY,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.labelcolor": GREY,
         "axes.titlesize": 12, "axes.titleweight": "bold", "axes.grid": True, "grid.color": "#e6e6e6",
-        "xtick.color": _GREY, "ytick.color": _GREY, "font.size": 10.5,
+        "xtick.color": GREY, "ytick.color": GREY, "font.size": 10.5,
     }  # fmt: skip
     with pyplot.rc_context(style):
         layout = ConstrainedLayoutEngine(wspace=0.06)
-        figure, (time, memory, curves) = pyplot.subplots(1, 3, figsize=(15, 4.8), layout=layout)
+        figure, axes = pyplot.subplots(rows, columns, squeeze=False, layout=layout, **options)
+        yield figure, axes
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
+
+
+def draw(path: Path, attention: list[dict[str, Any]], runs: dict[str, dict[str, Any]], context: int, note: str) -> None:
+    """Writes the figure; ``attention`` is of ``cost.measure``, ``runs`` the results of the models by name."""
+    with sheet(path, 1, 3, figsize=(15, 4.8)) as (figure, [(time, memory, curves)]):
         _draw_cost(time, attention, "seconds", 1.0, "Time of one attention layer", "forward + backward (s)")
         _draw_cost(memory, attention, "extra_bytes", 2**20, "Memory of one attention layer", "extra peak memory (MiB)")
         _draw_curves(curves, runs, context)
-        figure.supxlabel(note, fontsize=9, color=_GREY)
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        figure.supxlabel(note, fontsize=9, color=GREY)

@@ -8,29 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules.attention import LocalSelfAttention, LSHSelfAttention
+from ..modules.attention import FullAttention, LocalSelfAttention, LSHSelfAttention
+from ..modules.position import AxialPositionEmbedding
 
 VOCABULARY = 256  # one token per byte
 _STEM_BYTES = 6
 _POSITION_COLUMNS = 64
 _BUCKET_TOKENS = 64  # in the mean: a chunk
-
-
-class SDPASelfAttention(nn.Module):
-    """Causal ``scaled_dot_product_attention`` with the projections of a standard layer. [B, L, E] -> [B, L, E]."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.output = (nn.Linear(width, width, bias=False) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (
-            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projection in (self.query, self.key, self.value)
-        )
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.output(out.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -70,21 +54,19 @@ class ByteLM(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, width)
         # A token is a byte and the few before it: attention would spend the whole minute on learning to look there.
         self.stem = nn.Linear(_STEM_BYTES * width, width)
-        # Position = row + column of a table, as the Reformer's axial encoding: in a few hundred steps one vector for
-        # each of 4,096 positions would hardly be trained, but a column is met 64 times in every window.
-        self.rows = nn.Parameter(torch.empty(math.ceil(context / _POSITION_COLUMNS), 1, width))
-        self.columns = nn.Parameter(torch.empty(1, _POSITION_COLUMNS, width))
+        # In a few hundred steps one vector for each of 4,096 positions would hardly be trained, but a column is met 64
+        # times in every window.
+        axes = (math.ceil(context / _POSITION_COLUMNS), _POSITION_COLUMNS)
+        self.position = AxialPositionEmbedding(width, axes, init_std=0.05)
         self.blocks = nn.ModuleList(self._block(attention, layer, width, heads) for layer in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY)
         nn.init.normal_(self.embedding.weight, std=0.5)
-        nn.init.normal_(self.rows, std=0.05)
-        nn.init.normal_(self.columns, std=0.05)
 
     def _block(self, attention: str, layer: int, width: int, heads: int) -> Block:
         hidden = 4 * width
         if attention == "sdpa":
-            return Block(width, SDPASelfAttention(width, heads), hidden)
+            return Block(width, FullAttention(width, heads, causal=True), hidden)
         if layer % 2 == 0:
             return Block(width, LocalSelfAttention(width, heads, causal=True), hidden)
         # Buckets that are cut into chunks one by one are strictly causal: in the ring of the published models, later
@@ -97,8 +79,8 @@ class ByteLM(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         recent = F.pad(tokens, (_STEM_BYTES - 1, 0)).unfold(1, _STEM_BYTES, 1)  # [B, L, _STEM_BYTES]
-        positions = (self.rows + self.columns).flatten(0, 1)[: tokens.shape[1]]
-        x = self.stem(self.embedding(recent).flatten(2)) + positions
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.stem(self.embedding(recent).flatten(2)) + self.position(positions)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
