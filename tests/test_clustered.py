@@ -387,7 +387,7 @@ def test_of_equal_keys_the_first_are_chosen(size: int) -> None:
     k = k.repeat(1, 1, size, 1)
     k[:, :, ::3] = -k[:, :, ::3]
     call = SelectCall(q, k, None, None, None, None, 10, 8, 0, 0, False, 0.5, "")
-    assert torch.equal(native.select_keys(call), reference.select_keys(call))
+    # Not the reference: a BLAS may round the scores of equal keys differently.
     for row in native.select_keys(call).flatten(0, 2).tolist():
         assert row in ([0, 3, 6, 9, 12, 15, 18, 21], [1, 2, 4, 5, 7, 8, 10, 11])
 

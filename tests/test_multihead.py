@@ -387,7 +387,9 @@ def test_later_keys_do_not_leak(hint: bool) -> None:
     y = x.clone()
     y[:, 128:] = 1e9
     a, b = (m(x, k, k, **given, need_weights=False)[0] for k in (x, y))
-    assert torch.equal(a[:, :128], b[:, :128]) and not torch.equal(a[:, 128:], b[:, 128:])
+    # Not to the bit: a BLAS may round a row by what is beside it. What leaks is of the size of 1e9.
+    assert_equal_to_rounding(a[:, :128], b[:, :128], 2 * E)
+    assert not torch.equal(a[:, 128:], b[:, 128:])
 
 
 def test_dropout_comes_from_torch() -> None:
