@@ -384,11 +384,9 @@ def test_very_negative_padding_is_a_mask(dtype: torch.dtype) -> None:
 def test_later_keys_do_not_leak(hint: bool) -> None:
     m, x = long(causal=not hint), r(1, 256, E)
     given = {"attn_mask": torch.ones(256, 256, dtype=torch.bool).triu(1), "is_causal": True} if hint else {}
-    y = x.clone()
-    y[:, 128:] = 1e9
+    y = torch.cat([x[:, :128], torch.full_like(x[:, 128:], 1e9)], 1)
     a, b = (m(x, k, k, **given, need_weights=False)[0] for k in (x, y))
-    # Not to the bit: a BLAS may round a row by what is beside it. What leaks is of the size of 1e9.
-    assert_equal_to_rounding(a[:, :128], b[:, :128], 2 * E)
+    close(a[:, :128], b[:, :128])  # a BLAS may round a row by its neighbours; what leaks is of the size of 1e9
     assert not torch.equal(a[:, 128:], b[:, 128:])
 
 

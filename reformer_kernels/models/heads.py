@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules.feed_forward import chunked_cross_entropy
-from .base import PretrainedModel, initialize
+from .base import initialize
 from .config import ReformerConfig
 from .outputs import ClassifierOutput, QuestionAnsweringOutput
-from .reformer import Reformer, for_model
+from .reformer import ReformerModel
 
 
-class ReformerSequenceClassifier(PretrainedModel):
+class ReformerSequenceClassifier(ReformerModel):
     """A class, several classes, or numbers for each sequence.
 
     The hidden state of one token, or the mean (``config.pooling``), through dropout, a tanh layer, dropout and the
@@ -29,9 +29,8 @@ class ReformerSequenceClassifier(PretrainedModel):
     """
 
     def __init__(self, config: ReformerConfig) -> None:
-        super().__init__()
-        self.reformer = Reformer(for_model("config", config))
-        self.config = config = self.reformer.config
+        super().__init__(config)
+        config = self.config
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.dense = initialize(nn.Linear(config.hidden_dim, config.embed_dim), config.initializer_range)
         self.output = initialize(nn.Linear(config.embed_dim, config.num_labels), config.initializer_range)
@@ -61,7 +60,7 @@ class ReformerSequenceClassifier(PretrainedModel):
         return ClassifierOutput(logits, None if labels is None else _classification_loss(logits, labels))
 
 
-class ReformerQuestionAnswering(PretrainedModel):
+class ReformerQuestionAnswering(ReformerModel):
     """The answer to a question as the first and the last token of a span (SQuAD).
 
     Args:
@@ -72,9 +71,8 @@ class ReformerQuestionAnswering(PretrainedModel):
     """
 
     def __init__(self, config: ReformerConfig) -> None:
-        super().__init__()
-        self.reformer = Reformer(for_model("config", config))
-        self.config = config = self.reformer.config
+        super().__init__(config)
+        config = self.config
         self.output = initialize(nn.Linear(config.hidden_dim, 2), config.initializer_range)
 
     def forward(

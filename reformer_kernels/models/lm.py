@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .._checks import check_shape, check_tensor
 from ..modules.feed_forward import chunked_cross_entropy
-from .base import PretrainedModel, initialize
+from .base import initialize
 from .config import ReformerConfig
 from .outputs import LMOutput
-from .reformer import Reformer, for_model
+from .reformer import Reformer, ReformerModel
 
 IGNORED = -100
 
@@ -44,13 +44,9 @@ def apply_head(
     return loss, to_logits(both) if labels is None or return_logits else None
 
 
-class _LanguageModel(PretrainedModel):
-    causal: bool
-
+class _LanguageModel(ReformerModel):
     def __init__(self, config: ReformerConfig) -> None:
-        super().__init__()
-        self.reformer = Reformer(for_model("config", config, self.causal))
-        self.config = self.reformer.config
+        super().__init__(config)
         self.head = make_head(self.reformer)
 
     def _targets(self, labels: Tensor) -> Tensor:

@@ -132,6 +132,24 @@ class Reformer(PretrainedModel):
         return self.dropout(x)
 
 
+class ReformerModel(PretrainedModel):
+    """What stands on one trunk: ``reformer``, and its ``config``.
+
+    Args:
+        config: the architecture; where a subclass is causal or not by its nature, its own ``config`` says so.
+
+    Raises:
+        TypeError: config is no ``ReformerConfig``.
+    """
+
+    causal: bool | None = None  # None: as the configuration says
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        self.reformer = Reformer(for_model("config", config, self.causal))
+        self.config = self.reformer.config
+
+
 class MergeStreams(nn.Module):
     """Both streams side by side [..., 2 E] -> the final hidden state [..., hidden_dim]: concat or mean, and norm."""
 
