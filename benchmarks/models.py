@@ -373,7 +373,7 @@ def draw(path: Path, results: Row) -> None:
         memory_axes.set_ylim(bottom=0)
         _lines(drift_axes, results["drift"], "precision", lambda row: row["gradient"])
         rounding = [(r["case"]["layers"], r["rounding"]) for r in results["drift"] if r["precision"] == "bfloat16"]
-        drift_axes.plot(*zip(*rounding, strict=True), color="#aaaaaa", linestyle="--", label="bfloat16, stored")
+        drift_axes.plot(*zip(*rounding, strict=True), color="#aaaaaa", linestyle="--", label="bfloat16's own rounding")
         drift_axes.set_title("relative error of the gradients", loc="left")
         drift_axes.set_yscale("log")
         for ax in (memory_axes, drift_axes):
@@ -383,8 +383,8 @@ def draw(path: Path, results: Row) -> None:
 
 def _lines(ax: Any, rows: list[Row], key: str, value: Callable[[Row], float]) -> None:
     for name in dict.fromkeys(row[key] for row in rows):
-        points = [(row["case"]["layers"], value(row)) for row in rows if row[key] == name]
-        if any(y > 0 for _, y in points):  # what is exact has no place on a logarithmic axis
+        points = [(row["case"]["layers"], value(row)) for row in rows if row[key] == name and value(row) > 0]
+        if points:  # what is exact has no place on a logarithmic axis
             ax.plot(*zip(*points, strict=True), label=name, **LOOKS[name])
 
 
