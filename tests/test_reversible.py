@@ -414,6 +414,11 @@ def test_stream_dtype(reversible: bool) -> None:
     assert {x.grad.dtype, *(p.grad.dtype for p in seq.parameters())} == {torch.bfloat16}
 
 
+def test_streams_are_not_made_narrower() -> None:
+    y1, y2 = make(stream_dtype=torch.float32).double()(integers(dtype=torch.float64))
+    assert y1.dtype == y2.dtype == torch.float64
+
+
 @pytest.mark.parametrize(("dtype", "stream_dtype"), [
     (torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.float64, torch.float64),
 ])  # fmt: skip
