@@ -221,8 +221,8 @@ def test_reversible_equals_stored_gradients(name: str) -> None:
 
 
 def test_options_reach_the_layers() -> None:
-    options = {"reversible": False, "reversible_min_length": 5, "stream_dtype": "float64", "feed_forward_chunk_length": 6}
-    layers = Reformer(config(**options)).layers
+    options = {"reversible": False, "reversible_min_length": 5, "stream_dtype": "float64"}
+    layers = Reformer(config(**options, feed_forward_chunk_length=6)).layers
     assert all(block.g.chunk_length == 6 for block in layers.blocks)
     assert (layers.reversible, layers.min_length, layers.stream_dtype) == (False, 5, torch.float64)
     assert Reformer(config()).layers.reversible
