@@ -7,6 +7,7 @@ CUDA context ends that stage only. Results are merged into OUT/gpu_check.json, f
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import json
@@ -268,13 +269,48 @@ def _with_gradients(function: Callable[..., Any], inputs: list[Any], device: str
     return [None if x is None else x.detach().cpu() for x in (out, *grads)]
 
 
+def gpu_tests() -> list[Row]:
+    """The tests that need a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "tests/test_cuda.py"]
+    ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"pytest ended with exit code {ran.returncode}:\n{ran.stdout[-6000:]}")
+    return [{"tests": ran.stdout.splitlines()[-1]}]
+
+
+def models() -> list[Row]:
+    """Training steps of whole models: memory by depth, and time and memory beside Hugging Face."""
+    from . import models as whole
+
+    deep = [dataclasses.replace(whole.DEPTH, layers=n) for n in whole.DEPTHS]
+    wide = [dataclasses.replace(whole.PEER, length=n) for n in (whole.PEER.length, 2**15)]
+    pairs = [(name, case) for case in deep for name in ("ours", "ours, activations stored")]
+    pairs += [(name, case) for case in wide for name in ("ours", "ours, activations stored", "Hugging Face")]
+    return [_model_row(name, case, whole.Step(whole.MODELS[name](case), case, "cuda")) for name, case in pairs]
+
+
+def _model_row(name: str, case: Any, step: Callable[[], Any]) -> Row:
+    row: Row = {"model": name, "case": str(case)}
+    try:
+        row["step ms"] = round(median_ms(step, 5), 2)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        row["peak MB"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    except (RuntimeError, ImportError) as error:  # a peer that fails does not hide the others
+        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return row
+
+
 # name: (function, seconds it may take), in the order in which they run
 STAGES: dict[str, tuple[Callable[[], list[Row]], int]] = {
     "versions": (versions, 60),
     "build": (build, 600),
+    "tests": (gpu_tests, 300),
     "ceilings": (ceilings, 120),
     "sdpa": (sdpa, 300),
     "reference": (reference, 120),
+    "models": (models, 300),
 }
 
 

@@ -120,9 +120,10 @@ OURS = tuple(name for name in MODELS if name.startswith("ours"))
 class Step:
     """Forward and backward of a model on random bytes; parameters and their gradients exist before."""
 
-    def __init__(self, model: nn.Module, case: ModelCase) -> None:
-        self.model = model.train()
-        self.ids = torch.randint(VOCAB_SIZE, (1, case.length), generator=torch.Generator().manual_seed(0))
+    def __init__(self, model: nn.Module, case: ModelCase, device: str = "cpu") -> None:
+        self.model = model.train().to(device)
+        ids = torch.randint(VOCAB_SIZE, (1, case.length), generator=torch.Generator().manual_seed(0))
+        self.ids = ids.to(device)
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 0.0)
 
