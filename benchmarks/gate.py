@@ -27,7 +27,7 @@ def step(function: Callable[..., Tensor], tensors: list[Tensor], grad_out: Tenso
 def recorded(function: Callable[[], Any], op: str = "chunk_attention") -> tuple[Any, str, Any]:
     """The first call of the op by ``function()``, the name of the backend that served it, and the result."""
     calls: list[tuple[Any, str]] = []
-    original = {name: getattr(b, op) for name, b in _dispatch.BACKENDS.items() if b is not None}
+    original = {name: getattr(b, op) for name, b in _dispatch.BACKENDS.items() if hasattr(b, op)}
 
     def spy(name: str) -> Callable[[Any], Any]:
         def attention(call: Any) -> Any:

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import os
 import platform
 import shutil
@@ -29,6 +30,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parent.parent
 ROW_BYTES = 128  # a row of 64 bfloat16 values, what LSH attention gathers
 Row = dict[str, Any]
+# L, H, D, R and factors of the number of buckets; one sequence
+HASH_SHAPES = {
+    "L 16K, H 8, D 64, R 4": (16384, 8, 64, 4, (32, 16)),
+    "L 64K, H 8, D 64, R 4": (65536, 8, 64, 4, (64, 32)),
+    "L 64K, H 8, D 128, R 4, 512 buckets": (65536, 8, 128, 4, (32, 16)),
+    "L 512K, H 2, D 64, R 1, 8192 buckets": (524288, 2, 64, 1, (64, 128)),
+    "L 1M, H 2, D 64, R 4": (2**20, 2, 64, 4, (256, 128)),
+}
 
 
 # --- Measuring
@@ -269,6 +278,34 @@ def _with_gradients(function: Callable[..., Any], inputs: list[Any], device: str
     return [None if x is None else x.detach().cpu() for x in (out, *grads)]
 
 
+def kernels() -> list[Row]:
+    """Hash and sort of the shapes that matter, against the time in which a copy moves what they must read and write."""
+    import reformer_kernels as rk
+
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    copied_bytes_per_ms = 2 * source.numel() / median_ms(source.clone)
+    rows: list[Row] = []
+    for name, (length, heads, head_dim, rounds, factors) in HASH_SHAPES.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.randn(1, heads, length, head_dim, device="cuda").to(dtype)
+            rotations = rk.random_rotations(0, heads, head_dim, rounds, factors).cuda()
+            hashed = functools.partial(rk.hash_buckets, x, rotations, factors, backend="cuda")
+            keys = heads * length * rounds
+            moved = x.numel() * x.element_size() + 4 * keys
+            flop = 2 * keys * head_dim * (sum(factors) // 2)
+            ms = median_ms_in_graph(hashed)
+            row = {"kernel": f"hash, {dtype}".replace("torch.", ""), "shape": name, "us": round(ms * 1e3, 1)}
+            row |= {"floor us": round(moved / copied_bytes_per_ms * 1e3, 1), "TFLOP/s": round(flop / ms / 1e9, 1)}
+            rows.append(row)
+        buckets, total = hashed(), math.prod(factors)
+        ms = median_ms_in_graph(functools.partial(rk.bucket_order, buckets, total, backend="cuda"))
+        row = {"kernel": "order", "shape": name, "us": round(ms * 1e3, 1), "Gkey/s": round(keys / ms / 1e6, 2)}
+        rows.append(row | {"floor us": round(8 * keys / copied_bytes_per_ms * 1e3, 1)})
+        ms = median_ms(lambda buckets=buckets: torch.sort(buckets, dim=-1, stable=True))
+        rows.append({"kernel": "torch.sort", "shape": name, "us": round(ms * 1e3, 1)})
+    return rows
+
+
 def gpu_tests() -> list[Row]:
     """The tests that need a GPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "tests/test_cuda.py"]
@@ -310,6 +347,7 @@ STAGES: dict[str, tuple[Callable[[], list[Row]], int]] = {
     "ceilings": (ceilings, 120),
     "sdpa": (sdpa, 300),
     "reference": (reference, 120),
+    "kernels": (kernels, 120),
     "models": (models, 300),
 }
 

@@ -29,9 +29,13 @@ class HashCall(NamedTuple):
     def device(self) -> torch.device:
         return self.x.device
 
+    @property
+    def factors(self) -> tuple[int, ...]:
+        return bucket_factors(self.n_buckets, self.x.shape[2], self.chunk_length)
+
     def resolve(self) -> tuple[Tensor, tuple[int, ...]]:
         """Rotations and bucket factors of this call."""
-        factors = bucket_factors(self.n_buckets, self.x.shape[2], self.chunk_length)
+        factors = self.factors
         if self.rotations is not None:
             return self.rotations, factors
         assert self.hash_seed is not None
@@ -53,6 +57,11 @@ class OrderCall(NamedTuple):
     @property
     def device(self) -> torch.device:
         return self.buckets.device
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.buckets.shape[3] if self.cu_seqlens is None else int(self.cu_seqlens.diff().max())
 
 
 class AttentionCall(NamedTuple):

@@ -11,11 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall
-from .backends import native, reference
+from .backends import cuda, native, reference
 
 
 class Backend(Protocol):
-    """What a backend offers. Residuals are the same for all, so any forward pairs with any backward."""
+    """What a backend offers; one that refuses an op need not have it.
+
+    Residuals are the same for all, so any forward pairs with any backward.
+    """
 
     def not_supported_reasons(self, call: Call) -> list[str]: ...
     def hash_buckets(self, call: HashCall) -> Tensor: ...
@@ -33,7 +36,7 @@ class Backend(Protocol):
 
 BACKENDS: dict[str, Backend | None] = {  # None: a name with no kernels in this version
     "cpu": cast(Backend, native),
-    "cuda": None,
+    "cuda": cast(Backend, cuda),
     "triton": None,
     "reference": cast(Backend, reference),
 }
@@ -142,6 +145,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
                 verdict = "could, but comes later in the order of preference"
             else:
                 verdict, served = "serves it", True
+                if describe := getattr(BACKENDS[name], "describe", None):
+                    verdict += f": {describe(call)}"
             lines.append(f"  {name:<10} {verdict}")
     return "\n".join(lines)
 

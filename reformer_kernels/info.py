@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
 
 from . import __version__
 from ._dispatch import explain
-from .backends import native
+from .backends import cuda, native
 from .clustered import clustered_attention
 from .functional import local_attention, lsh_attention
 from .rules import AttentionRules
-
-
-def cuda_library() -> dict[str, Any]:
-    """What the CUDA library was built for, or the reason why there is none to use."""
-    libraries = sorted(Path(__file__).resolve().parent.glob("_cuda*.so"))
-    if not libraries:
-        return {"error": native.build_info().get("no_cuda_because") or "not built"}
-    try:
-        torch.ops.load_library(str(libraries[0]))
-    except OSError as error:
-        return {"error": f"{libraries[0].name} cannot be loaded: {error}"}
-    built = json.loads(torch.ops.reformer_kernels_cuda.build_info())
-    if built["cuda"] != torch.version.cuda:
-        return {"error": f"built for CUDA {built['cuda']}, but this torch has {torch.version.cuda}", **built}
-    return built
 
 
 def report() -> str:
@@ -42,7 +24,7 @@ def report() -> str:
         f"Python {platform.python_version()}, {platform.machine()}",
         f"cores {os.cpu_count()}, torch threads {torch.get_num_threads()}, GPU {gpu}",
     ]
-    for name, library in (("CPU", native.build_info()), ("CUDA", cuda_library())):
+    for name, library in (("CPU", native.build_info()), ("CUDA", cuda.library())):
         described = ", ".join(f"{key} {value}" for key, value in library.items() if value)
         lines.append(f"{name} library: {described}")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

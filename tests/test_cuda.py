@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 import reformer_kernels as rk
 
+from .kernel_oracles import assert_hashes, stable_order
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 V, E, L = 50, 64, 700
@@ -135,3 +137,89 @@ def test_a_saved_model_is_loaded_onto_the_gpu(tmp_path: Any) -> None:
         torch.manual_seed(3)
         drawn.append(loaded(tokens()).logits)
     torch.testing.assert_close(*drawn)
+
+
+# ---- hash and order kernels
+
+
+def check_hash(x: Tensor, factors: tuple[int, ...], padding: Tensor | None = None, shared: bool = False) -> None:
+    rotations = rk.random_rotations(1, 1 if shared else x.shape[1], x.shape[3], 3, factors).cuda()
+    buckets = torch.ops.reformer_kernels.hash_buckets(x, rotations, padding, None, list(factors), 3, 64, "cuda")
+    assert_hashes(buckets, x, rotations, factors, padding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 65, 96, 128])
+@pytest.mark.parametrize("factors", [(2,), (64,), (32, 16), (6, 10, 4), (512,)])
+def test_hash_kernel(dtype: torch.dtype, head_dim: int, factors: tuple[int, ...]) -> None:
+    x = torch.randn(2, 3, 1500, head_dim, device="cuda").to(dtype)
+    check_hash(x, factors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hash_kernel_with_padding_and_strides(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 700, 3, 70, device="cuda").to(dtype).transpose(1, 2)
+    padding = torch.rand(2, 700, device="cuda") < 0.3
+    for view in (x[..., :64], x[..., 3:67], x[:, :, 1:], x[..., ::2]):
+        check_hash(view, (32, 16), padding[:, : view.shape[2]].contiguous())
+    check_hash(x, (16,), shared=True)
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+@pytest.mark.parametrize("n_buckets", [1, 2, 65, 1025, 8193, 20000, 2**27])
+@pytest.mark.parametrize("length", [1, 63, 5000, 65536, 65537, 200000])
+def test_order_kernel(length: int, n_buckets: int, rounds: int) -> None:
+    buckets = torch.randint(0, n_buckets, (2, 1, rounds, length), dtype=torch.int32, device="cuda")
+    buckets[:, :, 0, length // 3 :] = n_buckets - 1  # one bucket has most
+    order = torch.ops.reformer_kernels.bucket_order(buckets, None, n_buckets, "cuda")
+    assert torch.equal(order.cpu(), stable_order(buckets))
+
+
+@pytest.mark.parametrize("bounds", [(0, 1, 1, 900, 70000), (0, 70000), (0, 66000, 70000)])
+def test_order_kernel_on_packed_sequences(bounds: tuple[int, ...]) -> None:
+    buckets = torch.randint(0, 300, (1, 2, 3, bounds[-1]), dtype=torch.int32, device="cuda")
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    order = torch.ops.reformer_kernels.bucket_order(buckets, cu_seqlens, 300, "cuda")
+    assert torch.equal(order.cpu(), stable_order(buckets, bounds))
+
+
+def test_order_kernel_of_buckets_out_of_range() -> None:
+    buckets = torch.tensor([[[[3, -1, 2, 7, 2**31 - 1, 0]]]], dtype=torch.int32, device="cuda")
+    order = torch.ops.reformer_kernels.bucket_order(buckets, None, 4, "cuda")
+    assert order.flatten().tolist() == [5, 2, 0, 1, 3, 4]
+
+
+def test_kernels_in_a_cuda_graph() -> None:
+    x = torch.randn(1, 2, 3000, 64, device="cuda")
+    rotations = rk.random_rotations(1, 2, 64, 2, (32, 16)).cuda()
+
+    def run() -> Tensor:
+        return rk.bucket_order(rk.hash_buckets(x, rotations, (32, 16)), 512)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        order = run()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(order, run())
+
+
+def test_kernels_repeat_to_the_bit_and_run_on_other_streams() -> None:
+    x = torch.randn(1, 2, 3000, 64, device="cuda")
+    first = rk.hash_buckets(x, rk.random_rotations(1, 2, 64, 2, (32, 16)).cuda(), (32, 16))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        second = rk.hash_buckets(x, rk.random_rotations(1, 2, 64, 2, (32, 16)).cuda(), (32, 16))
+        torch.cuda.current_stream().synchronize()
+    assert torch.equal(first, second)
+
+
+def test_a_launch_that_fails_says_why() -> None:
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free memory")
+    buckets = torch.zeros(2**16, 1, 2**15 + 1, 1, dtype=torch.int32, device="cuda")  # a block each is too many
+    with pytest.raises(RuntimeError, match="bucket_order: the launch failed: invalid"):
+        torch.ops.reformer_kernels.bucket_order(buckets, None, 2, "cuda")
+    assert torch.ones(3, device="cuda").sum() == 3  # the context lives on

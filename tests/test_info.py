@@ -6,8 +6,7 @@ import sys
 import torch
 
 import reformer_kernels as rk
-from reformer_kernels.backends import native
-from reformer_kernels.info import cuda_library
+from reformer_kernels.backends import cuda, native
 
 
 def test_report() -> None:
@@ -25,7 +24,7 @@ def test_report() -> None:
 
 
 def test_cuda_library_states_what_it_was_built_for_or_why_not() -> None:
-    info = cuda_library()
+    info = cuda.library()
     if "error" in info:
         assert info["error"]
     else:

@@ -1,26 +1,21 @@
 // The CPU kernels as torch ops, on torch's stable ABI. Outputs are allocated by the caller.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 #include <algorithm>
-#include <optional>
 #include <string>
 #include <vector>
 
+#include "binding/tensors.h"
 #include "kernels/cpu/kernels.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+using namespace rk::binding;
 
 rk::cpu::Threads threads() {
   return {static_cast<int>(std::max(1u, torch::stable::get_num_threads())),
@@ -29,19 +24,6 @@ rk::cpu::Threads threads() {
               for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
             });
           }};
-}
-
-void check_type(const char* name, const Tensor& t, ScalarType type) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type, name, ": wrong dtype or not on the CPU");
-}
-
-// The kernels trust shapes, so each is checked; the strides are those of a torch tensor, inside its memory.
-rk::Rows rows(const char* name, const Tensor& t, ScalarType type, int64_t B, int64_t H, int64_t L, int64_t width) {
-  check_type(name, t, type);
-  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == B && t.size(1) == H && t.size(2) == L && t.size(3) == width, name,
-                  " must have shape [", B, ", ", H, ", ", L, ", ", width, "]");
-  STD_TORCH_CHECK(width <= 1 || t.stride(3) == 1, name, " must have contiguous rows");
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 // Rows that a kernel will write: fresh memory in large pages costs fewer faults, and rows in bucket order fewer misses.
@@ -60,45 +42,22 @@ rk::Rows written_rows(const char* name, const Tensor& t, ScalarType type, int64_
   return result;
 }
 
-template <class T>
-const T* contiguous(const char* name, const OptionalTensor& t, ScalarType type, std::initializer_list<int64_t> shape) {
-  if (!t) return nullptr;
-  check_type(name, *t, type);
-  STD_TORCH_CHECK(t->is_contiguous() && t->dim() == static_cast<int64_t>(shape.size()) &&
-                      std::equal(shape.begin(), shape.end(), t->sizes().begin()),
-                  name, " has a wrong shape or is not contiguous");
-  return static_cast<const T*>(t->const_data_ptr());
-}
-
 const int32_t* sequence_bounds(const OptionalTensor& t, int64_t L, int64_t& count) {
   count = 1;
   if (!t) return nullptr;
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) >= 2, "cu_seqlens must have at least two elements");
+  require(t->dim() == 1 && t->size(0) >= 2, "cu_seqlens must have at least two elements");
   const int32_t* bounds = contiguous<int32_t>("cu_seqlens", t, ScalarType::Int, {t->size(0)});
   count = t->size(0) - 1;
-  STD_TORCH_CHECK(bounds[0] == 0 && bounds[count] == L && std::is_sorted(bounds, bounds + count + 1),
-                  "cu_seqlens must rise from 0 to ", L);
+  require(bounds[0] == 0 && bounds[count] == L && std::is_sorted(bounds, bounds + count + 1),
+          "cu_seqlens must rise from 0 to ", L);
   return bounds;
 }
 
 void check_index(const char* name, const int32_t* index, int64_t size, int64_t limit, int32_t least = 0) {
   int32_t low = least, high = least;
   for (int64_t i = 0; i < size; ++i) low = std::min(low, index[i]), high = std::max(high, index[i]);
-  STD_TORCH_CHECK(size == 0 || (low >= least && high < limit), name, " must be between ", least, " and ", limit - 1,
-                  ", got ", low, " to ", high);
-}
-
-rk::Element element_of(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  if (type == ScalarType::BFloat16) return rk::Element::kBFloat16;
-  if (type == ScalarType::Half) return rk::Element::kFloat16;
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "dtype must be float32, float64, bfloat16 or float16");
-  return rk::Element::kSame;
-}
-
-ScalarType compute_type(const Tensor& t) {
-  return element_of(t) == rk::Element::kSame ? t.scalar_type() : ScalarType::Float;
+  require(size == 0 || (low >= least && high < limit), name, " must be between ", least, " and ", limit - 1, ", got ",
+          low, " to ", high);
 }
 
 // Calls f(kernels of the type); running out of memory becomes an error of torch's.
@@ -110,46 +69,19 @@ void with_kernels(ScalarType type, F&& f) {
     else
       f(rk::cpu::kernels().f64);
   } catch (const std::exception&) {  // bad_alloc or length_error
-    STD_TORCH_CHECK(false, "reformer_kernels: out of memory");
+    require(false, "reformer_kernels: out of memory");
   }
 }
 
 void hash_buckets(Tensor x, Tensor rotations, OptionalTensor padding, std::vector<int64_t> factors, Tensor buckets) {
-  const ScalarType type = compute_type(x);
-  STD_TORCH_CHECK(rotations.dim() == 5 && x.dim() == 4, "x must have 4 and rotations 5 dimensions");
-  rk::HashParams p{};
-  p.B = x.size(0), p.H = x.size(1), p.L = x.size(2), p.D = x.size(3), p.R = rotations.size(3);
-  p.element = element_of(x);
-  p.x = rows("x", x, x.scalar_type(), p.B, p.H, p.L, p.D);
-  int64_t columns = 0, total = 1;
-  for (int64_t f : factors) {
-    STD_TORCH_CHECK(f >= 2 && f % 2 == 0 && total <= INT32_MAX / f,
-                    "n_buckets must be even factors with a product below 2**31");
-    columns += f / 2, total *= f;
-  }
-  const int64_t b = rotations.size(0), h = rotations.size(1);
-  STD_TORCH_CHECK((b == 1 || b == p.B) && (h == 1 || h == p.H) && p.R >= 1,
-                  "rotations must have shape [B|1, H|1, D, R, columns]");
-  p.rotations = contiguous<char>("rotations", rotations, type, {b, h, p.D, p.R, columns});
-  p.rotations_stride_h = h == 1 ? 0 : p.D * p.R * columns;
-  p.rotations_stride_b = b == 1 ? 0 : h * p.D * p.R * columns;
-  p.n_factors = static_cast<int64_t>(factors.size()), p.factors = factors.data();
-  p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.L});
-  p.buckets = const_cast<int32_t*>(contiguous<int32_t>("buckets", buckets, ScalarType::Int, {p.B, p.H, p.R, p.L}));
-  with_kernels(type, [&](const auto& k) { k.hash(p, threads()); });
+  const rk::HashParams p = hash_params(x, rotations, padding, factors, buckets);
+  with_kernels(compute_type(x), [&](const auto& k) { k.hash(p, threads()); });
 }
 
 // Returns how many rows have a bucket out of range; then the order is not to be used.
 int64_t bucket_order(Tensor buckets, OptionalTensor cu_seqlens, int64_t n_buckets, Tensor order) {
-  STD_TORCH_CHECK(buckets.dim() == 4, "buckets must have 4 dimensions");
-  STD_TORCH_CHECK(n_buckets >= 1, "n_buckets must be at least 1, got ", n_buckets);
-  rk::OrderParams p{};
-  const int64_t B = buckets.size(0), H = buckets.size(1), R = buckets.size(2), L = buckets.size(3);
-  STD_TORCH_CHECK(L <= INT32_MAX, "L must be below 2**31, got ", L);
-  p.rows = B * H, p.rounds = R, p.L = L, p.n_buckets = n_buckets;
-  p.buckets = contiguous<int32_t>("buckets", buckets, ScalarType::Int, {B, H, R, L});
-  p.order = const_cast<int32_t*>(contiguous<int32_t>("order", order, ScalarType::Int, {B, H, R, L}));
-  p.cu_seqlens = sequence_bounds(cu_seqlens, L, p.n_sequences);
+  rk::OrderParams p = order_params(buckets, n_buckets, order);
+  p.cu_seqlens = sequence_bounds(cu_seqlens, p.L, p.n_sequences);
   int64_t invalid = 0;
   with_kernels(ScalarType::Float, [&](const auto&) { invalid = rk::cpu::bucket_order(p, threads()); });
   return invalid;
@@ -165,10 +97,9 @@ void set_mask(Attention& a, const OptionalTensor& mask) {
   rk::AttentionParams& p = a.p;
   const bool boolean = mask->scalar_type() == ScalarType::Bool;
   check_type("attn_mask", *mask, boolean ? ScalarType::Bool : a.type);
-  STD_TORCH_CHECK(mask->dim() == 4 && (mask->size(0) == 1 || mask->size(0) == p.B) &&
-                      (mask->size(1) == 1 || mask->size(1) == p.H) && mask->size(2) == p.n_queries &&
-                      mask->size(3) == p.S,
-                  "attn_mask must have shape [B|1, H|1, queries, keys]");
+  require(mask->dim() == 4 && (mask->size(0) == 1 || mask->size(0) == p.B) &&
+              (mask->size(1) == 1 || mask->size(1) == p.H) && mask->size(2) == p.n_queries && mask->size(3) == p.S,
+          "attn_mask must have shape [B|1, H|1, queries, keys]");
   (boolean ? reinterpret_cast<const void*&>(p.bool_mask) : p.float_mask) = mask->const_data_ptr();
   p.mask_stride_b = mask->size(0) == 1 ? 0 : mask->stride(0),
   p.mask_stride_h = mask->size(1) == 1 ? 0 : mask->stride(1);
@@ -178,7 +109,7 @@ void set_mask(Attention& a, const OptionalTensor& mask) {
 void set_dropout(rk::AttentionParams& p, const OptionalTensor& seed, int64_t drop_threshold, double keep_factor) {
   p.keep_factor = keep_factor, p.drop_threshold = static_cast<uint32_t>(drop_threshold);
   if (!p.dropout()) return;
-  STD_TORCH_CHECK(seed && seed->numel() == 1, "dropout_seed must have one element");
+  require(seed && seed->numel() == 1, "dropout_seed must have one element");
   check_type("dropout_seed", *seed, ScalarType::Long);
   p.dropout_seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
 }
@@ -190,25 +121,25 @@ Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor
                     int64_t drop_threshold, double keep_factor, int64_t flags) {
   Attention a;
   a.type = compute_type(query), a.rows_type = query.scalar_type();
-  STD_TORCH_CHECK(query.dim() == 4 && value.dim() == 4, "query and value must have 4 dimensions");
+  require(query.dim() == 4 && value.dim() == 4, "query and value must have 4 dimensions");
   rk::AttentionParams& p = a.p;
   p.element = element_of(query);
   p.B = query.size(0), p.H = query.size(1), p.L = query.size(2), p.D = query.size(3), p.E = value.size(3);
   p.S = p.L, p.key_heads = p.H, p.R = order ? order->size(2) : 1;
   if (key) {
-    STD_TORCH_CHECK(key->dim() == 4 && key->size(1) >= 1 && p.H % key->size(1) == 0,
-                    "key must have 4 dimensions, and a number of heads that divides the query's");
+    require(key->dim() == 4 && key->size(1) >= 1 && p.H % key->size(1) == 0,
+            "key must have 4 dimensions, and a number of heads that divides the query's");
     p.key_heads = key->size(1);
   }
-  STD_TORCH_CHECK(chunk_length >= 1 && chunks_before >= 0 && chunks_after >= 0,
-                  "chunk_length must be positive, its neighbours at least 0");
-  STD_TORCH_CHECK(n_queries >= 0 && n_queries <= p.L, "num_queries must be between 0 and ", p.L, ", got ", n_queries);
-  STD_TORCH_CHECK(p.R >= 1 && p.R * p.L <= INT32_MAX, "n_hashes * L must be below 2**31, got ", p.R, " * ", p.L);
+  require(chunk_length >= 1 && chunks_before >= 0 && chunks_after >= 0,
+          "chunk_length must be positive, its neighbours at least 0");
+  require(n_queries >= 0 && n_queries <= p.L, "num_queries must be between 0 and ", p.L, ", got ", n_queries);
+  require(p.R >= 1 && p.R * p.L <= INT32_MAX, "n_hashes * L must be below 2**31, got ", p.R, " * ", p.L);
   // No chunk is longer than the rows, and no window longer than it can get: buffers are sized by these.
   p.chunk_length = std::min(chunk_length, std::max<int64_t>(1, p.L));
   const int64_t bucket_chunks = (p.L + p.chunk_length - 1) / p.chunk_length;
   const int64_t widest = flags & rk::kBucketAligned ? bucket_chunks : p.L <= p.chunk_length ? 0 : 1024;
-  STD_TORCH_CHECK(chunks_before <= 1024 && chunks_after <= 1024, "chunks_before and chunks_after must be at most 1024");
+  require(chunks_before <= 1024 && chunks_after <= 1024, "chunks_before and chunks_after must be at most 1024");
   p.chunks_before = std::min(chunks_before, widest), p.chunks_after = std::min(chunks_after, widest);
   p.n_queries = n_queries, p.flags = flags, p.scale = scale;
   p.query = rows("query", query, a.rows_type, p.B, p.H, p.L, p.D);
@@ -218,11 +149,11 @@ Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor
   p.order = contiguous<int32_t>("order", order, ScalarType::Int, {p.B, p.H, p.R, p.L});
   if (p.order) check_index("order", p.order, p.B * p.H * p.R * p.L, p.L);
   p.buckets = contiguous<int32_t>("buckets", buckets, ScalarType::Int, {p.B, p.H, p.R, p.L});
-  STD_TORCH_CHECK((order && buckets) || !p.has(rk::kBucketAligned), "bucket alignment needs order and buckets");
+  require((order && buckets) || !p.has(rk::kBucketAligned), "bucket alignment needs order and buckets");
   p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.L});
   set_mask(a, mask);
   p.cu_seqlens = sequence_bounds(cu_seqlens, p.L, p.n_sequences);
-  STD_TORCH_CHECK(!p.cu_seqlens || n_queries == p.L, "num_queries must be L with cu_seqlens");
+  require(!p.cu_seqlens || n_queries == p.L, "num_queries must be L with cu_seqlens");
   if (p.cu_seqlens && p.order)
     for (int64_t i = 0; i < p.B * p.H; ++i)
       for (int64_t s = 0; s < p.n_sequences; ++s)
@@ -238,7 +169,7 @@ Attention list_attention(const Tensor& query, const Tensor& key, const Tensor* v
                          int64_t list_length, int64_t context_keys, double scale, int64_t flags) {
   Attention a;
   a.type = compute_type(query), a.rows_type = query.scalar_type();
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query and key must have 4 dimensions");
+  require(query.dim() == 4 && key.dim() == 4, "query and key must have 4 dimensions");
   rk::AttentionParams& p = a.p;
   p.element = element_of(query);
   p.B = query.size(0), p.H = query.size(1), p.L = query.size(2), p.D = query.size(3), p.E = 1;
@@ -246,12 +177,12 @@ Attention list_attention(const Tensor& query, const Tensor& key, const Tensor* v
   p.n_queries = p.L, p.n_sequences = 1, p.flags = flags, p.scale = scale, p.keep_factor = 1;
   p.chunk_length = std::min(chunk_length, std::max<int64_t>(1, p.L));
   p.list_length = list_length, p.context_keys = context_keys;
-  STD_TORCH_CHECK(p.key_heads >= 1 && p.H % p.key_heads == 0, "the heads of key must divide those of query");
-  STD_TORCH_CHECK(chunk_length >= 1, "chunk_length must be positive");
-  STD_TORCH_CHECK(list_length >= 1 && list_length <= INT32_MAX, "lists must have a length of at least 1");
-  STD_TORCH_CHECK(context_keys >= 0 && context_keys <= p.S, "context_keys must be between 0 and ", p.S);
-  STD_TORCH_CHECK(p.R >= 1 && p.R <= 2 && p.R * p.L <= INT32_MAX && p.S < INT32_MAX,
-                  "order must have 1 or 2 rounds, and lengths must be below 2**31");
+  require(p.key_heads >= 1 && p.H % p.key_heads == 0, "the heads of key must divide those of query");
+  require(chunk_length >= 1, "chunk_length must be positive");
+  require(list_length >= 1 && list_length <= INT32_MAX, "lists must have a length of at least 1");
+  require(context_keys >= 0 && context_keys <= p.S, "context_keys must be between 0 and ", p.S);
+  require(p.R >= 1 && p.R <= 2 && p.R * p.L <= INT32_MAX && p.S < INT32_MAX,
+          "order must have 1 or 2 rounds, and lengths must be below 2**31");
   p.query = rows("query", query, a.rows_type, p.B, p.H, p.L, p.D);
   p.key = rows("key", key, a.rows_type, p.B, p.key_heads, p.S, p.D);
   if (!p.key.data) p.key.data = p.query.data;  // an empty tensor: no row of it is read
@@ -298,7 +229,7 @@ void chunk_attention_backward(RK_ATTENTION_PARAMETERS, Tensor grad_out, Tensor o
   rk::AttentionParams& p = a.p;
   p.grad_out = rows("grad_out", grad_out, a.rows_type, p.B, p.H, p.n_queries, p.E);
   p.grad_query = written_rows("grad_query", grad_query, a.rows_type, p.B, p.H, p.L, p.D);
-  STD_TORCH_CHECK(key.has_value() == grad_key.has_value(), "grad_key must be given exactly if key is");
+  require(key.has_value() == grad_key.has_value(), "grad_key must be given exactly if key is");
   if (grad_key) p.grad_key = written_rows("grad_key", *grad_key, a.rows_type, p.B, p.key_heads, p.L, p.D);
   p.grad_value = written_rows("grad_value", grad_value, a.rows_type, p.B, p.key_heads, p.L, p.E);
   with_kernels(a.type, [&](const auto& k) { k.backward(a.p, threads()); });
@@ -307,14 +238,14 @@ void chunk_attention_backward(RK_ATTENTION_PARAMETERS, Tensor grad_out, Tensor o
 void select_keys(Tensor query, Tensor key, OptionalTensor order, OptionalTensor query_padding, OptionalTensor padding,
                  OptionalTensor mask, int64_t chunk_length, int64_t budget, int64_t local, int64_t context_keys,
                  double scale, int64_t flags, Tensor lists) {
-  STD_TORCH_CHECK(lists.dim() == 4, "lists must have 4 dimensions");
+  require(lists.dim() == 4, "lists must have 4 dimensions");
   const Attention a = list_attention(query, key, nullptr, order, padding, mask, chunk_length, lists.size(3),
                                      context_keys, scale, flags);
   const rk::AttentionParams& p = a.p;
-  STD_TORCH_CHECK(local >= 0 && local <= budget, "the local window must be between 0 and the budget");
+  require(local >= 0 && local <= budget, "the local window must be between 0 and the budget");
   const int64_t keys = p.S - context_keys, most = std::min(p.R == 1 ? budget : budget - local, keys);
   const int64_t longest = p.R == 1 ? context_keys + most : std::max(context_keys + std::min(local, keys), most);
-  STD_TORCH_CHECK(p.list_length >= longest, "lists must have room for ", longest, " keys, got ", p.list_length);
+  require(p.list_length >= longest, "lists must have room for ", longest, " keys, got ", p.list_length);
   rk::SelectParams s{p, std::min<int64_t>(budget, INT32_MAX), std::min<int64_t>(local, INT32_MAX), nullptr, nullptr};
   s.query_padding = contiguous<bool>("query_padding_mask", query_padding, ScalarType::Bool, {p.B, p.L});
   s.lists = const_cast<int32_t*>(
@@ -331,13 +262,13 @@ void select_keys(Tensor query, Tensor key, OptionalTensor order, OptionalTensor 
       keep_factor, flags, out, lse
 
 Attention with_lists(RK_LIST_PARAMETERS, bool write) {
-  STD_TORCH_CHECK(lists.dim() == 4 && value.dim() == 4, "key_lists and value must have 4 dimensions");
+  require(lists.dim() == 4 && value.dim() == 4, "key_lists and value must have 4 dimensions");
   Attention a =
       list_attention(query, key, &value, order, padding, mask, chunk_length, lists.size(3), context_keys, scale, flags);
   rk::AttentionParams& p = a.p;
   p.key_lists = contiguous<int32_t>("key_lists", lists, ScalarType::Int, {p.B, p.H, list_rows(p), p.list_length});
   check_index("key_lists", p.key_lists, lists.numel(), p.S, -1);
-  STD_TORCH_CHECK(!mask || !p.has(rk::kRest), "the rest term does not go with attn_mask");
+  require(!mask || !p.has(rk::kRest), "the rest term does not go with attn_mask");
   set_dropout(p, dropout_seed, drop_threshold, keep_factor);
   p.out = (write ? written_rows : rows)("out", out, a.rows_type, p.B, p.H, p.L, p.E);
   p.lse = const_cast<char*>(contiguous<char>("lse", lse, a.type, {p.B, p.H, p.L}));
@@ -362,7 +293,7 @@ void list_attention_backward(RK_LIST_PARAMETERS, Tensor grad_out, Tensor grad_qu
 
 std::string select_isa(std::string name) {
   const std::string previous = rk::cpu::kernels().isa;
-  STD_TORCH_CHECK(rk::cpu::select(name.c_str()), "isa must be one that this processor and build have, got ", name);
+  require(rk::cpu::select(name.c_str()), "isa must be one that this processor and build have, got ", name);
   return previous;
 }
 

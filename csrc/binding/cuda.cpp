@@ -1,22 +1,113 @@
-// Registers the CUDA kernels as torch ops, through torch's stable ABI only.
+// The CUDA kernels as torch ops, on torch's stable ABI. Outputs are allocated by the caller.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include <torch/csrc/stable/ops.h>
 
-#include <cstdint>
 #include <string>
+#include <vector>
 
-#include "kernels/cuda/probe.h"
+#include "binding/tensors.h"
+#include "kernels/cuda/kernels.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace rk::binding;
 
 constexpr int64_t kVectorBytes = 16;
+
+void check(const char* name, int error) {
+  require(error == 0, name, ": the launch failed: ", rk::cuda::error_string(error));
+}
+
+void check_one_device(const char* name, std::initializer_list<const Tensor*> tensors) {
+  const Tensor& first = **tensors.begin();
+  for (const Tensor* t : tensors)
+    require(!t || (t->is_cuda() && t->get_device_index() == first.get_device_index()), name,
+            ": all tensors must be on one CUDA device");
+}
+
+const Tensor* pointer(const OptionalTensor& t) { return t ? &*t : nullptr; }
+
+// Calls f(device, stream) with the tensor's device as the current one.
+template <class F>
+void on_device_of(const char* name, const Tensor& tensor, F&& f) {
+  const int index = tensor.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  rk::cuda::Device device;
+  check(name, rk::cuda::current_device(device));
+  check(name, f(device, stream));
+}
+
+void hash_buckets(Tensor x, Tensor rotations, OptionalTensor padding, std::vector<int64_t> factors, Tensor buckets) {
+  check_one_device("hash_buckets", {&x, &rotations, pointer(padding), &buckets});
+  const rk::HashParams p = hash_params(x, rotations, padding, factors, buckets);
+  require(p.D <= rk::cuda::kHashMaxDim && p.n_factors <= rk::cuda::kHashMaxFactors, "hash_buckets: at most ",
+          rk::cuda::kHashMaxDim, " dimensions and ", rk::cuda::kHashMaxFactors, " factors, got ", p.D, " and ",
+          p.n_factors);
+  on_device_of("hash_buckets", x,
+               [&](const rk::cuda::Device& device, void* stream) { return rk::cuda::hash_buckets(p, device, stream); });
+}
+
+// cu_seqlens rise from 0 to L, as the caller has seen on the CPU: so `longest`.
+rk::OrderParams packed_order_params(const Tensor& buckets, const OptionalTensor& cu_seqlens, int64_t longest,
+                                    int64_t n_buckets, const Tensor& order) {
+  rk::OrderParams p = order_params(buckets, n_buckets, order);
+  require(longest >= 0 && longest <= p.L, "longest must be between 0 and L, got ", longest);
+  if (!cu_seqlens) return p;
+  require(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2, "cu_seqlens must have at least two elements");
+  p.cu_seqlens = contiguous<int32_t>("cu_seqlens", cu_seqlens, ScalarType::Int, {cu_seqlens->size(0)});
+  p.n_sequences = cu_seqlens->size(0) - 1, p.longest = longest;
+  return p;
+}
+
+void bucket_order(Tensor buckets, OptionalTensor cu_seqlens, int64_t longest, int64_t n_buckets, Tensor order) {
+  check_one_device("bucket_order", {&buckets, pointer(cu_seqlens), &order});
+  const rk::OrderParams p = packed_order_params(buckets, cu_seqlens, longest, n_buckets, order);
+  on_device_of("bucket_order", buckets, [&](const rk::cuda::Device& device, void* stream) {
+    const rk::cuda::OrderPlan plan = rk::cuda::plan_order(p, device);
+    const int64_t sizes[] = {plan.passes > 1 ? order.numel() : 0, plan.counts()};
+    // Freed when this returns, and used again in the order of the stream.
+    Tensor scratch[] = {torch::stable::new_empty(buckets, {sizes[0]}), torch::stable::new_empty(buckets, {sizes[1]})};
+    return rk::cuda::bucket_order(p, device, scratch[0].mutable_data_ptr<int32_t>(),
+                                  scratch[1].mutable_data_ptr<int32_t>(), stream);
+  });
+}
+
+rk::cuda::Device device_of(const std::vector<int64_t>& device) {
+  require(device.size() == 3, "device must have 3 numbers, got ", device.size());
+  return {static_cast<int>(device[0]), static_cast<int>(device[1]), static_cast<int>(device[2])};
+}
+
+// What plan_hash chooses for x of shape [B, H, L, D], R rounds, and a device: multiprocessors, bytes of shared memory
+// of a block and of a multiprocessor. Grid, threads, shared bytes, steps, column tiles of a round, rounds of a block,
+// resident tiles, tokens of a block.
+std::vector<int64_t> hash_plan(std::vector<int64_t> shape, int64_t R, int64_t element_size,
+                               std::vector<int64_t> factors, std::vector<int64_t> device) {
+  require(shape.size() == 4, "shape must have 4 numbers, got ", shape.size());
+  rk::HashParams p{};
+  p.B = shape[0], p.H = shape[1], p.L = shape[2], p.D = shape[3], p.R = R;
+  p.element = element_size == 2 ? rk::Element::kBFloat16 : rk::Element::kSame;
+  p.n_factors = static_cast<int64_t>(factors.size()), p.factors = factors.data();
+  const rk::cuda::HashPlan plan = rk::cuda::plan_hash(p, device_of(device));
+  return {plan.launch.grid[0], plan.launch.threads, plan.launch.shared_bytes, plan.steps,
+          plan.round_tiles,    plan.rounds,         plan.resident_tiles,      plan.tokens_per_block};
+}
+
+// The same of plan_order, for buckets of shape [B, H, R, L]: grid, threads, shared bytes, passes, base of a digit, keys
+// of a block, blocks of a sequence, warps that sort.
+std::vector<int64_t> order_plan(std::vector<int64_t> shape, int64_t n_sequences, int64_t longest, int64_t n_buckets,
+                                std::vector<int64_t> device) {
+  require(shape.size() == 4, "shape must have 4 numbers, got ", shape.size());
+  rk::OrderParams p{};
+  p.rows = shape[0] * shape[1], p.rounds = shape[2], p.L = shape[3];
+  p.n_buckets = n_buckets, p.n_sequences = n_sequences, p.longest = longest;
+  const rk::cuda::OrderPlan plan = rk::cuda::plan_order(p, device_of(device));
+  return {plan.launch.grid[0], plan.launch.threads, plan.launch.shared_bytes, plan.passes, plan.base, plan.tile,
+          plan.tiles,          plan.sorters};
+}
 
 bool is_aligned(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kVectorBytes == 0;
@@ -24,37 +115,30 @@ bool is_aligned(const Tensor& tensor) {
 
 // input [N, n], index int32 [M], out [M, n]: out[i] = input[index[i]]; an index outside the input gives a row of zeros.
 void gather_rows(Tensor input, Tensor index, Tensor out) {
-  STD_TORCH_CHECK(input.dim() == 2 && input.is_contiguous() && is_aligned(input), "gather_rows: input has ",
-                  input.dim(), " dimensions; it must have 2, be contiguous and aligned to 16 bytes");
-  STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && is_aligned(out), "gather_rows: out has ", out.dim(),
-                  " dimensions; it must have 2, be contiguous and aligned to 16 bytes");
-  STD_TORCH_CHECK(index.dim() == 1 && index.is_contiguous() && index.scalar_type() == ScalarType::Int,
-                  "gather_rows: index has ", index.dim(), " dimensions and scalar type ", int(index.scalar_type()),
-                  "; it must be contiguous int32 (", int(ScalarType::Int), ") of 1 dimension");
-  STD_TORCH_CHECK(out.scalar_type() == input.scalar_type(), "gather_rows: out has scalar type ", int(out.scalar_type()),
-                  "; it must have input's, ", int(input.scalar_type()));
-  STD_TORCH_CHECK(out.size(0) == index.size(0) && out.size(1) == input.size(1), "gather_rows: out has shape [",
-                  out.size(0), ", ", out.size(1), "]; it must be [", index.size(0), ", ", input.size(1), "]");
-  const int device = input.get_device_index();
-  STD_TORCH_CHECK(input.is_cuda() && index.is_cuda() && out.is_cuda() && index.get_device_index() == device &&
-                      out.get_device_index() == device,
-                  "gather_rows: input, index and out must be on one CUDA device, got indices ", device, ", ",
-                  index.get_device_index(), " and ", out.get_device_index(), " (-1 is the CPU)");
+  require(input.dim() == 2 && input.is_contiguous() && is_aligned(input), "gather_rows: input has ", input.dim(),
+          " dimensions; it must have 2, be contiguous and aligned to 16 bytes");
+  require(out.dim() == 2 && out.is_contiguous() && is_aligned(out), "gather_rows: out has ", out.dim(),
+          " dimensions; it must have 2, be contiguous and aligned to 16 bytes");
+  require(index.dim() == 1 && index.is_contiguous() && index.scalar_type() == ScalarType::Int,
+          "gather_rows: index has ", index.dim(), " dimensions and scalar type ", int(index.scalar_type()),
+          "; it must be contiguous int32 (", int(ScalarType::Int), ") of 1 dimension");
+  require(out.scalar_type() == input.scalar_type(), "gather_rows: out has scalar type ", int(out.scalar_type()),
+          "; it must have input's, ", int(input.scalar_type()));
+  require(out.size(0) == index.size(0) && out.size(1) == input.size(1), "gather_rows: out has shape [", out.size(0),
+          ", ", out.size(1), "]; it must be [", index.size(0), ", ", input.size(1), "]");
+  check_one_device("gather_rows", {&input, &index, &out});
   const int64_t row_bytes = input.size(1) * static_cast<int64_t>(input.element_size());
-  STD_TORCH_CHECK(row_bytes % kVectorBytes == 0, "gather_rows: input has rows of ", row_bytes,
-                  " bytes; they must be a multiple of ", kVectorBytes);
-
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const int error = reformer_kernels::cuda::gather_rows({.input = input.const_data_ptr(),
-                                                         .index = index.const_data_ptr<int32_t>(),
-                                                         .out = out.mutable_data_ptr(),
-                                                         .input_rows = input.size(0),
-                                                         .rows = index.size(0),
-                                                         .vectors = row_bytes / kVectorBytes},
-                                                        stream);
-  STD_TORCH_CHECK(error == 0, "gather_rows: the launch failed: ", reformer_kernels::cuda::error_string(error));
+  require(row_bytes % kVectorBytes == 0, "gather_rows: input has rows of ", row_bytes,
+          " bytes; they must be a multiple of ", kVectorBytes);
+  on_device_of("gather_rows", input, [&](const rk::cuda::Device&, void* stream) {
+    return rk::cuda::gather_rows({.input = input.const_data_ptr(),
+                                  .index = index.const_data_ptr<int32_t>(),
+                                  .out = out.mutable_data_ptr(),
+                                  .input_rows = input.size(0),
+                                  .rows = index.size(0),
+                                  .vectors = row_bytes / kVectorBytes},
+                                 stream);
+  });
 }
 
 std::string build_info() {
@@ -65,13 +149,23 @@ std::string build_info() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(reformer_kernels_cuda, m) {
+  m.def("hash_buckets(Tensor x, Tensor rotations, Tensor? padding, int[] factors, Tensor(a!) buckets) -> ()");
+  m.def("bucket_order(Tensor buckets, Tensor? cu_seqlens, int longest, int n_buckets, Tensor(a!) order) -> ()");
   m.def("gather_rows(Tensor input, Tensor index, Tensor(a!) out) -> ()");
+  m.def("hash_plan(int[] shape, int rounds, int element_size, int[] factors, int[] device) -> int[]");
+  m.def("order_plan(int[] shape, int n_sequences, int longest, int n_buckets, int[] device) -> int[]");
   m.def("build_info() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(reformer_kernels_cuda, CUDA, m) { m.impl("gather_rows", TORCH_BOX(&gather_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(reformer_kernels_cuda, CUDA, m) {
+  m.impl("hash_buckets", TORCH_BOX(&hash_buckets));
+  m.impl("bucket_order", TORCH_BOX(&bucket_order));
+  m.impl("gather_rows", TORCH_BOX(&gather_rows));
+}
 
 // Without a tensor argument there is no device to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(reformer_kernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("hash_plan", TORCH_BOX(&hash_plan));
+  m.impl("order_plan", TORCH_BOX(&order_plan));
   m.impl("build_info", TORCH_BOX(&build_info));
 }

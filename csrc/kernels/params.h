@@ -77,8 +77,8 @@ struct OrderParams {
   int64_t rows, rounds, L, n_buckets;  // rows = B * H
   const int32_t* buckets;              // [rows, rounds, L]
   const int32_t* cu_seqlens;           // [n_sequences + 1], or null
-  int64_t n_sequences;
-  int32_t* order;  // [rows, rounds * L]
+  int64_t n_sequences, longest;        // tokens of the longest sequence
+  int32_t* order;                      // [rows, rounds * L]
 };
 
 // Chooses AttentionParams::key_lists. With one round a row is the context, the local window and the best of the other

@@ -76,16 +76,18 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def hash_buckets(call: HashCall) -> Tensor:
     rotations, factors = call.resolve()
-    x = _rows(call.x)
+    x = rows(call.x)
     batch, heads, length, _ = x.shape
     buckets = torch.empty((batch, heads, rotations.shape[3], length), dtype=torch.int32, device=x.device)
-    _ops.hash_buckets(x, rotations.to(_compute_dtype(x)).contiguous(), call.key_padding_mask, factors, buckets)
+    _ops.hash_buckets(
+        x, rotations.to(_compute_dtype(x)).contiguous(), contiguous(call.key_padding_mask), factors, buckets
+    )
     return buckets
 
 
@@ -103,7 +105,7 @@ def _flags(**flags: bool) -> int:
     return sum(value << _FLAGS.index(name) for name, value in flags.items())
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
+def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
@@ -116,11 +118,11 @@ def _options(call: AttentionCall) -> tuple[Any, ...]:
     """The arguments that forward and backward of the library share, after the tensors that they compute with."""
     rules = call.rules
     return (
-        _contiguous(call.order),
-        _contiguous(call.buckets),
-        _contiguous(call.key_padding_mask),
+        contiguous(call.order),
+        contiguous(call.buckets),
+        contiguous(call.key_padding_mask),
         _mask(call),
-        _contiguous(call.cu_seqlens),
+        contiguous(call.cu_seqlens),
         call.dropout_seed,
         call.chunk_length,
         call.chunks_before,
@@ -144,8 +146,8 @@ def _dropout(call: AttentionCall | ListCall) -> tuple[int, float]:
 
 
 def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    query, value = _rows(call.query), _rows(call.value)
-    key = None if call.key is None else _rows(call.key)
+    query, value = rows(call.query), rows(call.value)
+    key = None if call.key is None else rows(call.key)
     batch, heads = query.shape[:2]
     out = empty_rows(query, call.n_queries, value.shape[3])
     lse = query.new_empty((batch, heads, call.n_queries), dtype=_compute_dtype(query))
@@ -157,14 +159,14 @@ def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
 def chunk_attention_backward(
     call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query, value = _rows(call.query), _rows(call.value)
-    key = None if call.key is None else _rows(call.key)
+    query, value = rows(call.query), rows(call.value)
+    key = None if call.key is None else rows(call.key)
     grad_query, grad_value = (empty_rows(x, x.shape[2], x.shape[3]) for x in (query, value))
     grad_key = None if key is None else empty_rows(key, key.shape[2], key.shape[3])
     if grad_key is not None and query.shape[1] == 0:  # no unit of work, which would write them
         grad_key.zero_(), grad_value.zero_()
     _ops.chunk_attention_backward(
-        query, key, value, *_options(call), _rows(grad_out), _rows(out), lse.contiguous(), self_only.contiguous(),
+        query, key, value, *_options(call), rows(grad_out), rows(out), lse.contiguous(), self_only.contiguous(),
         grad_query, grad_key, grad_value,
     )  # fmt: skip
     return grad_query, query.new_empty(0) if grad_key is None else grad_key, grad_value
@@ -173,8 +175,8 @@ def chunk_attention_backward(
 def select_keys(call: SelectCall) -> Tensor:
     lists = torch.empty(call.lists_shape, dtype=torch.int32, device=call.query.device)
     _ops.select_keys(
-        _rows(call.query), _rows(call.key), _contiguous(call.order), _contiguous(call.query_padding_mask),
-        _contiguous(call.key_padding_mask), _mask(call),
+        rows(call.query), rows(call.key), contiguous(call.order), contiguous(call.query_padding_mask),
+        contiguous(call.key_padding_mask), _mask(call),
         call.chunk_length, call.budget, call.local, call.context_keys, call.scale, _flags(causal=call.causal), lists,
     )  # fmt: skip
     return lists
@@ -182,9 +184,9 @@ def select_keys(call: SelectCall) -> Tensor:
 
 def _list_options(call: ListCall) -> tuple[Any, ...]:
     return (
-        _contiguous(call.order),
+        contiguous(call.order),
         call.key_lists.contiguous(),
-        _contiguous(call.key_padding_mask),
+        contiguous(call.key_padding_mask),
         _mask(call),
         call.dropout_seed,
         call.chunk_length,
@@ -196,7 +198,7 @@ def _list_options(call: ListCall) -> tuple[Any, ...]:
 
 
 def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
-    query, key, value = _rows(call.query), _rows(call.key), _rows(call.value)
+    query, key, value = rows(call.query), rows(call.key), rows(call.value)
     out = empty_rows(query, query.shape[2], value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=_compute_dtype(query))
     _ops.list_attention_forward(query, key, value, *_list_options(call), out, lse)
@@ -206,11 +208,11 @@ def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
 def list_attention_backward(
     call: ListCall, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = _rows(call.query), _rows(call.key), _rows(call.value)
+    query, key, value = rows(call.query), rows(call.key), rows(call.value)
     grads = tuple(empty_rows(x, x.shape[2], x.shape[3]) for x in (query, key, value))
     if 0 in query.shape[:3]:  # no unit of work, which would write them
         return tuple(g.zero_() for g in grads)  # type: ignore[return-value]
     _ops.list_attention_backward(
-        query, key, value, *_list_options(call), _rows(out), lse.contiguous(), _rows(grad_out), *grads
+        query, key, value, *_list_options(call), rows(out), lse.contiguous(), rows(grad_out), *grads
     )
     return grads  # type: ignore[return-value]

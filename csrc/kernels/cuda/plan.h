@@ -1,0 +1,131 @@
+// How each kernel is launched: pure functions of the problem and the device, the only place where that is decided.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/cuda/launch.h"
+#include "kernels/params.h"
+
+namespace rk::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kReservedShared = 4096;  // at least what a block holds beside its dynamic shared memory
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- hash
+
+constexpr int kHashMaxWarps = 8;  // of a block; each has 32 rows
+constexpr int kHashWarps = 16;    // of a multiprocessor, for their registers
+constexpr int kHashColumns = 8;   // of rotations in a column tile, of one factor each
+constexpr int kHashMaxDim = 128, kHashMaxFactors = 8, kHashMaxTiles = 128;  // column tiles in shared memory at a time
+
+struct HashPlan {
+  Launch launch;
+  int steps = 0;            // template argument: the head size is padded to 16 * steps
+  int round_tiles = 0;      // column tiles of a round
+  int rounds = 0;           // that a block computes
+  int resident_tiles = 0;   // column tiles in shared memory at a time, an even number
+  int blocks_per_head = 0;  // each takes an equal share of a head's tokens
+  int tokens_per_block = 0;
+};
+
+// Terms into which a float32 rotation is split for rows of 2-byte elements: what two bfloat16 leave out is 2^-18 of it,
+// less than a sum of 64 products in float32 may lose.
+constexpr int hash_terms(int element_bytes) { return element_bytes == 2 ? 2 : 1; }
+
+// Bytes of a row of x in shared memory: 16 more, so that rows one after another begin in different banks.
+constexpr int hash_row_bytes(int element_bytes, int steps) { return element_bytes * 16 * steps + 16; }
+
+// Bytes of a column tile: each term is [16 * steps][8 columns]; and 16 more, for the same reason.
+constexpr int hash_column_tile_bytes(int element_bytes, int steps) {
+  return element_bytes * hash_terms(element_bytes) * 16 * steps * kHashColumns + 16;
+}
+
+inline HashPlan plan_hash(const HashParams& p, const Device& device) {
+  HashPlan plan;
+  const int bytes = p.element == Element::kSame ? 4 : 2;
+  plan.steps = p.D <= 32 ? 2 : p.D <= 64 ? 4 : 8;
+  for (int64_t f = 0; f < p.n_factors; ++f)
+    plan.round_tiles += static_cast<int>(ceil_div(p.factors[f] / 2, kHashColumns));
+  const int column_tile = hash_column_tile_bytes(bytes, plan.steps);
+  const auto tiles_of = [&](int64_t rounds) {  // that are to be in shared memory
+    const int64_t tiles = ceil_div(rounds * plan.round_tiles, 2) * 2;
+    return static_cast<int>(std::min<int64_t>(tiles, kHashMaxTiles));
+  };
+  // All warps of a block use its rotations. A block computes as many rounds, and then has as few warps, as let the most
+  // warps be in a multiprocessor, of those for which there are registers.
+  int most = -1, blocks = 0;
+  for (int64_t rounds = p.R; rounds >= 1; rounds /= 2) {
+    for (const int warps : {4, kHashMaxWarps}) {
+      const int rows = warps * kWarp, row_bytes = rows * hash_row_bytes(bytes, plan.steps);
+      const int room = device.shared_bytes_per_block - kReservedShared - row_bytes;
+      const int resident = std::clamp(room / column_tile / 2 * 2, 2, tiles_of(rounds));
+      const int shared = row_bytes + resident * column_tile;
+      const int fit = std::min(device.shared_bytes_per_multiprocessor / (shared + kReservedShared), kHashWarps / warps);
+      const int resident_warps = resident == tiles_of(rounds) ? fit * warps : 0;
+      if (resident_warps <= most) continue;
+      most = resident_warps, blocks = std::max(fit, 1);
+      plan.rounds = static_cast<int>(rounds), plan.resident_tiles = resident;
+      plan.launch.threads = rows, plan.launch.shared_bytes = shared;
+    }
+  }
+  // A block loads its rotations once and takes its share of the tokens in one wave of blocks.
+  const int64_t heads = p.B * p.H * ceil_div(p.R, plan.rounds), tiles = ceil_div(p.L, plan.launch.threads);
+  const int64_t share = ceil_div(tiles * heads, int64_t{device.multiprocessors} * blocks);
+  plan.tokens_per_block = static_cast<int>(std::min(share, tiles) * plan.launch.threads);
+  plan.blocks_per_head = static_cast<int>(ceil_div(p.L, plan.tokens_per_block));
+  plan.launch.grid[0] = static_cast<uint32_t>(heads * plan.blocks_per_head);
+  return plan;
+}
+
+// ---- bucket order
+
+constexpr int kOrderWholeTile = 1 << 16;  // keys of a block that sorts a whole segment: places in it have 16 bits
+constexpr int kOrderPartTile = 1 << 14;   // of one of several blocks
+constexpr int kOrderWholeBase = (1 << 11) + 1, kOrderPartBase = (1 << 9) + 1;  // more buckets are sorted digit by digit
+constexpr int kOrderMaxThreads = 1024, kOrderKeysOfWarp = 256;
+
+struct OrderPlan {
+  Launch launch;            // of the kernels that count and rank
+  int passes = 1;           // digits, the least significant first
+  int base = 0;             // of a digit
+  int tile = 0, tiles = 1;  // keys of a block, blocks of a segment
+  int sorters = 0;          // warps with counters of their own
+  int64_t segments = 0;
+
+  int64_t counts() const { return tiles > 1 ? segments * tiles * base : 0; }  // int32 of scratch memory
+};
+
+inline int order_pairs(int base) { return (base + 1) / 2; }  // counters are read two at a time
+
+inline OrderPlan plan_order(const OrderParams& p, const Device& device) {
+  OrderPlan plan;
+  plan.segments = p.rows * p.rounds * p.n_sequences;
+  const bool whole = p.longest <= kOrderWholeTile;
+  plan.tile = static_cast<int>(whole ? ceil_div(p.longest, kWarp) * kWarp : kOrderPartTile);
+  plan.tiles = static_cast<int>(ceil_div(p.longest, plan.tile));
+  // The fewest digits, and for these the least power of two as a base.
+  const int64_t n_buckets = std::min<int64_t>(p.n_buckets, INT32_MAX), most = whole ? kOrderWholeBase : kOrderPartBase;
+  const auto reach = [&](int64_t base) {
+    int64_t numbers = 1;
+    for (int i = 0; i < plan.passes; ++i) numbers *= base;
+    return numbers;
+  };
+  while (reach(most) < n_buckets) ++plan.passes;
+  plan.base = static_cast<int>(n_buckets);
+  if (plan.passes > 1)
+    for (plan.base = 2; reach(plan.base) < n_buckets;) plan.base *= 2;
+  // Shared memory: counters, the sorted keys' places in the tile, and for a part their digits and slots.
+  const int64_t beside = plan.tile * (whole ? 2 : 4) + (whole ? 0 : plan.base * 4);
+  const int64_t counters = order_pairs(plan.base) * 4, room = device.shared_bytes_per_block - kReservedShared - beside;
+  const int64_t wanted = std::min<int64_t>(ceil_div(plan.tile, kOrderKeysOfWarp), kOrderMaxThreads / kWarp);
+  plan.sorters = static_cast<int>(std::clamp<int64_t>(room / counters, 1, wanted));
+  const int64_t scanners = std::min<int64_t>(ceil_div(order_pairs(plan.base), kWarp) * kWarp, kOrderMaxThreads);
+  plan.launch.threads = static_cast<uint32_t>(std::max<int64_t>(plan.sorters * kWarp, scanners));
+  plan.launch.shared_bytes = static_cast<int>(plan.sorters * counters + beside);
+  plan.launch.grid[0] = static_cast<uint32_t>(plan.segments * plan.tiles);
+  return plan;
+}
+
+}  // namespace rk::cuda
