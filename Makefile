@@ -3,11 +3,11 @@ BIN := .venv/bin
 ARGS ?=
 SECONDS ?= 60
 OUT ?= gpu_check_out
-CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests/native tests/emulation -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 SANITIZE := -std=c++20 -O1 -g -Wall -Icsrc -fno-math-errno -fno-trapping-math -Wno-psabi \
             -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
 
-.PHONY: help build test lint format demo bench sanitize fuzz gpu-check clean
+.PHONY: help build test emulate-full lint format demo bench sanitize fuzz gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -25,6 +25,9 @@ build: .venv/built  ## set up .venv and build the native libraries in place
 
 test: build  ## run the tests (ARGS="-k name" for some)
 	$(BIN)/pytest -n 2 $(ARGS)
+
+emulate-full: build  ## run the CUDA kernels in the emulator on many more problems than make test does
+	$(BIN)/pytest -n 2 -m "full or not full" tests/emulation $(ARGS)
 
 lint: build  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check

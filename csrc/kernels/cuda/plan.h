@@ -84,7 +84,7 @@ inline HashPlan plan_hash(const HashParams& p, const Device& device) {
 constexpr int kOrderWholeTile = 1 << 16;  // keys of a block that sorts a whole segment: places in it have 16 bits
 constexpr int kOrderPartTile = 1 << 14;   // of one of several blocks
 constexpr int kOrderWholeBase = (1 << 11) + 1, kOrderPartBase = (1 << 9) + 1;  // more buckets are sorted digit by digit
-constexpr int kOrderMaxThreads = 1024, kOrderKeysOfWarp = 256;
+constexpr int kOrderMaxThreads = 1024, kOrderKeysOfWarp = 256, kOrderFewSorters = 4;
 
 struct OrderPlan {
   Launch launch;            // of the kernels that count and rank
@@ -102,28 +102,38 @@ inline int order_pairs(int base) { return (base + 1) / 2; }  // counters are rea
 inline OrderPlan plan_order(const OrderParams& p, const Device& device) {
   OrderPlan plan;
   plan.segments = p.rows * p.rounds * p.n_sequences;
-  const bool whole = p.longest <= kOrderWholeTile;
-  plan.tile = static_cast<int>(whole ? ceil_div(p.longest, kWarp) * kWarp : kOrderPartTile);
-  plan.tiles = static_cast<int>(ceil_div(p.longest, plan.tile));
-  // The fewest digits, and for these the least power of two as a base.
-  const int64_t n_buckets = std::min<int64_t>(p.n_buckets, INT32_MAX), most = whole ? kOrderWholeBase : kOrderPartBase;
-  const auto reach = [&](int64_t base) {
-    int64_t numbers = 1;
-    for (int i = 0; i < plan.passes; ++i) numbers *= base;
-    return numbers;
+  const int64_t n_buckets = std::min<int64_t>(p.n_buckets, INT32_MAX);
+  // The fewest digits of at most `most`, and for these the least power of two as a base.
+  const auto choose_base = [&](int64_t most) {
+    plan.passes = 0;
+    const auto reach = [&](int64_t base) {
+      int64_t numbers = 1;
+      for (int i = 0; i < plan.passes; ++i) numbers *= base;
+      return numbers;
+    };
+    do ++plan.passes;
+    while (reach(most) < n_buckets);
+    plan.base = static_cast<int>(n_buckets);
+    if (plan.passes > 1)
+      for (plan.base = 2; reach(plan.base) < n_buckets;) plan.base *= 2;
   };
-  while (reach(most) < n_buckets) ++plan.passes;
-  plan.base = static_cast<int>(n_buckets);
-  if (plan.passes > 1)
-    for (plan.base = 2; reach(plan.base) < n_buckets;) plan.base *= 2;
-  // Shared memory: counters, the sorted keys' places in the tile, and for a part their digits and slots.
-  const int64_t beside = plan.tile * (whole ? 2 : 4) + (whole ? 0 : plan.base * 4);
-  const int64_t counters = order_pairs(plan.base) * 4, room = device.shared_bytes_per_block - kReservedShared - beside;
+  const int64_t room = device.shared_bytes_per_block - kReservedShared;
+  const auto counter_bytes = [&] { return int64_t{4} * order_pairs(plan.base); };  // of a warp
+  choose_base(kOrderWholeBase);
+  const int64_t whole = ceil_div(p.longest, kWarp) * kWarp;
+  plan.tile = static_cast<int>(std::min<int64_t>(whole, kOrderWholeTile));
+  int64_t beside = 2 * plan.tile;  // the places of the sorted keys in the tile
+  if (whole > kOrderWholeTile || beside + kOrderFewSorters * counter_bytes() > room) {
+    choose_base(kOrderPartBase);
+    plan.tile = kOrderPartTile;
+    beside = 4 * plan.tile + 4 * plan.base;  // and their digits, and a slot for each digit
+  }
+  plan.tiles = static_cast<int>(ceil_div(p.longest, plan.tile));
   const int64_t wanted = std::min<int64_t>(ceil_div(plan.tile, kOrderKeysOfWarp), kOrderMaxThreads / kWarp);
-  plan.sorters = static_cast<int>(std::clamp<int64_t>(room / counters, 1, wanted));
+  plan.sorters = static_cast<int>(std::min((room - beside) / counter_bytes(), wanted));
   const int64_t scanners = std::min<int64_t>(ceil_div(order_pairs(plan.base), kWarp) * kWarp, kOrderMaxThreads);
   plan.launch.threads = static_cast<uint32_t>(std::max<int64_t>(plan.sorters * kWarp, scanners));
-  plan.launch.shared_bytes = static_cast<int>(plan.sorters * counters + beside);
+  plan.launch.shared_bytes = static_cast<int>(plan.sorters * counter_bytes() + beside);
   plan.launch.grid[0] = static_cast<uint32_t>(plan.segments * plan.tiles);
   return plan;
 }

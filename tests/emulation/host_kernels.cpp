@@ -1,0 +1,102 @@
+// The launchers of the CUDA kernels on numpy arrays: they run on fibers, or are recorded for the emulator.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "host_module.h"
+#include "kernels/cuda/kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using rk::cuda::Device;
+
+Device device_of(const std::vector<int>& numbers) { return {numbers.at(0), numbers.at(1), numbers.at(2)}; }
+
+rk::Element element_of(const std::string& name) {
+  if (name == "float32") return rk::Element::kSame;
+  if (name == "bfloat16") return rk::Element::kBFloat16;
+  if (name == "float16") return rk::Element::kFloat16;
+  throw std::invalid_argument("element must be float32, bfloat16 or float16, got " + name);
+}
+
+// Half types come as arrays of uint16.
+rk::Rows rows(const py::array& a) {
+  const auto stride = [&](int i) { return a.strides(i) / a.itemsize(); };
+  return {const_cast<void*>(a.data()), stride(0), stride(1), stride(2)};
+}
+
+template <class T>
+const T* data(const std::optional<py::array>& a) {
+  return a ? static_cast<const T*>(a->data()) : nullptr;
+}
+
+void check(int error) {
+  if (error) throw std::runtime_error("the launch failed with error " + std::to_string(error));
+}
+
+void hash_buckets(const py::array& x, const std::string& element, const py::array& rotations,
+                  const std::optional<py::array>& padding, const std::vector<int64_t>& factors, py::array& buckets,
+                  const std::vector<int>& device) {
+  rk::HashParams p{};
+  p.element = element_of(element);
+  p.B = x.shape(0), p.H = x.shape(1), p.L = x.shape(2), p.D = x.shape(3), p.R = rotations.shape(3);
+  p.x = rows(x);
+  p.rotations = rotations.data();
+  const auto stride = [&](int i) { return rotations.shape(i) == 1 ? 0 : rotations.strides(i) / rotations.itemsize(); };
+  p.rotations_stride_b = stride(0), p.rotations_stride_h = stride(1);
+  p.factors = factors.data(), p.n_factors = static_cast<int64_t>(factors.size());
+  p.padding = data<bool>(padding);
+  p.buckets = static_cast<int32_t*>(buckets.mutable_data());
+  check(rk::cuda::hash_buckets(p, device_of(device), nullptr));
+}
+
+// scratch_order and counts: as long as the plan asks for, or absent.
+void bucket_order(const py::array& buckets, const std::optional<py::array>& cu_seqlens, int64_t longest,
+                  int64_t n_buckets, py::array& order, std::optional<py::array> scratch_order,
+                  std::optional<py::array> counts, const std::vector<int>& device) {
+  rk::OrderParams p{};
+  p.rows = buckets.shape(0) * buckets.shape(1), p.rounds = buckets.shape(2), p.L = buckets.shape(3);
+  p.n_buckets = n_buckets, p.longest = longest;
+  p.buckets = static_cast<const int32_t*>(buckets.data());
+  p.cu_seqlens = data<int32_t>(cu_seqlens);
+  p.n_sequences = cu_seqlens ? cu_seqlens->shape(0) - 1 : 1;
+  p.order = static_cast<int32_t*>(order.mutable_data());
+  const auto scratch = [](std::optional<py::array>& a) {
+    return a ? static_cast<int32_t*>(a->mutable_data()) : nullptr;
+  };
+  check(rk::cuda::bucket_order(p, device_of(device), scratch(scratch_order), scratch(counts), nullptr));
+}
+
+void gather_rows(const py::array& input, const py::array& index, py::array& out) {
+  rk::cuda::GatherRows p{};
+  p.input = input.data(), p.index = static_cast<const int32_t*>(index.data()), p.out = out.mutable_data();
+  p.input_rows = input.shape(0), p.rows = index.shape(0), p.vectors = input.shape(1) * input.itemsize() / 16;
+  check(rk::cuda::gather_rows(p, nullptr));
+}
+
+// What the plan chooses, under the names of its fields.
+py::dict order_plan(const std::vector<int64_t>& shape, int64_t n_sequences, int64_t longest, int64_t n_buckets,
+                    const std::vector<int>& device) {
+  rk::OrderParams p{};
+  p.rows = shape.at(0) * shape.at(1), p.rounds = shape.at(2), p.L = shape.at(3);
+  p.n_buckets = n_buckets, p.n_sequences = n_sequences, p.longest = longest;
+  const rk::cuda::OrderPlan plan = rk::cuda::plan_order(p, device_of(device));
+  using namespace py::literals;
+  return py::dict("passes"_a = plan.passes, "base"_a = plan.base, "tile"_a = plan.tile, "tiles"_a = plan.tiles,
+                  "sorters"_a = plan.sorters, "counts"_a = plan.counts());
+}
+
+}  // namespace
+
+void bind_kernels(py::module_& m) {
+  m.def("hash_buckets", &hash_buckets);
+  m.def("bucket_order", &bucket_order);
+  m.def("gather_rows", &gather_rows);
+  m.def("order_plan", &order_plan);
+}
