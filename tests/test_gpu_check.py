@@ -1,5 +1,6 @@
 """The check of a GPU machine, on a machine without a GPU."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_check
+from benchmarks.cases import Case
+from benchmarks.gpu import attention
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -29,6 +32,11 @@ def test_every_stage_says_that_there_is_no_gpu(tmp_path):
         assert f"## {name}: no GPU" in (tmp_path / "gpu_check.md").read_text()
 
 
+@pytest.mark.parametrize("name", gpu_check.STAGES)
+def test_a_stage_is_a_function_without_arguments(name):
+    inspect.signature(gpu_check.stage_function(name)).bind()
+
+
 def test_an_unknown_stage_is_refused(tmp_path):
     ran = run("--out", str(tmp_path), "--stage", "nonsense")
     assert ran.returncode == 2
@@ -40,8 +48,9 @@ def stages(monkeypatch):
     def fails():
         raise RuntimeError("broken")
 
-    table = {"works": (lambda: [{"a": 1, "b": 0.25}, {"a": 2}], 9), "fails": (fails, 9)}
-    monkeypatch.setattr(gpu_check, "STAGES", table)
+    table = {"works": lambda: [{"a": 1, "b": 0.25}, {"a": 2}], "fails": fails}
+    monkeypatch.setattr(gpu_check, "STAGES", dict.fromkeys(table, ("", 9)))
+    monkeypatch.setattr(gpu_check, "stage_function", table.get)
     monkeypatch.setattr(gpu_check.torch.cuda, "get_device_name", lambda: "a GPU")
 
 
@@ -63,3 +72,33 @@ def test_a_stage_that_dies_is_a_failure(monkeypatch, tmp_path):
     result = gpu_check.run_stage_in_process("versions", tmp_path)
     assert result == {"status": "failed", "error": "it ended with exit code -11"}
     assert gpu_check.load(tmp_path) == {"versions": result}
+
+
+CASE = Case(256, heads=2, head_dim=16)
+
+
+def called(function):
+    function()
+    return 1.0
+
+
+def test_attention_beside_its_peers():
+    rows = attention.attention((CASE,), "cpu", called)
+    names = {row["attention"]: row for row in rows}
+    assert {"ours", "lucidrains", "ours, reference", "FlexAttention, sorted rows"} <= names.keys()
+    for name in ("ours", "lucidrains", "ours, reference", "SDPA, FLASH_ATTENTION"):
+        assert names[name].get("both ms") == 1, names[name]
+    assert rows[-1]["attention"] == "ours is ahead of the best SDPA at no length"
+
+
+def test_the_crossover():
+    row = lambda name, length, ms: {"attention": name, "L": length, "D": 64, "both ms": ms}  # noqa: E731
+    rows = [row("ours", 1024, 2.0), row("SDPA, A", 1024, 1.0), row("ours", 2048, 4.0), row("SDPA, A", 2048, 5.0)]
+    rows += [row("SDPA, B", 2048, 4.5), row("ours, reference", 1024, 0.1)]
+    assert attention._crossover(rows, 64)["attention"].endswith("from L 2048")
+    assert attention._crossover(rows, 128)["attention"].endswith("at no length")
+
+
+def test_repeats_and_compiled():
+    assert all(row["repeats to the bit"] for row in attention.determinism(CASE, "cpu"))
+    assert [row["mode"] for row in attention.compiled(CASE, "cpu", called)] == ["eager", "compiled"]

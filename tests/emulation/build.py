@@ -1,4 +1,4 @@
-"""Compiles C++ extension modules and PTX on first use, into build/emulation/, cached by content."""
+"""Compiles C++ extension modules, programs and PTX on first use, into build/emulation/, cached by content."""
 
 import contextlib
 import fcntl
@@ -32,10 +32,37 @@ def extension(
     flags: Sequence[str] = (),
     include_dirs: Sequence[str | Path] = (),
 ) -> ModuleType:
-    """The pybind11 module `name` (as in PYBIND11_MODULE) made of C++ sources, built when they or the flags change.
+    """The pybind11 module `name` (as in PYBIND11_MODULE) made of C++ sources, built when they or the flags change."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    library = _linked(name, suffix, ["-shared"], sources, flags, include_dirs)
+    # pybind11 gives a module again for its name, so each build has its own; after the last dot is the name inside.
+    unique = f"{library.name.partition('.')[0]}.{name}"
+    loader = importlib.machinery.ExtensionFileLoader(unique, str(library))
+    spec = importlib.util.spec_from_file_location(unique, library, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
-    Each source is an object file of its own in the cache, so that a change rebuilds only what includes it.
-    """
+
+def program(
+    name: str,
+    sources: Sequence[str | Path],
+    flags: Sequence[str] = (),
+    include_dirs: Sequence[str | Path] = (),
+) -> Path:
+    """A program made of C++ sources, built when they or the flags change; its dynamic symbols are those it defines."""
+    return _linked(name, "", ["-rdynamic"], sources, flags, include_dirs)
+
+
+def _linked(
+    name: str,
+    suffix: str,
+    link_flags: Sequence[str],
+    sources: Sequence[str | Path],
+    flags: Sequence[str],
+    include_dirs: Sequence[str | Path],
+) -> Path:
+    """Each source is an object file of its own in the cache, so that a change rebuilds only what includes it."""
     all_flags = (*BASE_FLAGS, *flags)
     own_dirs = [Path(d).resolve() for d in include_dirs]
     foreign_dirs = [Path(sysconfig.get_path("include")), _pybind11_include()]
@@ -50,18 +77,10 @@ def extension(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, [Path(s).resolve() for s in sources]))
-    link_flags = [f for f in all_flags if f.startswith(("-fsanitize", "-fopenmp", "-pthread"))]
+    link_flags = [*link_flags, *(f for f in all_flags if f.startswith(("-fsanitize", "-fopenmp", "-pthread")))]
     key = _digest(identity, *link_flags, *(o.name for o in objects))
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    link = [COMPILER, "-shared", *link_flags, *map(str, objects)]
-    library = _cached(f"{name}-{key}{suffix}", lambda out: _run([*link, "-o", str(out)]))
-    # pybind11 gives a module again for its name, so each build has its own; after the last dot is the name inside.
-    unique = f"{library.name.partition('.')[0]}.{name}"
-    loader = importlib.machinery.ExtensionFileLoader(unique, str(library))
-    spec = importlib.util.spec_from_file_location(unique, library, loader=loader)
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    link = [COMPILER, *link_flags, *map(str, objects)]
+    return _cached(f"{name}-{key}{suffix}", lambda out: _run([*link, "-o", str(out)]))
 
 
 def ptx(
@@ -71,6 +90,19 @@ def ptx(
     include_dirs: Sequence[str | Path] = (),
 ) -> str:
     """The PTX that nvcc makes of a CUDA source."""
+    return _ptx_path(source_path, architecture, defines, include_dirs).read_text()
+
+
+def ptxas_report(source_path: str | Path, architecture: str, include_dirs: Sequence[str | Path] = ()) -> str:
+    """What ptxas says of the registers and the memory of each kernel of a CUDA source."""
+    source = _ptx_path(source_path, architecture, None, include_dirs)
+    command = [str(nvcc()), "-cubin", f"-arch={architecture}", "-Xptxas=-v", str(source), "-o", os.devnull]
+    return _cached(f"{source.stem}.ptxas", lambda out: out.write_text(_run(command))).read_text()
+
+
+def _ptx_path(
+    source_path: str | Path, architecture: str, defines: Mapping[str, object] | None, include_dirs: Sequence[str | Path]
+) -> Path:
     compiler = nvcc()
     if compiler is None:
         raise CompileError("nvcc is neither on PATH nor in /usr/local/cuda/bin")
@@ -80,7 +112,7 @@ def ptx(
     options += [f"-D{name}={value}" for name, value in (defines or {}).items()]
     key = _digest(_version(compiler), *options, *_contents(source, dirs))
     command = [compiler, *options, *(f"-I{d}" for d in dirs), str(source)]
-    return _cached(f"{source.stem}-{key}.ptx", lambda out: _run([*command, "-o", str(out)])).read_text()
+    return _cached(f"{source.stem}-{key}.ptx", lambda out: _run([*command, "-o", str(out)]))
 
 
 @functools.cache
@@ -138,7 +170,7 @@ def _digest(*parts: str | bytes) -> str:
     return digest.hexdigest()[:20]
 
 
-def _cached(file_name: str, make: Callable[[Path], None]) -> Path:
+def _cached(file_name: str, make: Callable[[Path], object]) -> Path:
     """CACHE/file_name, made by one process at a time and visible only when whole."""
     path = CACHE / file_name
     if path.exists():
@@ -159,7 +191,9 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _run(command: Sequence[str]) -> None:
+def _run(command: Sequence[str]) -> str:
+    """What the command printed."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise CompileError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+    return result.stdout + result.stderr

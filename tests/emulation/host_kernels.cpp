@@ -80,7 +80,21 @@ void gather_rows(const py::array& input, const py::array& index, py::array& out)
   check(rk::cuda::gather_rows(p, nullptr));
 }
 
-// What the plan chooses, under the names of its fields.
+// What the plans choose, under the names of their fields.
+
+py::dict hash_plan(const std::vector<int64_t>& shape, int64_t rounds, const std::string& element,
+                   const std::vector<int64_t>& factors, const std::vector<int>& device) {
+  rk::HashParams p{};
+  p.B = shape.at(0), p.H = shape.at(1), p.L = shape.at(2), p.D = shape.at(3), p.R = rounds;
+  p.element = element_of(element);
+  p.factors = factors.data(), p.n_factors = static_cast<int64_t>(factors.size());
+  const rk::cuda::HashPlan plan = rk::cuda::plan_hash(p, device_of(device));
+  using namespace py::literals;
+  return py::dict("steps"_a = plan.steps, "round_tiles"_a = plan.round_tiles, "rounds"_a = plan.rounds,
+                  "resident_tiles"_a = plan.resident_tiles, "tokens_per_block"_a = plan.tokens_per_block,
+                  "threads"_a = plan.launch.threads, "shared_bytes"_a = plan.launch.shared_bytes);
+}
+
 py::dict order_plan(const std::vector<int64_t>& shape, int64_t n_sequences, int64_t longest, int64_t n_buckets,
                     const std::vector<int>& device) {
   rk::OrderParams p{};
@@ -98,5 +112,6 @@ void bind_kernels(py::module_& m) {
   m.def("hash_buckets", &hash_buckets);
   m.def("bucket_order", &bucket_order);
   m.def("gather_rows", &gather_rows);
+  m.def("hash_plan", &hash_plan);
   m.def("order_plan", &order_plan);
 }

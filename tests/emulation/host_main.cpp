@@ -1,13 +1,12 @@
 // The sample kernels without Python, for sanitizers: all orders, buffers of exact sizes, one fault on request.
 //
-//   host_main [fault]    exit status: 0 right, 1 a wrong result, 2 a KernelError
+//   host_main [fault]    exit status: see host_drivers.h
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <vector>
 
+#include "host_drivers.h"
 #include "host_samples.h"
-#include "host_settings.h"
 
 namespace {
 
@@ -77,38 +76,17 @@ bool product_is_right(Fault fault) {
   return true;
 }
 
-bool all_are_right(Fault fault) {
-  bool right = true;
-  const auto note = [&](const char* sample, bool is_right) {
-    if (!is_right) std::printf("%s: a wrong result\n", sample);
-    right = right && is_right;
-  };
-  note("block_sums", sums_are_right(fault));
-  note("warp_ranks", ranks_are_right(fault));
-  note("warp_words", words_are_computed());
-  note("doubled", doubled_is_right(fault));
-  note("product", product_is_right(fault));
-  return right;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
-  using rk::host::Order;
   Fault fault = Fault::kNone;
   for (const auto& known : kFaults)
     if (argc > 1 && std::strcmp(argv[1], known.name) == 0) fault = known.fault;
-  bool right = true;
-  try {
-    for (const Order order : {Order::kFifo, Order::kLifo, Order::kReverse, Order::kRandom})
-      for (const bool late : {true, false}) {
-        rk::host::settings().order = order;
-        rk::host::settings().late_copies = late;
-        right = all_are_right(fault) && right;
-      }
-  } catch (const rk::host::KernelError& error) {
-    std::printf("KernelError: %s\n", error.what());
-    return 2;
-  }
-  return right ? 0 : 1;
+  return rk::host::run_checks({
+      {"block_sums", [=] { return sums_are_right(fault); }},
+      {"warp_ranks", [=] { return ranks_are_right(fault); }},
+      {"warp_words", words_are_computed},
+      {"doubled", [=] { return doubled_is_right(fault); }},
+      {"product", [=] { return product_is_right(fault); }},
+  });
 }

@@ -29,7 +29,14 @@ HERE = Path(__file__).parent
 SOURCES = {name: CSRC / "kernels" / "cuda" / f"{name}.cu" for name in ("hash", "order", "gather")}
 ARCHITECTURES = ("sm_80", "sm_90")
 # Multiprocessors, bytes of shared memory of a block and of a multiprocessor.
-DEVICES = {"A100": (108, 166912, 167936), "H100": (132, 232448, 233472), "RTX": (82, 101376, 102400)}
+DEVICES = {
+    "A100": (108, 166912, 167936),
+    "H100": (132, 232448, 233472),
+    "RTX": (82, 101376, 102400),
+    # No GPU: little shared memory, and few blocks, so that each has several tiles of tokens.
+    "one": (1, 61440, 61440),
+    "little": (4, 80000, 81920),
+}
 
 Memory = Sequence[np.ndarray | VirtualRegion]
 
@@ -40,6 +47,7 @@ def needs_nvcc() -> pytest.MarkDecorator:
     return pytest.mark.skipif(missing, reason="needs nvcc")
 
 
+@functools.cache
 def cuda_include() -> Path:
     """Where CUDA's headers are: nvcc knows, also where the one on PATH is a script that calls another."""
     nvcc = build.nvcc()
@@ -53,7 +61,7 @@ def cuda_include() -> Path:
 def host() -> ModuleType:
     """The launchers, compiled for the CPU."""
     flags = ("-DRK_HOST", "-fvisibility=default", "-Wno-unknown-pragmas", "-x", "c++")
-    parts = sorted(path for path in HERE.glob("host_*.cpp") if path.name != "host_main.cpp")
+    parts = sorted(path for path in HERE.glob("host_*.cpp") if not path.stem.endswith("main"))
     module = build.extension("host", [*parts, *SOURCES.values()], flags, [CSRC, HERE, cuda_include()])
     module.set_mode("record")
     return module
@@ -73,6 +81,14 @@ def _kernel(text: str, name: str) -> Kernel:
     return Kernel(text, name)
 
 
+@dataclass(frozen=True)
+class Launched:
+    name: str  # mangled
+    threads: int
+    shared_bytes: int  # dynamic
+    counters: Counters
+
+
 @dataclass
 class Emulator:
     """Where launches run: the architecture, the schedule (of ``ptx.kernel.SCHEDULES``), the device of the plan."""
@@ -81,13 +97,13 @@ class Emulator:
     schedule: dict[str, Any] = field(default_factory=dict)
     device: tuple[int, int, int] = DEVICES["H100"]
     csrc: Path = CSRC  # of the kernels, not of their launchers
-    launched: list[tuple[str, Counters]] = field(default_factory=list)
+    launched: list[Launched] = field(default_factory=list)
 
     def hash_buckets(
         self, x: Tensor, rotations: Tensor, factors: Sequence[int], padding: Tensor | None = None
     ) -> Tensor:
         """Buckets int32 [B, H, R, L], like ``rk.hash_buckets``."""
-        buckets = np.full((*x.shape[:2], rotations.shape[3], x.shape[2]), -9, np.int32)
+        buckets = unwritten(*x.shape[:2], rotations.shape[3], x.shape[2])
         arguments = (rotations.numpy(), None if padding is None else padding.numpy(), list(factors), buckets)
         host().hash_buckets(as_array(x), str(x.dtype)[6:], *arguments, self.device)
         inputs = [storage(x), storage(rotations)] + ([] if padding is None else [storage(padding)])
@@ -101,9 +117,9 @@ class Emulator:
         plan = host().order_plan(
             list(buckets.shape), 1 if bounds is None else len(bounds) - 1, longest, n_buckets, self.device
         )
-        order = np.full(buckets.shape, -9, np.int32)
-        other = np.full(buckets.numel() if plan["passes"] > 1 else 0, -9, np.int32)
-        counts = np.full(plan["counts"], -9, np.int32)
+        order = unwritten(*buckets.shape)
+        other = unwritten(buckets.numel() if plan["passes"] > 1 else 0)
+        counts = unwritten(plan["counts"])
         host().bucket_order(buckets.numpy(), cu_seqlens, longest, n_buckets, order, other, counts, self.device)
         inputs = [storage(buckets)] + ([] if cu_seqlens is None else [read_only(cu_seqlens)])
         self.run("order", [*inputs, order, other, counts])
@@ -124,7 +140,12 @@ class Emulator:
             counters = kernel.launch(
                 launch["grid"], launch["threads"], launch["params"], memory, launch["shared_bytes"], **self.schedule
             )
-            self.launched.append((launch["name"], counters))
+            self.launched.append(Launched(launch["name"], launch["threads"], launch["shared_bytes"], counters))
+
+
+def unwritten(*shape: int) -> np.ndarray:
+    """int32, aligned as on a GPU, of a number that no kernel writes."""
+    return torch.full(shape, -9, dtype=torch.int32).numpy()
 
 
 def as_array(x: Tensor) -> np.ndarray:

@@ -1,7 +1,12 @@
-"""Kernels compiled by g++ run on fibers: sample kernels, right and wrong, on every schedule and under sanitizers."""
+"""Kernels compiled by g++ run on fibers, right and wrong, on every schedule and under sanitizers.
 
+Sample kernels show what the host's own machinery does and sees; those of this repository come with their launchers.
+"""
+
+import functools
 import os
 import re
+import shutil
 import struct
 import subprocess
 import threading
@@ -11,15 +16,14 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
-from tests.emulation import build
+from tests.emulation import build, kernels
+from tests.emulation.cases import Case, Hash, Order
 
 HERE = Path(__file__).resolve().parent
-CUDA_HOMES = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), *(Path(n).parents[1] for n in [build.nvcc()] if n)]
-CUDA_INCLUDE = next((p for home in CUDA_HOMES if (p := home / "include").joinpath("cuda_bf16.h").exists()), None)
-INCLUDE_DIRS = (build.ROOT / "csrc", HERE, CUDA_INCLUDE)
 RUNTIME = tuple(HERE / f"host_{part}.cpp" for part in ("block", "fibers", "launch"))
-KERNELS = HERE / "host_sample_kernels.cpp"
+SAMPLES = HERE / "host_sample_kernels.cpp"
 # Recorded launches name exported kernels; and a library must not take its shared variables from another one.
 FLAGS = ("-DRK_HOST", "-fvisibility=default", "-fno-gnu-unique")
 SANITIZERS = {
@@ -29,17 +33,22 @@ SANITIZERS = {
 SHARED_LIMIT = 227 * 1024
 SCHEDULES = [(order, copies) for order in ("fifo", "lifo", "rev", "rand") for copies in ("late", "early")]
 
-pytestmark = pytest.mark.skipif(
-    os.uname().machine != "x86_64" or CUDA_INCLUDE is None,
-    reason="fibers are written for x86-64, and kernels need CUDA's headers",
-)
+pytestmark = [
+    kernels.needs_nvcc(),
+    pytest.mark.skipif(os.uname().machine != "x86_64", reason="fibers are written for x86-64"),
+]
 every_schedule = pytest.mark.parametrize(("order", "copies"), SCHEDULES)
+
+
+@functools.cache
+def include_dirs(csrc: Path = kernels.CSRC) -> tuple[Path, ...]:
+    return csrc, HERE, kernels.cuda_include()
 
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
-    sources = [HERE / "host_module.cpp", HERE / "host_samples.cpp", KERNELS, *RUNTIME]
-    return build.extension("host", sources, FLAGS, INCLUDE_DIRS)
+    sources = [HERE / "host_module.cpp", HERE / "host_samples.cpp", SAMPLES, *RUNTIME]
+    return build.extension("host", sources, FLAGS, include_dirs())
 
 
 @pytest.fixture
@@ -238,11 +247,9 @@ def test_a_recorded_launch_is_not_executed(host):
 
 
 def test_recorded_names_are_those_of_nvcc(host, tmp_path):
-    if build.nvcc() is None:
-        pytest.skip("no nvcc")
     source = tmp_path / "samples.cu"
-    source.write_text(f'#include "{KERNELS.name}"\n')
-    entries = re.findall(r"\.entry (\w+)\(", build.ptx(source, include_dirs=INCLUDE_DIRS[:2]))
+    source.write_text(f'#include "{SAMPLES.name}"\n')
+    entries = re.findall(r"\.entry (\w+)\(", build.ptx(source, include_dirs=[kernels.CSRC, HERE]))
     host.set_mode("record")
     for sample, arguments in ARGUMENTS.items():
         getattr(host, sample)(*arguments)
@@ -264,39 +271,40 @@ def test_settings_belong_to_a_thread(host):
 # ---- sanitizers
 
 
-def driver(sanitizer: str) -> Path:
-    """host_main.cpp with the sample kernels, built when they or the flags change."""
-    sources = [HERE / "host_main.cpp", KERNELS, *RUNTIME]
-    flags = ["-std=c++20", "-O1", "-g", "-rdynamic", *FLAGS, *SANITIZERS[sanitizer]]
-    contents = [text for source in sources for text in build._contents(source, INCLUDE_DIRS)]
-    includes = [f"-I{folder}" for folder in INCLUDE_DIRS]
-    command = [build.COMPILER, *flags, *includes, *map(str, sources), "-o"]
-    key = build._digest(build._version(build.COMPILER), *flags, *contents)
-    return build._cached(f"host_main-{sanitizer}-{key}", lambda out: build._run([*command, str(out)]))
-
-
-def run_driver(sanitizer: str, fault: str, **environment: str) -> tuple[int, str]:
-    command = [driver(sanitizer), fault]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+def run_driver(
+    sanitizer: str, main: str, argument: str, csrc: Path = kernels.CSRC, **environment: str
+) -> tuple[int, str]:
+    """Exit status and output of `main`: host_main with the sample kernels, or host_kernels_main with those in csrc."""
+    sources = [csrc / path.relative_to(kernels.CSRC) for path in kernels.SOURCES.values()]
+    if main == "host_main":
+        sources = [SAMPLES]
+    flags = ["-O1", "-g", *FLAGS, *SANITIZERS[sanitizer], "-x", "c++"]
+    driver = build.program(f"{main}-{sanitizer}", [HERE / f"{main}.cpp", *sources, *RUNTIME], flags, include_dirs(csrc))
+    result = subprocess.run([driver, argument], capture_output=True, text=True, env=os.environ | environment)
     output = result.stdout + result.stderr
     if "unexpected memory mapping" in output:
         pytest.skip("ThreadSanitizer does not run with this kernel's address space")
     return result.returncode, output
 
 
+def is_reported(report: str, place: str, output: str) -> bool:
+    reports = re.split(r"^(?=.*(?:ERROR: Address|WARNING: Thread)Sanitizer)", output, flags=re.MULTILINE)[1:]
+    return any(report in text and place in text for text in reports)
+
+
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_sanitizers_find_nothing_in_right_kernels(sanitizer):
-    assert run_driver(sanitizer, "none") == (0, "")
+    assert run_driver(sanitizer, "host_main", "none") == (0, "")
 
 
 def test_addresses_of_frames_are_known_on_every_stack():
-    assert run_driver("address", "none", ASAN_OPTIONS="detect_stack_use_after_return=1") == (0, "")
+    assert run_driver("address", "host_main", "none", ASAN_OPTIONS="detect_stack_use_after_return=1") == (0, "")
 
 
 @pytest.mark.parametrize("fault", ["divergent", "lane_missing", "no_wait", "misaligned_row"])
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_sanitizers_find_nothing_in_the_end_of_a_failed_block(sanitizer, fault):
-    code, output = run_driver(sanitizer, fault)
+    code, output = run_driver(sanitizer, "host_main", fault)
     assert code == 2
     assert re.fullmatch(r"KernelError: .*\n", output)
 
@@ -313,7 +321,75 @@ def test_sanitizers_find_nothing_in_the_end_of_a_failed_block(sanitizer, fault):
     ],
 )
 def test_sanitizers_report_a_fault(sanitizer, fault, report, place):
-    code, output = run_driver(sanitizer, fault)
+    code, output = run_driver(sanitizer, "host_main", fault)
     assert code != 0
-    reports = re.split(r"^(?=.*(?:ERROR: Address|WARNING: Thread)Sanitizer)", output, flags=re.MULTILINE)[1:]
-    assert any(report in text and place in text for text in reports), output
+    assert is_reported(report, place, output), output
+
+
+# ---- the kernels of this repository
+
+
+@pytest.fixture
+def kernels_run() -> Iterator[ModuleType]:
+    """The module of the launchers, which otherwise only records what they launch."""
+    module = kernels.host()
+    module.set_mode("run")
+    yield module
+    module.set_mode("record")
+    module.set_schedule()
+
+
+class Host(kernels.Emulator):
+    """Where a launcher has run its kernels itself."""
+
+    def run(self, source: str, memory: kernels.Memory) -> None:
+        assert kernels.host().take_recorded() == []
+
+
+@every_schedule
+@pytest.mark.parametrize(
+    "case",
+    [
+        Hash(70, 40, (6, 10, 4), heads=2, padded=True),
+        Hash(140, 64, dtype=torch.float32, layout="B L H D"),
+        Order(1000, 65, heads=2, rounds=2),
+        Order(700, 20000, rounds=2, bounds=(0, 1, 1, 400, 700)),
+    ],
+    ids=str,
+)
+def test_launchers_run_their_kernels(kernels_run: ModuleType, case: Case, order: str, copies: str) -> None:
+    kernels_run.set_schedule(order, copies=copies)
+    case.check(Host(device=kernels.DEVICES[case.device]))
+
+
+@pytest.mark.parametrize("source", kernels.SOURCES)
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_sanitizers_find_nothing_in_the_kernels(sanitizer: str, source: str) -> None:
+    assert run_driver(sanitizer, "host_kernels_main", source) == (0, "")
+
+
+INSIDE = "const bool inside = token < p.L && d < p.D;\n      "
+ONE_MORE = INSIDE.replace("token <", "token <=")
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "source", "text", "becomes", "report"),
+    [
+        ("address", "hash", f"{INSIDE}copy_async(", f"{ONE_MORE}copy_async(", "heap-buffer-overflow"),
+        ("address", "hash", f"{INSIDE}reinterpret_cast", f"{ONE_MORE}reinterpret_cast", "heap-buffer-overflow"),
+        ("thread", "order", "__syncthreads();\n\n  int32_t* of_tile", "int32_t* of_tile", "data race"),
+    ],
+    ids=["a row too many is copied", "a row too many is read", "counters are used before they are complete"],
+)
+def test_sanitizers_report_a_fault_of_a_kernel(
+    tmp_path: Path, sanitizer: str, source: str, text: str, becomes: str, report: str
+) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(kernels.CSRC, csrc)
+    path = csrc / "kernels" / "cuda" / f"{source}.cuh"
+    original = path.read_text()
+    assert original.count(text) == 1, "the text to replace is not there once"
+    path.write_text(original.replace(text, becomes))
+    code, output = run_driver(sanitizer, "host_kernels_main", source, csrc, TSAN_OPTIONS="halt_on_error=1")
+    assert code != 0
+    assert is_reported(report, f"{source}_kernel", output), output

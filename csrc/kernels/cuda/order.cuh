@@ -85,7 +85,7 @@ struct OrderTile {
     return reinterpret_cast<uint32_t*>(counters)[sorter * pairs + pair];
   }
   __device__ uint16_t* places() const { return counters + p.sorters * 2 * pairs; }  // [tile], of the sorted keys
-  __device__ uint16_t* digits() const { return places() + p.tile; }                 // [tile], of a part
+  __device__ uint16_t* digits() const { return places() + p.tile; }                 // [tile], of a part's keys
   __device__ int32_t* slots() const { return reinterpret_cast<int32_t*>(digits() + p.tile); }  // [base], of a part
 };
 
@@ -104,21 +104,21 @@ __device__ __forceinline__ uint32_t lanes_with(uint32_t digit, bool inside, int 
   return peers;
 }
 
-// Calls use(i, inside, digit) for the warp's keys in their order, 32 at a time.
-template <class F>
-__device__ __forceinline__ void for_keys(const OrderTile& tile, int warp, int lane, F&& use) {
-  constexpr int kAhead = 8;  // loads that are on the way together
+// Calls use(i, inside, digit_of(i)) for the warp's keys in their order, 32 at a time; AHEAD loads are on the way
+// together.
+template <int AHEAD, class Digit, class Use>
+__device__ __forceinline__ void for_keys(const OrderTile& tile, int warp, int lane, Digit&& digit_of, Use&& use) {
   const int sorters = tile.p.sorters, run = (tile.count + sorters * kWarp - 1) / (sorters * kWarp) * kWarp;
   const int end = min((warp + 1) * run, tile.count);
-  for (int start = warp * run; start < end; start += kAhead * kWarp) {
-    uint32_t digits[kAhead];
+  for (int start = warp * run; start < end; start += AHEAD * kWarp) {
+    uint32_t digits[AHEAD];
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
+    for (int a = 0; a < AHEAD; ++a) {
       const int i = start + a * kWarp + lane;
-      digits[a] = i < end ? tile.digit(i) : 0;
+      digits[a] = i < end ? digit_of(i) : 0;
     }
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
+    for (int a = 0; a < AHEAD; ++a) {
       const int i = start + a * kWarp + lane;
       if (i - lane < end) use(i, i < end, digits[a]);
     }
@@ -149,22 +149,28 @@ __device__ __forceinline__ void counts_to_places(const OrderTile& tile, int* sum
   }
 }
 
+// Of a part two blocks fit into a multiprocessor.
 template <OrderPart PART>
-__global__ void __launch_bounds__(kOrderMaxThreads, 1) order_kernel(const __grid_constant__ OrderArguments p) {
+__global__ void __launch_bounds__(kOrderMaxThreads, PART == OrderPart::kAll ? 1 : 2)
+    order_kernel(const __grid_constant__ OrderArguments p) {
   RK_DYNAMIC_SHARED(memory);
   __shared__ int sums[kOrderMaxThreads / kWarp];
+  constexpr int kAhead = PART == OrderPart::kAll ? 8 : 4;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   OrderTile tile{p, order_segment(p, blockIdx.x / p.tiles)};
   tile.first = static_cast<int>(blockIdx.x % p.tiles) * p.tile;
-  tile.count = max(min(tile.segment.length - tile.first, p.tile), 0);
+  tile.count = min(tile.segment.length - tile.first, p.tile);  // below 0 in a sequence that has fewer parts
   tile.counters = reinterpret_cast<uint16_t*>(memory);
   tile.pairs = p.pairs;
 
+  const auto load_digit = [&](int i) { return tile.digit(i); };
   for (int i = threadIdx.x; i < p.sorters * tile.pairs; i += blockDim.x) tile.pair(0, i) = 0;
   __syncthreads();
   if (warp < p.sorters)
-    for_keys(tile, warp, lane, [&](int, bool inside, uint32_t digit) {
-      if (inside) atomicAdd(&tile.pair(warp, digit / 2), digit % 2 ? 1u << 16 : 1u);
+    for_keys<kAhead>(tile, warp, lane, load_digit, [&](int i, bool inside, uint32_t digit) {
+      if (!inside) return;
+      atomicAdd(&tile.pair(warp, digit / 2), digit % 2 ? 1u << 16 : 1u);
+      if constexpr (PART == OrderPart::kRank) tile.digits()[i] = static_cast<uint16_t>(digit);
     });
   __syncthreads();
 
@@ -186,43 +192,42 @@ __global__ void __launch_bounds__(kOrderMaxThreads, 1) order_kernel(const __grid
   if (warp < p.sorters) {
     uint16_t* counters = tile.counters + warp * 2 * tile.pairs;
     const int bits = 32 - __clz(p.base - 1);
-    for_keys(tile, warp, lane, [&](int i, bool inside, uint32_t digit) {
+    const auto digit_again = [&](int i) -> uint32_t {
+      if constexpr (PART == OrderPart::kRank) return tile.digits()[i];
+      return tile.digit(i);
+    };
+    for_keys<kAhead>(tile, warp, lane, digit_again, [&](int i, bool inside, uint32_t digit) {
       const uint32_t peers = lanes_with(digit, inside, bits);
       const int place = counters[digit] + __popc(peers & ((1u << lane) - 1));
       __syncwarp();
       if (inside) {
         if (peers >> lane == 1) counters[digit] = static_cast<uint16_t>(place + 1);  // the last of them
         tile.places()[place] = static_cast<uint16_t>(i);
-        if constexpr (PART == OrderPart::kRank) tile.digits()[place] = static_cast<uint16_t>(digit);
       }
       __syncwarp();
     });
   }
   __syncthreads();
   for (int i = threadIdx.x; i < tile.count; i += blockDim.x) {
-    const int slot = PART == OrderPart::kRank ? tile.slots()[tile.digits()[i]] + i : i;
-    p.order[tile.segment.slots + slot] = tile.position(tile.places()[i]);
+    const int key = tile.places()[i];
+    const int slot = PART == OrderPart::kRank ? tile.slots()[tile.digits()[key]] + i : i;
+    p.order[tile.segment.slots + slot] = tile.position(key);
   }
 }
 
-// counts [tiles, base] of a segment become the first slots: one block a segment.
+// counts [tiles, base] of a segment become the first slots: one block a segment, one thread a bucket.
+static_assert(kOrderPartBase <= kOrderMaxThreads);
 __global__ void __launch_bounds__(kOrderMaxThreads, 1) order_counts_kernel(const __grid_constant__ OrderArguments p) {
   __shared__ int sums[kOrderMaxThreads / kWarp];
   int32_t* counts = p.counts + static_cast<int64_t>(blockIdx.x) * p.tiles * p.base;
-  int carry = 0;
-  for (int first = 0; first < p.base; first += blockDim.x) {
-    const int bucket = first + threadIdx.x;
-    const bool inside = bucket < p.base;
-    int sum = 0;
-    for (int t = 0; inside && t < p.tiles; ++t) sum += counts[t * p.base + bucket];
-    const Scan scan = scan_block(sum, sums);
-    int slot = carry + scan.before;
-    for (int t = 0; inside && t < p.tiles; ++t) {
-      const int count = counts[t * p.base + bucket];
-      counts[t * p.base + bucket] = slot;
-      slot += count;
-    }
-    carry += scan.total;
+  const int bucket = threadIdx.x, tiles = bucket < p.base ? p.tiles : 0;
+  int sum = 0;
+  for (int t = 0; t < tiles; ++t) sum += counts[t * p.base + bucket];
+  int slot = scan_block(sum, sums).before;
+  for (int t = 0; t < tiles; ++t) {
+    const int count = counts[t * p.base + bucket];
+    counts[t * p.base + bucket] = slot;
+    slot += count;
   }
 }
 

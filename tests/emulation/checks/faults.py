@@ -56,6 +56,21 @@ def check_races(machine: ModuleType) -> None:
     assert error_of(machine, "mov.u32 %r1, %ctaid.x; st.global.u32 [%rd90], %r1;", grid=2) == "global race"
 
 
+def check_some_blocks_run_alone(machine: ModuleType) -> None:
+    body = "mov.u32 %r1, %ctaid.x; mul.wide.u32 %rd1, %r1, 4; add.s64 %rd1, %rd1, %rd90; st.global.u32 [%rd1], %r1;"
+    array = np.full(8, 99, np.uint32)
+    launch = Kernel(kernel_text(body), machine_module=machine).launch
+    for schedule in ("fifo", "rev", "rand"):
+        launch((8, 1, 1), 1, [array], [array], schedule=schedule, blocks=[6, 3])
+        assert array.tolist() == [99, 99, 99, 3, 99, 99, 6, 99]
+    try:
+        launch((8, 1, 1), 1, [array], [array], blocks=[8])
+    except RuntimeError as error:
+        assert error.kind == "bad launch"  # type: ignore[attr-defined]
+    else:
+        raise AssertionError("a block ran that the grid does not have")
+
+
 def check_copies_are_waited_for(machine: ModuleType) -> None:
     copy = (
         "mad.wide.u32 %rd1, %r0, 16, %rd90; mov.u32 %r1, data; mad.lo.u32 %r2, %r0, 16, %r1; "

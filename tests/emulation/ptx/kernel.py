@@ -128,12 +128,14 @@ class Kernel:
         check_uninitialised: bool = True,
         check_block_races: bool = True,
         instruction_limit: int = 10**9,
+        blocks: Sequence[int] = (),
     ) -> Counters:
         """Runs all blocks. The kernel may touch `memory` and nothing else, and only read arrays that are not writeable.
 
-        `params`: the bytes of the parameter space, or one value per parameter: a number, an array or a region (its
-        address), the bytes of a struct. `shared_bytes` is the dynamic shared memory. `instruction_limit` bounds the
-        warp instructions of a block, for kernels that never end. Raises EmulationError.
+        `blocks`: the numbers of those that run, if not all. `params`: the bytes of the parameter space, or one value
+        per parameter: a number, an array or a region (its address), the bytes of a struct. `shared_bytes` is the
+        dynamic shared memory. `instruction_limit` bounds the warp instructions of a block, for kernels that never end.
+        Raises EmulationError.
         """
         threads = (threads, 1, 1) if isinstance(threads, int) else tuple(threads)
         self._check_shape(grid, threads, shared_bytes)
@@ -145,6 +147,7 @@ class Kernel:
             getattr(self._machine.Order, _ORDERS[schedule]),
             instruction_limit,
             seed,
+            self._checked_blocks(blocks, grid),
         )
         counters = self._machine.Counters()
         fault = self._machine.run(
@@ -173,6 +176,12 @@ class Kernel:
             raise EmulationError("bad launch", f"{count} threads for a kernel compiled for {limit}")
         if shared_bytes < 0:
             raise EmulationError("bad launch", f"{shared_bytes} bytes of shared memory")
+
+    def _checked_blocks(self, blocks: Sequence[int], grid: Sequence[int]) -> list[int]:
+        count = grid[0] * grid[1] * grid[2]
+        if any(not 0 <= number < count for number in blocks):
+            raise EmulationError("bad launch", f"blocks {list(blocks)} of {count}")
+        return list(blocks)
 
     def _regions(self, memory: Sequence[np.ndarray | VirtualRegion]) -> tuple[list, list]:
         real, sparse = [], []

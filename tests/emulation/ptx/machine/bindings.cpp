@@ -65,8 +65,8 @@ std::optional<Fault> run(const Program& program, const Launch& launch, const std
 }
 
 Launch make_launch(std::array<int, 3> grid, std::array<int, 3> threads, int dynamic_shared_bytes, Order order,
-                   int64_t instruction_limit, uint32_t seed) {
-  Launch launch{{}, {}, dynamic_shared_bytes, order, instruction_limit, seed};
+                   int64_t instruction_limit, uint32_t seed, const std::vector<int>& blocks) {
+  Launch launch{{}, {}, dynamic_shared_bytes, order, instruction_limit, seed, blocks};
   std::copy(grid.begin(), grid.end(), launch.grid);
   std::copy(threads.begin(), threads.end(), launch.threads);
   return launch;

@@ -45,9 +45,13 @@ size_t join(Warp& warp, size_t index) {
   return index;
 }
 
-std::vector<int> in_order(int count, Order order) {
+std::vector<int> first_numbers(int count) {
   std::vector<int> numbers(count);
   std::iota(numbers.begin(), numbers.end(), 0);
+  return numbers;
+}
+
+std::vector<int> in_order(std::vector<int> numbers, Order order) {
   if (order == Order::backward) std::reverse(numbers.begin(), numbers.end());
   return numbers;
 }
@@ -73,7 +77,9 @@ Scheduler::Scheduler(const Program& program, const Launch& launch, Machine& mach
 }
 
 void Scheduler::run() {
-  std::vector<int> numbers = in_order(launch_.grid[0] * launch_.grid[1] * launch_.grid[2], launch_.order);
+  const bool some = !launch_.blocks.empty();
+  std::vector<int> numbers = in_order(
+      some ? launch_.blocks : first_numbers(launch_.grid[0] * launch_.grid[1] * launch_.grid[2]), launch_.order);
   if (launch_.order == Order::random) std::shuffle(numbers.begin(), numbers.end(), random_);
   for (const int number : numbers) {
     try {
@@ -87,7 +93,7 @@ void Scheduler::run() {
 
 void Scheduler::run_block(int number) {
   start_block(number);
-  std::vector<int> order = in_order(static_cast<int>(warps_.size()), launch_.order);
+  std::vector<int> order = in_order(first_numbers(static_cast<int>(warps_.size())), launch_.order);
   while (live_threads_ > 0) {
     if (launch_.order == Order::random) std::shuffle(order.begin(), order.end(), random_);
     bool progress = false;

@@ -17,6 +17,7 @@ struct Launch {
   Order order = Order::forward;
   int64_t instruction_limit = 0;  // of a block's warps together: beyond it the kernel hangs
   uint32_t seed = 0;
+  std::vector<int> blocks;  // that run, by number; empty: all
 };
 
 class Scheduler {

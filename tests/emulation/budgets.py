@@ -1,0 +1,185 @@
+"""What each kernel may cost: registers and memory as compiled, instructions and traffic as emulated.
+
+``python -m tests.emulation.budgets`` prints what they cost now beside ``benchmarks/budgets.json``; ``--write`` makes it
+the budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import build
+from .cases import Hash, Order
+from .kernels import ARCHITECTURES, CSRC, SOURCES, Emulator, Launched
+
+FILE = build.ROOT / "benchmarks" / "budgets.json"
+SECTORS, WAVEFRONTS = 1.15, 1.05  # of the ideal, at most
+# Two multiprocessors, so that few tokens give blocks as much to do as many tokens give those of a whole GPU.
+DEVICES = {"sm_80": (2, 166912, 167936), "sm_90": (2, 232448, 233472)}
+
+
+@dataclass(frozen=True)
+class Problem:
+    case: Hash | Order
+    unit: str  # what costs are given for
+    bytes: float = float("inf")  # of global memory, at most, per key
+    sectors: float = SECTORS
+    wavefronts: float = WAVEFRONTS
+
+    @property
+    def name(self) -> str:
+        c = self.case
+        if isinstance(c, Hash):
+            return f"hash, {str(c.dtype)[6:]}, D {c.head_dim}, R {c.rounds}, factors {c.factors}"
+        return f"order, L {c.length}, {c.n_buckets} buckets"
+
+    def units(self, emulator: Emulator) -> tuple[float, int]:
+        """How many there are, and of what ``bytes`` is for."""
+        c = self.case
+        return c.length / 32 if isinstance(c, Hash) else c.length * c.plan(emulator.device)["passes"], c.length
+
+
+def _hash(
+    dtype: torch.dtype, head_dim: int, factors: tuple[int, ...] = (64, 32), rounds: int = 4, length: int = 4096
+) -> Problem:
+    return Problem(Hash(length, head_dim, factors, dtype, rounds=rounds), "32 tokens")
+
+
+def _order(length: int, n_buckets: int, bytes: float, sectors: float = SECTORS) -> Problem:
+    # Counters and places are wherever the keys say, so banks conflict.
+    return Problem(Order(length, n_buckets), "key and digit", bytes, sectors, wavefronts=2)
+
+
+PROBLEMS = [
+    *(_hash(dtype, dim) for dtype in (torch.bfloat16, torch.float16, torch.float32) for dim in (32, 64, 128)),
+    # Those of the shapes for which times are predicted.
+    _hash(torch.bfloat16, 64, (32, 16)),
+    _hash(torch.bfloat16, 64, (16, 12)),
+    _hash(torch.bfloat16, 128, (32, 16)),
+    _hash(torch.bfloat16, 64, (64, 128), rounds=1),
+    _hash(torch.bfloat16, 64, (256, 128), length=1024),
+    # Keys are read twice, once from memory and once from a cache, and positions written.
+    _order(16384, 512, bytes=12),
+    _order(65536, 2048, bytes=12),
+    # In parts: keys are read to be counted and to be ranked; counts of a part are written and read 5 times; and each
+    # part writes runs of 32 keys, which begin and end within a sector.
+    _order(98304, 512, bytes=12 + 5 * 4 * 512 / 16384 + 4 * 8 / 32),
+    # Keys of the second digit are wherever the first one put them: each of the two readings takes a sector.
+    _order(98304, 8192, bytes=12 + 4 * (2 + 2) + 2 * 32 + 3, sectors=2.2),
+]
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    spilled_bytes: int
+    static_shared_bytes: int
+
+
+def resources(source: str, architecture: str) -> dict[str, Resources]:
+    """Of each kernel, by mangled name."""
+    report = build.ptxas_report(SOURCES[source], architecture, [CSRC])
+    found = {}
+    for part in report.split("Compiling entry function '")[1:]:
+        number = lambda pattern, part=part: int(m[1]) if (m := re.search(pattern, part)) else 0  # noqa: E731
+        spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+        found[part.split("'")[0]] = Resources(number(r"Used (\d+) registers"), spilled, number(r"(\d+) bytes smem"))
+    return found
+
+
+def readable(mangled: str) -> str:
+    """hash_kernel<__nv_bfloat16, 4>."""
+    full = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    name = full.removeprefix("void ").rpartition("(")[0].replace("rk::cuda::", "")
+    return re.sub(r"\(\w+\)(?=\d)", "", name)
+
+
+def occupancy(uses: Resources, threads: int, dynamic_shared_bytes: int, device: tuple[int, int, int]) -> int:
+    """Blocks that a multiprocessor holds at a time, of capability 8.0 or 9.0."""
+    registers_of_warp = -(-uses.registers * 32 // 256) * 256
+    warps = -(-threads // 32)
+    shared = -(-(uses.static_shared_bytes + dynamic_shared_bytes + 1024) // 128) * 128
+    return min(65536 // registers_of_warp // 4 * 4 // warps, 2048 // (32 * warps), 32, device[2] // shared)
+
+
+def _compiled(source: str, architecture: str, launched: dict[str, Launched]) -> Iterator[tuple[str, dict[str, int]]]:
+    for mangled, uses in resources(source, architecture).items():
+        launch = launched[mangled]
+        blocks = occupancy(uses, launch.threads, launch.shared_bytes, DEVICES[architecture])
+        yield (
+            readable(mangled),
+            {
+                "registers": uses.registers,
+                "spilled_bytes": uses.spilled_bytes,
+                "threads": launch.threads,
+                "shared_bytes": uses.static_shared_bytes + launch.shared_bytes,
+                "blocks": blocks,
+            },
+        )
+
+
+def _executed(problem: Problem, emulator: Emulator) -> dict[str, Any]:
+    problem.case.check(emulator)
+    units, tokens = problem.units(emulator)
+    total = lambda name: sum(getattr(launch.counters, name) for launch in emulator.launched)  # noqa: E731
+    return {
+        "unit": problem.unit,
+        "warp_instructions": round(total("warp_instructions") / units, 3),
+        "mma": round(total("mma") / units, 3),
+        "wavefronts": round(total("shared_wavefronts") / units, 3),
+        "bytes": round(32 * total("global_sectors") / tokens, 3),
+        "sectors_by_ideal": round(total("global_sectors") / total("ideal_sectors"), 4),
+        "wavefronts_by_ideal": round(total("shared_wavefronts") / total("ideal_wavefronts"), 4),
+    }
+
+
+def measure(architecture: str) -> dict[str, dict[str, Any]]:
+    """{"kernels": {kernel: costs}, "problems": {problem: costs}}; of a problem per unit, but bytes per token or key."""
+    launched: dict[str, Launched] = {}
+    problems = {}
+    for problem in PROBLEMS:
+        emulator = Emulator(architecture, device=DEVICES[architecture])
+        problems[problem.name] = _executed(problem, emulator)
+        launched |= {launch.name: launch for launch in emulator.launched}
+    sources = ("hash", "order")
+    kernels = dict(sorted(item for source in sources for item in _compiled(source, architecture, launched)))
+    return {"kernels": kernels, "problems": problems}
+
+
+def nvcc_release() -> str:
+    said = subprocess.run([str(build.nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", said)
+    assert found, f"nvcc --version names no release: {said}"
+    return found[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"write {FILE.relative_to(build.ROOT)}")
+    now: dict[str, Any] = {"nvcc": nvcc_release()} | {
+        architecture: measure(architecture) for architecture in ARCHITECTURES
+    }
+    if parser.parse_args().write:
+        FILE.write_text(json.dumps(now, indent=1) + "\n")
+        return
+    budget = json.loads(FILE.read_text()) if FILE.exists() else {}
+    for architecture in ARCHITECTURES:
+        for part, rows in now[architecture].items():
+            for name, costs in rows.items():
+                before = budget.get(architecture, {}).get(part, {}).get(name, {})
+                told = [
+                    f"{k} {v}" + (f" (budget {before.get(k)})" if before.get(k) != v else "") for k, v in costs.items()
+                ]
+                print(f"{architecture} {name}: {', '.join(told)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Problems for the emulated kernels: inputs, and what must come out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import reformer_kernels as rk
+
+from ..kernel_oracles import assert_hashes, stable_order
+from .kernels import DEVICES, Emulator, host
+
+
+@dataclass(frozen=True)
+class Hash:
+    length: int
+    head_dim: int
+    factors: tuple[int, ...] = (32, 16)
+    dtype: torch.dtype = torch.bfloat16
+    batch: int = 1
+    heads: int = 1
+    rounds: int = 2
+    padded: bool = False
+    shared: bool = False  # rotations of the heads
+    layout: str = "B H L D"  # as it lies in memory
+    skip: int = 0  # elements of each row that are not part of it
+    device: str = "H100"
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        generator = torch.Generator().manual_seed(self.length + self.head_dim)
+        width = self.head_dim + self.skip
+        shape = {"B": self.batch, "H": self.heads, "L": self.length, "D": width}
+        names = self.layout.split()
+        x = torch.randn([shape[n] for n in names], generator=generator).to(self.dtype)
+        x = x.permute([names.index(n) for n in "BHLD"])[..., self.skip :]
+        heads = 1 if self.shared else self.heads
+        rotations = rk.random_rotations(
+            1, heads, self.head_dim, self.rounds, self.factors
+        ).clone()  # aligned as on a GPU
+        padding = torch.rand(self.batch, self.length, generator=generator) < 0.4 if self.padded else None
+        return x, rotations, padding
+
+    def plan(self, device: tuple[int, int, int]) -> dict[str, int]:
+        shape = [self.batch, self.heads, self.length, self.head_dim]
+        return host().hash_plan(shape, self.rounds, str(self.dtype)[6:], list(self.factors), device)
+
+    def check(self, emulator: Emulator) -> Tensor:
+        x, rotations, padding = self.inputs()
+        buckets = emulator.hash_buckets(x, rotations, self.factors, padding)
+        assert_hashes(buckets, x, rotations, self.factors, padding)
+        return buckets
+
+
+@dataclass(frozen=True)
+class Order:
+    length: int
+    n_buckets: int
+    batch: int = 1
+    heads: int = 1
+    rounds: int = 1
+    bounds: tuple[int, ...] | None = None  # of packed sequences
+    device: str = "H100"
+
+    def plan(self, device: tuple[int, int, int]) -> dict[str, int]:
+        shape, bounds = [self.batch, self.heads, self.rounds, self.length], self.bounds or (0, self.length)
+        longest = max(end - begin for begin, end in pairwise(bounds))
+        return host().order_plan(shape, len(bounds) - 1, longest, self.n_buckets, device)
+
+    def check(self, emulator: Emulator) -> Tensor:
+        generator = torch.Generator().manual_seed(self.length)
+        shape = (self.batch, self.heads, self.rounds, self.length)
+        buckets = torch.randint(0, self.n_buckets, shape, dtype=torch.int32, generator=generator)
+        buckets[:, :, 0, self.length // 2 :] = self.n_buckets - 1  # one bucket has most
+        order = emulator.bucket_order(buckets, self.n_buckets, self.bounds)
+        assert torch.equal(order, stable_order(buckets, self.bounds))
+        return order
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Each column of the rotations is there four times, and some rows are zero: the first of the equal is the best."""
+
+    device: str = "H100"
+
+    def check(self, emulator: Emulator) -> None:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 1, 40, 64, generator=generator).bfloat16()
+        x[:, :, ::3] = 0
+        rotations = torch.randn(1, 1, 64, 2, 5, generator=generator).repeat(1, 1, 1, 1, 4)
+        y = torch.einsum("bhld,bhdrf->bhrlf", x.double(), rotations[..., :5].double())
+        best = y.abs().argmax(-1, keepdim=True)
+        expected = best + 20 * (y.gather(-1, best) < 0)
+        assert torch.equal(emulator.hash_buckets(x, rotations, (40,)).long(), expected.squeeze(-1))
+
+
+@dataclass(frozen=True)
+class Close:
+    """Of two columns the second is larger by 1 / 4096: more than float32 sums lose, less than a half type rounds."""
+
+    dtype: torch.dtype
+    device: str = "H100"
+
+    def check(self, emulator: Emulator) -> None:
+        signs = torch.randint(0, 2, (1, 1, 40, 64), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+        column = signs[:, :, 7, :, None, None]
+        rotations = torch.cat([column, column * (1 + 2**-12)], dim=-1)
+        x = signs.to(self.dtype)
+        buckets = emulator.hash_buckets(x, rotations, (4,))
+        assert_hashes(buckets, x, rotations, (4,))
+        assert buckets[0, 0, 0, 7] == 1
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """Rows of NaN, whose buckets are anything: the other ones have their own, though memory beside them is NaN."""
+
+    device: str = "H100"
+
+    def check(self, emulator: Emulator) -> None:
+        x, rotations, _ = Hash(50, 40).inputs()
+        x[:, :, ::5] = torch.nan
+        finite = [i for i in range(50) if i % 5]
+        buckets = emulator.hash_buckets(x, rotations, (32, 16))
+        assert_hashes(buckets[..., finite], x[:, :, finite], rotations, (32, 16))
+
+
+@dataclass(frozen=True)
+class EachItsOwn:
+    """Rotations of each head of each element of the batch."""
+
+    device: str = "H100"
+
+    def check(self, emulator: Emulator) -> None:
+        x, _, _ = Hash(40, 64, batch=2, heads=2).inputs()
+        rotations = torch.cat([rk.random_rotations(seed, 2, 64, 2, (6, 10)) for seed in (1, 2)])
+        assert_hashes(emulator.hash_buckets(x, rotations, (6, 10)), x, rotations, (6, 10))
+
+
+@dataclass(frozen=True)
+class OutOfRange:
+    device: str = "H100"
+
+    def check(self, emulator: Emulator) -> None:
+        buckets = torch.tensor([[[[3, -1, 2, 7, 2**31 - 1, 0]]]], dtype=torch.int32)
+        assert emulator.bucket_order(buckets, 4).flatten().tolist() == [5, 2, 0, 1, 3, 4]
+
+
+@dataclass(frozen=True)
+class Gather:
+    device: str = "H100"
+
+    def check(self, emulator: Emulator) -> None:
+        generator = np.random.default_rng(0)
+        rows = generator.integers(0, 255, (50, 1040), np.uint8)
+        index = generator.integers(-3, 60, 77).astype(np.int32)
+        index[:4] = -1, 0, 49, 50
+        inside = (index >= 0) & (index < 50)
+        expected = np.where(inside[:, None], rows[np.where(inside, index, 0)], 0)
+        assert np.array_equal(emulator.gather_rows(rows, index), expected)
+
+
+class Case(Protocol):
+    """A problem; ``check`` raises what is wrong, or returns the result if it has one."""
+
+    device: str
+
+    def check(self, emulator: Emulator) -> Tensor | None: ...
+
+
+def emulator(architecture: str, schedule: dict[str, Any], case: Case) -> Emulator:
+    return Emulator(architecture, schedule, DEVICES[case.device])

@@ -1,0 +1,40 @@
+// What the programs without Python share: checks on every schedule, and the exit status.
+#pragma once
+#include <cstdio>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "host_settings.h"
+
+namespace rk::host {
+
+struct Check {
+  std::string name;
+  std::function<bool()> is_right;
+  bool copies = true;  // asynchronous ones, which are late or early
+  bool large = false;  // so only in a random order
+};
+
+// Exit status: 0 right, 1 a wrong result, 2 a KernelError, which ends all.
+inline int run_checks(const std::vector<Check>& checks) {
+  bool right = true;
+  try {
+    for (const Order order : {Order::kFifo, Order::kLifo, Order::kReverse, Order::kRandom})
+      for (const bool late : {true, false}) {
+        settings().order = order;
+        settings().late_copies = late;
+        for (const Check& check : checks) {
+          if ((check.large && order != Order::kRandom) || (!check.copies && !late) || check.is_right()) continue;
+          std::printf("%s: a wrong result\n", check.name.c_str());
+          right = false;
+        }
+      }
+  } catch (const KernelError& error) {
+    std::printf("KernelError: %s\n", error.what());
+    return 2;
+  }
+  return right ? 0 : 1;
+}
+
+}  // namespace rk::host

@@ -1,0 +1,55 @@
+"""Mutations of the CUDA kernels: each must be reported or give a wrong result on some schedule of the emulator."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from .kernels import CSRC, DEVICES, Emulator, needs_nvcc
+from .mutations import MUTATIONS, PROBLEMS, Mutation
+from .ptx.kernel import SCHEDULES, EmulationError
+
+pytestmark = needs_nvcc()
+
+# An instance that is asked for is compiled like one that a launcher takes, but nvcc has less to do.
+INSTANCE = "template __global__ void rk::cuda::{}(const __grid_constant__ rk::cuda::{}Arguments);\n"
+
+
+def copy_of_csrc(folder: Path, instances: tuple[str, ...]) -> Path:
+    """Sources of the kernels, where those of a template have only these instances."""
+    shutil.copytree(CSRC, folder)
+    for name in ("hash", "order"):
+        wanted = [i for i in instances if i.startswith(name)]
+        lines = [f'#include "kernels/cuda/{name}.cuh"\n', *(INSTANCE.format(i, name.capitalize()) for i in wanted)]
+        (folder / "kernels" / "cuda" / f"{name}.cu").write_text("".join(lines))
+    return folder
+
+
+def failure(problem: str, csrc: Path) -> str | None:
+    """How the case fails on the first schedule where it does."""
+    case = PROBLEMS[problem][1]
+    for schedule in SCHEDULES:
+        try:
+            case.check(Emulator("sm_90", schedule, DEVICES[case.device], csrc))
+        except AssertionError:
+            return "wrong"
+        except EmulationError as error:
+            return error.kind
+    return None
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_without_a_mutation(tmp_path: Path, problem: str) -> None:
+    assert failure(problem, copy_of_csrc(tmp_path / "csrc", PROBLEMS[problem][0])) is None
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file}: {m.name}")
+def test_a_mutation_is_noticed(tmp_path: Path, mutation: Mutation) -> None:
+    csrc = copy_of_csrc(tmp_path / "csrc", PROBLEMS[mutation.problem][0])
+    path = csrc / "kernels" / "cuda" / mutation.file
+    source = path.read_text()
+    assert source.count(mutation.text) == 1, "the text to replace is not there once"
+    path.write_text(source.replace(mutation.text, mutation.becomes))
+    assert failure(mutation.problem, csrc) == mutation.shown_as, "not noticed, or not as what it is"

@@ -1,0 +1,105 @@
+"""What the cuda backend says of calls, on fake tensors of a machine that need not have a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import roofline
+from reformer_kernels._calls import HashCall, OrderCall
+from reformer_kernels.backends import cuda
+
+H100 = (132, 232448, 233472)
+BUILT = bool(list(Path(cuda.__file__).parent.parent.glob("_cuda*.so")))
+needs_library = pytest.mark.skipif(not BUILT, reason="built without CUDA kernels")
+
+
+@pytest.fixture(autouse=True)
+def fake_mode() -> Iterator[None]:
+    with FakeTensorMode():
+        yield
+
+
+def hash_call(
+    length: int = 1000, head_dim: int = 64, factors: tuple[int, ...] = (64, 32), dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+) -> HashCall:  # fmt: skip
+    x = torch.empty(2, 8, length, head_dim, dtype=dtype, device=device)
+    return HashCall(x, None, None, None, list(factors), 4, 64, "")
+
+
+def order_call(length: int, n_buckets: int) -> OrderCall:
+    return OrderCall(torch.empty(2, 8, 4, length, dtype=torch.int32, device="cuda"), None, n_buckets, "")
+
+
+def test_it_needs_tensors_on_a_gpu() -> None:
+    assert cuda.not_supported_reasons(hash_call(device="cpu")) == ["tensors are on cpu, not on a GPU"]
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": torch.float64}, "x is float64; the kernels take float32, bfloat16 and float16"),
+        ({"head_dim": 129}, "the head size is 129; the kernels take up to 128"),
+        ({"factors": (2,) * 9}, "n_buckets has 9 factors; the kernels take up to 8"),
+    ],
+)
+def test_it_refuses_with_reasons(options: dict, reason: str) -> None:
+    assert cuda.not_supported_reasons(hash_call()) == []
+    assert cuda.not_supported_reasons(hash_call(**options)) == [reason]
+
+
+def test_without_a_library_the_reason_is_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "library", lambda: {"error": "not built"})
+    assert cuda.not_supported_reasons(order_call(9, 2)) == ["the CUDA library: not built"]
+
+
+@needs_library
+def test_plans_are_described() -> None:
+    assert not cuda.library().get("error")
+    assert cuda.describe(hash_call(2048), H100) == (
+        "blocks 128, threads 256, shared bytes 86400, depth / 16 4, column tiles of a round 6, rounds of a block 4, "
+        "column tiles in shared memory 24, tokens of a block 256"
+    )
+    whole = cuda.describe(order_call(16384, 512), H100)
+    assert whole.startswith("blocks 64, threads 1024") and "passes 1" in whole
+    parts = cuda.describe(order_call(2**20, 8192), H100)
+    assert "passes 2" in parts and "blocks of a sequence 64" in parts
+
+
+@needs_library
+def test_a_device_without_room_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="device"):
+        cuda.describe(hash_call(), (132, 232448))  # type: ignore[arg-type]
+
+
+@needs_library
+@pytest.mark.parametrize("gpu", roofline.GPUS)
+def test_roofline(gpu: str) -> None:
+    assert not cuda.library().get("error")
+    table = {(shape, op): (least, predicted) for shape, op, _, _, least, predicted in roofline.rows(roofline.GPUS[gpu])}
+    assert len(table) == len(roofline.SHAPES) * len(roofline.OPS)
+    assert all(0 < int(least) <= int(predicted) for least, predicted in table.values())
+
+
+@needs_library
+def test_predictions_are_near_what_an_h200_took() -> None:
+    """benchmarks/results/h200-2026-11-26.md, microseconds."""
+    took = {"hash": (115.6, 112.3, 112.2, 1144.8), "sort": (102.7, 80.1, 102.3, 429.5), "attention, forward": (420,)}
+    shapes = [shape for shape in roofline.SHAPES if shape.length >= 2**16]
+    for op, measured in took.items():
+        for shape, microseconds in zip(shapes, measured, strict=False):
+            predicted = 1e6 * roofline.predict(op, shape, roofline.GPUS["H200"]).seconds
+            assert 1 / 2.1 < predicted / microseconds < 2.1, (op, shape.name)
+
+
+def test_bytes_of_attention() -> None:
+    """Per token, head and round; gradients of each round in bfloat16."""
+    default = roofline.SHAPES[0]
+    assert roofline.attention_cost(default, backward=False).bytes / default.rows == pytest.approx(491, abs=1)
+    assert roofline.attention_cost(default, backward=True).bytes / default.rows == pytest.approx(1037, abs=1)
