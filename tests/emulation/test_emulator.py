@@ -1,6 +1,7 @@
 """The PTX emulator: what it computes, what it reports, what it refuses; and mutations of it, which must be noticed."""
 
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from . import build, checks
-from .kernels import needs_nvcc
+from .kernels import CSRC, needs_nvcc
 from .ptx.kernel import MACHINE_SOURCES, SCHEDULES, EmulationError, Kernel, VirtualRegion, machine
 
 PLANTED = Path(__file__).parent / "planted"
@@ -80,7 +81,7 @@ def bits(x: torch.Tensor) -> np.ndarray:
 
 
 def sorts_rightly(problem: Problem, bug: int, **schedule: object) -> bool:
-    kernel = Kernel(build.ptx(PLANTED / "counting_sort.cu", defines={"BUG": bug}))
+    kernel = Kernel(build.ptx(PLANTED / "counting_sort.cu", defines={"BUG": bug}, include_dirs=[CSRC]))
     order, found = (np.full((problem.batch, problem.length), -1, np.int32) for _ in range(2))
     arrays = [problem.buckets.numpy(), order, found]
     pointers = b"".join(a.ctypes.data.to_bytes(8, "little") for a in arrays)
@@ -90,7 +91,7 @@ def sorts_rightly(problem: Problem, bug: int, **schedule: object) -> bool:
 
 
 def attends_rightly(problem: Problem, bug: int, **schedule: object) -> bool:
-    kernel = Kernel(build.ptx(PLANTED / "chunk_attention.cu", defines={"BUG": bug}))
+    kernel = Kernel(build.ptx(PLANTED / "chunk_attention.cu", defines={"BUG": bug}, include_dirs=[CSRC]))
     out = np.full((problem.batch, problem.length, 64), 0x7FFF, np.int16)
     lse = np.full((problem.batch, problem.length), np.nan, np.float32)
     inputs = [bits(x) for x in (problem.qk, problem.v, problem.order, problem.sorted_buckets)]
@@ -126,6 +127,21 @@ def test_planted_mistakes(bug: int) -> None:
             return False
 
     assert all(map(passes, SCHEDULES)) == (bug == 15)
+
+
+@needs_nvcc()
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_a_product_by_a_warpgroup(schedule: dict[str, object]) -> None:
+    kernel = Kernel(build.ptx(PLANTED / "warpgroup.cu", "sm_90a", include_dirs=[CSRC]))
+    a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    arrays = [x.view(torch.int16).numpy() for x in (a, b)]
+    out = np.zeros((64, 64), np.float32)
+    kernel.launch(
+        (1, 1, 1), 128, struct.pack("PPP", *(x.ctypes.data for x in (*arrays, out))), [*arrays, out], **schedule
+    )
+    exact = a.double() @ b.double().T
+    # The products of halves are exact; each of 64 additions rounds.
+    assert ((torch.from_numpy(out) - exact).abs() <= 64 * 2**-24 * (a.double().abs() @ b.double().abs().T)).all()
 
 
 # ---- mutations of the emulator: (file, text, what it becomes)
