@@ -61,7 +61,7 @@ class OrderCall(NamedTuple):
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return self.buckets.shape[3] if self.cu_seqlens is None else int(self.cu_seqlens.diff().max())
+        return longest_sequence(self.buckets.shape[3], self.cu_seqlens)
 
 
 class AttentionCall(NamedTuple):
@@ -100,6 +100,11 @@ class AttentionCall(NamedTuple):
     @property
     def n_queries(self) -> int:
         return self.query.shape[2] if self.num_queries is None else self.num_queries
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return longest_sequence(self.query.shape[2], self.cu_seqlens)
 
 
 class SelectCall(NamedTuple):
@@ -170,6 +175,10 @@ class ListCall(NamedTuple):
 Call = HashCall | OrderCall | AttentionCall | SelectCall | ListCall
 
 
+def longest_sequence(length: int, cu_seqlens: Tensor | None) -> int:
+    return length if cu_seqlens is None else int(cu_seqlens.diff().max())
+
+
 def empty_rows(model: Tensor, length: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
     """Uninitialised [B, H, length, width], laid out like the model: as [B, L, H, D] if that is how it lies in memory.
 
@@ -179,6 +188,24 @@ def empty_rows(model: Tensor, length: int | torch.SymInt, width: int | torch.Sym
     if model.is_contiguous() or not model.transpose(1, 2).is_contiguous():
         return model.new_empty((batch, heads, length, width))
     return model.new_empty((batch, length, heads, width)).transpose(1, 2)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What kernels compute in: half types are widened and rounded inside them."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def empty_results(call: AttentionCall | ListCall) -> tuple[Tensor, Tensor]:
+    """Uninitialised out [B, H, queries, E] and lse [B, H, queries]."""
+    length = call.n_queries if isinstance(call, AttentionCall) else call.query.shape[2]
+    lse = call.query.new_empty((*call.query.shape[:2], length), dtype=compute_dtype(call.query))
+    return empty_rows(call.query, length, call.value.shape[3]), lse
+
+
+def empty_gradients(call: AttentionCall | ListCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised gradients of query, key (no elements when it is shared) and value."""
+    grad_key = call.query.new_empty(0) if call.key is None else empty_rows(call.key, *call.key.shape[2:])
+    return empty_rows(call.query, *call.query.shape[2:]), grad_key, empty_rows(call.value, *call.value.shape[2:])
 
 
 def out_of_range(call: OrderCall) -> ValueError:

@@ -11,7 +11,7 @@ from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch.autograd import forward_ad
 
 from . import _choices, _dispatch
-from ._calls import AttentionCall, HashCall, ListCall, OrderCall, SelectCall, empty_rows
+from ._calls import AttentionCall, HashCall, ListCall, OrderCall, SelectCall, empty_gradients, empty_results
 
 NAMESPACE = "reformer_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -119,39 +119,29 @@ def _select_fake(*args: Any) -> Tensor:
     return call.query.new_empty(call.lists_shape, dtype=torch.int32)
 
 
-def _lse_fake(query: Tensor, length: int | torch.SymInt) -> Tensor:
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty((*query.shape[:2], length), dtype=dtype)
-
-
 @_register_fake("chunk_attention")
 def _attention_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = AttentionCall(*args)
     _dispatch.record(call)
-    lse = _lse_fake(call.query, call.n_queries)
-    return empty_rows(call.query, call.n_queries, call.value.shape[3]), lse, torch.empty_like(lse, dtype=torch.bool)
+    out, lse = empty_results(call)
+    return out, lse, torch.empty_like(lse, dtype=torch.bool)
 
 
 @_register_fake("chunk_attention_backward")
 def _backward_fake(grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call = AttentionCall(*args)
-    grad_query, grad_value = (empty_rows(x, x.shape[2], x.shape[3]) for x in (call.query, call.value))
-    grad_key = call.query.new_empty((0,)) if call.key is None else empty_rows(call.key, *call.key.shape[2:])
-    return grad_query, grad_key, grad_value
+    return empty_gradients(AttentionCall(*args))
 
 
 @_register_fake("list_attention")
 def _list_fake(*args: Any) -> tuple[Tensor, Tensor]:
     call = ListCall(*args)
     _dispatch.record(call)
-    length = call.query.shape[2]
-    return empty_rows(call.query, length, call.value.shape[3]), _lse_fake(call.query, length)
+    return empty_results(call)
 
 
 @_register_fake("list_attention_backward")
 def _list_backward_fake(grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call = ListCall(*args)
-    return tuple(empty_rows(x, x.shape[2], x.shape[3]) for x in (call.query, call.key, call.value))
+    return empty_gradients(ListCall(*args))
 
 
 # ---- torch.func: its transforms need autograd.Functions; they run the same formulas

@@ -152,13 +152,16 @@ def assert_matches_oracle(
     forward: str,
     backward: str | None = None,
     grad_out: Tensor | None = None,
-) -> None:
+) -> dict[str, Tensor]:
     """Checks outputs and all gradients of backends in ``dtype`` against the reference in float64.
 
     Args:
         call: its tensors are rounded to ``dtype`` first, so that all compute with the same numbers.
         forward, backward: names of backends; the same if only one is given.
         grad_out: [B, H, num_queries, E]; None: random normal values from a fixed seed.
+
+    Returns:
+        What the backends computed, by name.
 
     Raises:
         AssertionError: a result is outside its tolerance, or not finite where the oracle's is.
@@ -188,3 +191,4 @@ def assert_matches_oracle(
             f"(query {list(call.query.shape)}, chunk_length {call.chunk_length}"
             f"{'' if isinstance(call, ListCall) else f', {call.rules.differences()}'})"
         )
+    return actual

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import reformer_kernels as rk
 from benchmarks import roofline
-from reformer_kernels._calls import HashCall, OrderCall
+from reformer_kernels._calls import AttentionCall, HashCall, OrderCall
 from reformer_kernels.backends import cuda
 
+RULES = rk.AttentionRules()
 H100 = (132, 232448, 233472)
 BUILT = bool(list(Path(cuda.__file__).parent.parent.glob("_cuda*.so")))
 needs_library = pytest.mark.skipif(not BUILT, reason="built without CUDA kernels")
@@ -44,7 +47,7 @@ def test_it_needs_tensors_on_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"dtype": torch.float64}, "x is float64; the kernels take float32, bfloat16 and float16"),
+        ({"dtype": torch.float64}, "the dtype is float64; the kernels take float32, bfloat16 and float16"),
         ({"head_dim": 129}, "the head size is 129; the kernels take up to 128"),
         ({"factors": (2,) * 9}, "n_buckets has 9 factors; the kernels take up to 8"),
     ],
@@ -52,6 +55,56 @@ def test_it_needs_tensors_on_a_gpu() -> None:
 def test_it_refuses_with_reasons(options: dict, reason: str) -> None:
     assert cuda.not_supported_reasons(hash_call()) == []
     assert cuda.not_supported_reasons(hash_call(**options)) == [reason]
+
+
+def attention_call(
+    head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, key_heads: int | None = None, rounds: int = 4,
+    mask: bool = False, rules: rk.AttentionRules = RULES, length: int = 1000, **options: Any,
+) -> AttentionCall:  # fmt: skip
+    rows = lambda heads: torch.empty(2, heads, length, head_dim, dtype=dtype, device="cuda")  # noqa: E731
+    call = AttentionCall(
+        query=rows(8), key=rows(key_heads) if key_heads else None, value=rows(key_heads or 8),
+        order=torch.empty(2, 8, rounds, length, dtype=torch.int32, device="cuda") if rounds else None, buckets=None,
+        key_padding_mask=None, attn_mask=torch.empty(1, 1, length, length, device="cuda") if mask else None,
+        cu_seqlens=None, dropout_seed=None, chunk_length=64, chunks_before=1, chunks_after=0, causal=True,
+        num_queries=None, scale=1.0, dropout_p=0.0, alignment="ring", rules_key=rules.key, backend="",
+    )  # fmt: skip
+    return call._replace(**options)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("options", "reasons"),
+    [
+        ({}, []),
+        ({"key_heads": 2, "rounds": 0}, []),
+        ({"key_heads": 8}, []),
+        ({"key_heads": 8, "rules": rk.AttentionRules.paper()}, ["the kernels have no rules.dedup='log_count'"]),
+        ({"dtype": torch.float64}, ["the dtype is float64; the kernels take float32, bfloat16 and float16"]),
+        ({"head_dim": 129}, ["the head size is 129; the kernels take up to 128"]),
+        ({"mask": True}, ["the kernels take no attn_mask"]),
+        ({"alignment": "bucket"}, ['the kernels have no alignment="bucket"']),
+        ({"chunks_before": 255}, ["the windows of all rounds have 1024 chunks; the kernels take up to 1023"]),
+        ({"chunks_before": 254, "rounds": 4}, []),
+        ({"key_heads": 2}, ["queries are sorted, and share key heads"]),
+        (
+            {"rules": rk.AttentionRules.lucidrains()},
+            [
+                f"the kernels have no rules.{rule}"
+                for rule in (
+                    "own_position='sentinel'", "combine_rounds='exp_lse'", "window_order='self_first'",
+                    "mask_padded_queries=True",
+                )
+            ],
+        ),
+        (
+            {"rules": rk.AttentionRules.paper()},
+            ["the kernels have no rules.within_bucket=True", "the kernels have no rules.dedup='log_count'"],
+        ),
+    ],
+)  # fmt: skip
+def test_it_refuses_attention_with_reasons(options: dict[str, Any], reasons: list[str]) -> None:
+    assert cuda.not_supported_reasons(attention_call(**options)) == reasons
 
 
 def test_without_a_library_the_reason_is_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +123,20 @@ def test_plans_are_described() -> None:
     assert whole.startswith("blocks 64, threads 1024") and "passes 1" in whole
     parts = cuda.describe(order_call(2**20, 8192), H100)
     assert "passes 2" in parts and "blocks of a sequence 64" in parts
+
+
+@needs_library
+def test_launches_of_attention_are_described() -> None:
+    forward, queries, keys = cuda.describe(attention_call(length=32768), H100).split("; ")
+    assert forward == (
+        "forward: blocks 2736, threads 128, shared bytes 62208, depth / 16 4, tiles in shared memory 3, own ones among "
+        "them 1, tiles of a block 3, rounds 4"
+    )
+    assert queries.startswith("gradients of queries: blocks 2736,")
+    assert keys.startswith("gradients of keys: blocks 2736,")
+    separate = cuda.describe(attention_call(length=32768, key_heads=2, rounds=0), H100).split("; ")
+    assert "own ones among them 0" in separate[0] and "rounds 1" in separate[0]
+    assert separate[2].startswith("gradients of keys: blocks 2048,")
 
 
 @needs_library

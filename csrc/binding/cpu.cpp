@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "binding/tensors.h"
+#include "binding/attention.h"
 #include "kernels/cpu/kernels.h"
 
 namespace {
@@ -26,31 +26,23 @@ rk::cpu::Threads threads() {
           }};
 }
 
-// Rows that a kernel will write: fresh memory in large pages costs fewer faults, and rows in bucket order fewer misses.
-rk::Rows written_rows(const char* name, const Tensor& t, ScalarType type, int64_t B, int64_t H, int64_t L,
-                      int64_t width) {
-  const rk::Rows result = rows(name, t, type, B, H, L, width);
+// Memory that a kernel will write: in large pages it costs fewer faults, and rows in bucket order fewer misses.
+void use_large_pages(const Tensor& t) {
 #ifdef __linux__
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(result.data);
+  const uintptr_t data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
   const uintptr_t begin = (data + kPage - 1) / kPage * kPage;
   const uintptr_t end = (data + t.numel() * t.element_size()) / kPage * kPage;
-  const int64_t last = (B - 1) * result.stride_b + (H - 1) * result.stride_h + (L - 1) * result.stride_l + width - 1;
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
   const bool dense = t.numel() == last + 1;  // in whatever order: no memory of others lies between
   if (dense && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
-  return result;
 }
 
-const int32_t* sequence_bounds(const OptionalTensor& t, int64_t L, int64_t& count) {
-  count = 1;
-  if (!t) return nullptr;
-  require(t->dim() == 1 && t->size(0) >= 2, "cu_seqlens must have at least two elements");
-  const int32_t* bounds = contiguous<int32_t>("cu_seqlens", t, ScalarType::Int, {t->size(0)});
-  count = t->size(0) - 1;
-  require(bounds[0] == 0 && bounds[count] == L && std::is_sorted(bounds, bounds + count + 1),
+void check_bounds(const int32_t* bounds, int64_t count, int64_t L) {
+  require(!bounds || (bounds[0] == 0 && bounds[count] == L && std::is_sorted(bounds, bounds + count + 1)),
           "cu_seqlens must rise from 0 to ", L);
-  return bounds;
 }
 
 void check_index(const char* name, const int32_t* index, int64_t size, int64_t limit, int32_t least = 0) {
@@ -81,16 +73,12 @@ void hash_buckets(Tensor x, Tensor rotations, OptionalTensor padding, std::vecto
 // Returns how many rows have a bucket out of range; then the order is not to be used.
 int64_t bucket_order(Tensor buckets, OptionalTensor cu_seqlens, int64_t n_buckets, Tensor order) {
   rk::OrderParams p = order_params(buckets, n_buckets, order);
-  p.cu_seqlens = sequence_bounds(cu_seqlens, p.L, p.n_sequences);
+  p.cu_seqlens = sequence_bounds(cu_seqlens, p.n_sequences);
+  check_bounds(p.cu_seqlens, p.n_sequences, p.L);
   int64_t invalid = 0;
   with_kernels(ScalarType::Float, [&](const auto&) { invalid = rk::cpu::bucket_order(p, threads()); });
   return invalid;
 }
-
-struct Attention {
-  rk::AttentionParams p{};
-  ScalarType type, rows_type;  // of the arithmetic, and of the rows
-};
 
 void set_mask(Attention& a, const OptionalTensor& mask) {
   if (!mask) return;
@@ -106,61 +94,15 @@ void set_mask(Attention& a, const OptionalTensor& mask) {
   p.mask_stride_q = mask->stride(2), p.mask_stride_k = mask->stride(3);
 }
 
-void set_dropout(rk::AttentionParams& p, const OptionalTensor& seed, int64_t drop_threshold, double keep_factor) {
-  p.keep_factor = keep_factor, p.drop_threshold = static_cast<uint32_t>(drop_threshold);
-  if (!p.dropout()) return;
-  require(seed && seed->numel() == 1, "dropout_seed must have one element");
-  check_type("dropout_seed", *seed, ScalarType::Long);
-  p.dropout_seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-}
-
-Attention attention(const Tensor& query, const OptionalTensor& key, const Tensor& value, const OptionalTensor& order,
-                    const OptionalTensor& buckets, const OptionalTensor& padding, const OptionalTensor& mask,
-                    const OptionalTensor& cu_seqlens, const OptionalTensor& dropout_seed, int64_t chunk_length,
-                    int64_t chunks_before, int64_t chunks_after, int64_t n_queries, double scale,
-                    int64_t drop_threshold, double keep_factor, int64_t flags) {
-  Attention a;
-  a.type = compute_type(query), a.rows_type = query.scalar_type();
-  require(query.dim() == 4 && value.dim() == 4, "query and value must have 4 dimensions");
-  rk::AttentionParams& p = a.p;
-  p.element = element_of(query);
-  p.B = query.size(0), p.H = query.size(1), p.L = query.size(2), p.D = query.size(3), p.E = value.size(3);
-  p.S = p.L, p.key_heads = p.H, p.R = order ? order->size(2) : 1;
-  if (key) {
-    require(key->dim() == 4 && key->size(1) >= 1 && p.H % key->size(1) == 0,
-            "key must have 4 dimensions, and a number of heads that divides the query's");
-    p.key_heads = key->size(1);
-  }
-  require(chunk_length >= 1 && chunks_before >= 0 && chunks_after >= 0,
-          "chunk_length must be positive, its neighbours at least 0");
-  require(n_queries >= 0 && n_queries <= p.L, "num_queries must be between 0 and ", p.L, ", got ", n_queries);
-  require(p.R >= 1 && p.R * p.L <= INT32_MAX, "n_hashes * L must be below 2**31, got ", p.R, " * ", p.L);
-  // No chunk is longer than the rows, and no window longer than it can get: buffers are sized by these.
-  p.chunk_length = std::min(chunk_length, std::max<int64_t>(1, p.L));
-  const int64_t bucket_chunks = (p.L + p.chunk_length - 1) / p.chunk_length;
-  const int64_t widest = flags & rk::kBucketAligned ? bucket_chunks : p.L <= p.chunk_length ? 0 : 1024;
-  require(chunks_before <= 1024 && chunks_after <= 1024, "chunks_before and chunks_after must be at most 1024");
-  p.chunks_before = std::min(chunks_before, widest), p.chunks_after = std::min(chunks_after, widest);
-  p.n_queries = n_queries, p.flags = flags, p.scale = scale;
-  p.query = rows("query", query, a.rows_type, p.B, p.H, p.L, p.D);
-  if (key) p.key = rows("key", *key, a.rows_type, p.B, p.key_heads, p.L, p.D);
-  if (key && !p.key.data) p.key.data = p.query.data;  // an empty tensor: no row of it is read
-  p.value = rows("value", value, a.rows_type, p.B, p.key_heads, p.L, p.E);
-  p.order = contiguous<int32_t>("order", order, ScalarType::Int, {p.B, p.H, p.R, p.L});
-  if (p.order) check_index("order", p.order, p.B * p.H * p.R * p.L, p.L);
-  p.buckets = contiguous<int32_t>("buckets", buckets, ScalarType::Int, {p.B, p.H, p.R, p.L});
-  require((order && buckets) || !p.has(rk::kBucketAligned), "bucket alignment needs order and buckets");
-  p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.L});
-  set_mask(a, mask);
-  p.cu_seqlens = sequence_bounds(cu_seqlens, p.L, p.n_sequences);
-  require(!p.cu_seqlens || n_queries == p.L, "num_queries must be L with cu_seqlens");
-  if (p.cu_seqlens && p.order)
-    for (int64_t i = 0; i < p.B * p.H; ++i)
-      for (int64_t s = 0; s < p.n_sequences; ++s)
-        check_index("order", p.order + i * p.R * p.L + p.R * p.cu_seqlens[s],
-                    p.R * (p.cu_seqlens[s + 1] - p.cu_seqlens[s]), p.cu_seqlens[s + 1] - p.cu_seqlens[s]);
-  set_dropout(p, dropout_seed, drop_threshold, keep_factor);
-  return a;
+// Indices are read without another check.
+void check_order(const rk::AttentionParams& p) {
+  check_bounds(p.cu_seqlens, p.n_sequences, p.L);
+  if (!p.order) return;
+  for (int64_t i = 0; i < p.B * p.H; ++i)
+    for (int64_t s = 0; s < p.n_sequences; ++s) {
+      const int64_t begin = p.cu_seqlens ? p.cu_seqlens[s] : 0, end = p.cu_seqlens ? p.cu_seqlens[s + 1] : p.L;
+      check_index("order", p.order + p.R * (i * p.L + begin), p.R * (end - begin), end - begin);
+    }
 }
 
 // Attention to lists of keys, or (without value and lists) the choice of the lists.
@@ -185,7 +127,7 @@ Attention list_attention(const Tensor& query, const Tensor& key, const Tensor* v
           "order must have 1 or 2 rounds, and lengths must be below 2**31");
   p.query = rows("query", query, a.rows_type, p.B, p.H, p.L, p.D);
   p.key = rows("key", key, a.rows_type, p.B, p.key_heads, p.S, p.D);
-  if (!p.key.data) p.key.data = p.query.data;  // an empty tensor: no row of it is read
+  if (!p.key.data) p.key.data = const_cast<char*>(&kNoRows);
   if (value) {
     p.E = value->size(3);
     p.value = rows("value", *value, a.rows_type, p.B, p.key_heads, p.S, p.E);
@@ -199,39 +141,26 @@ Attention list_attention(const Tensor& query, const Tensor& key, const Tensor* v
 
 int64_t list_rows(const rk::AttentionParams& p) { return p.R * ((p.L + p.chunk_length - 1) / p.chunk_length); }
 
-// out, lse and self_only, which forward writes and backward reads.
-void residuals(Attention& a, const Tensor& out, const Tensor& lse, const Tensor& self_only, bool write) {
-  rk::AttentionParams& p = a.p;
-  p.out = (write ? written_rows : rows)("out", out, a.rows_type, p.B, p.H, p.n_queries, p.E);
-  p.lse = const_cast<char*>(contiguous<char>("lse", lse, a.type, {p.B, p.H, p.n_queries}));
-  p.self_only = const_cast<bool*>(contiguous<bool>("self_only", self_only, ScalarType::Bool, {p.B, p.H, p.n_queries}));
+Attention chunk_attention(OptionalTensor mask, RK_ATTENTION_PARAMETERS) {
+  Attention a = attention(RK_ATTENTION_ARGUMENTS);
+  check_order(a.p);
+  set_mask(a, mask);
+  return a;
 }
 
-#define RK_ATTENTION_PARAMETERS                                                                            \
-  Tensor query, OptionalTensor key, Tensor value, OptionalTensor order, OptionalTensor buckets,            \
-      OptionalTensor padding, OptionalTensor mask, OptionalTensor cu_seqlens, OptionalTensor dropout_seed, \
-      int64_t chunk_length, int64_t chunks_before, int64_t chunks_after, int64_t n_queries, double scale,  \
-      int64_t drop_threshold, double keep_factor, int64_t flags
-#define RK_ATTENTION_ARGUMENTS                                                                             \
-  query, key, value, order, buckets, padding, mask, cu_seqlens, dropout_seed, chunk_length, chunks_before, \
-      chunks_after, n_queries, scale, drop_threshold, keep_factor, flags
-
-void chunk_attention_forward(RK_ATTENTION_PARAMETERS, Tensor out, Tensor lse, Tensor self_only) {
-  Attention a = attention(RK_ATTENTION_ARGUMENTS);
-  residuals(a, out, lse, self_only, true);
+void chunk_attention_forward(OptionalTensor mask, RK_ATTENTION_PARAMETERS, Tensor out, Tensor lse, Tensor self_only) {
+  Attention a = chunk_attention(mask, RK_ATTENTION_ARGUMENTS);
+  set_residuals(a, out, lse, self_only);
+  use_large_pages(out);
   with_kernels(a.type, [&](const auto& k) { k.forward(a.p, threads()); });
 }
 
-void chunk_attention_backward(RK_ATTENTION_PARAMETERS, Tensor grad_out, Tensor out, Tensor lse, Tensor self_only,
-                              Tensor grad_query, OptionalTensor grad_key, Tensor grad_value) {
-  Attention a = attention(RK_ATTENTION_ARGUMENTS);
-  residuals(a, out, lse, self_only, false);
-  rk::AttentionParams& p = a.p;
-  p.grad_out = rows("grad_out", grad_out, a.rows_type, p.B, p.H, p.n_queries, p.E);
-  p.grad_query = written_rows("grad_query", grad_query, a.rows_type, p.B, p.H, p.L, p.D);
-  require(key.has_value() == grad_key.has_value(), "grad_key must be given exactly if key is");
-  if (grad_key) p.grad_key = written_rows("grad_key", *grad_key, a.rows_type, p.B, p.key_heads, p.L, p.D);
-  p.grad_value = written_rows("grad_value", grad_value, a.rows_type, p.B, p.key_heads, p.L, p.E);
+void chunk_attention_backward(OptionalTensor mask, RK_ATTENTION_PARAMETERS, Tensor grad_out, Tensor out, Tensor lse,
+                              Tensor self_only, Tensor grad_query, Tensor grad_key, Tensor grad_value) {
+  Attention a = chunk_attention(mask, RK_ATTENTION_ARGUMENTS);
+  set_residuals(a, out, lse, self_only);
+  set_gradients(a, grad_out, grad_query, grad_key, grad_value);
+  for (const Tensor* t : {&grad_query, &grad_key, &grad_value}) use_large_pages(*t);
   with_kernels(a.type, [&](const auto& k) { k.backward(a.p, threads()); });
 }
 
@@ -261,7 +190,7 @@ void select_keys(Tensor query, Tensor key, OptionalTensor order, OptionalTensor 
   query, key, value, order, lists, padding, mask, dropout_seed, chunk_length, context_keys, scale, drop_threshold, \
       keep_factor, flags, out, lse
 
-Attention with_lists(RK_LIST_PARAMETERS, bool write) {
+Attention with_lists(RK_LIST_PARAMETERS) {
   require(lists.dim() == 4 && value.dim() == 4, "key_lists and value must have 4 dimensions");
   Attention a =
       list_attention(query, key, &value, order, padding, mask, chunk_length, lists.size(3), context_keys, scale, flags);
@@ -270,24 +199,22 @@ Attention with_lists(RK_LIST_PARAMETERS, bool write) {
   check_index("key_lists", p.key_lists, lists.numel(), p.S, -1);
   require(!mask || !p.has(rk::kRest), "the rest term does not go with attn_mask");
   set_dropout(p, dropout_seed, drop_threshold, keep_factor);
-  p.out = (write ? written_rows : rows)("out", out, a.rows_type, p.B, p.H, p.L, p.E);
+  p.out = rows("out", out, a.rows_type, p.B, p.H, p.L, p.E);
   p.lse = const_cast<char*>(contiguous<char>("lse", lse, a.type, {p.B, p.H, p.L}));
   return a;
 }
 
 void list_attention_forward(RK_LIST_PARAMETERS) {
-  const Attention a = with_lists(RK_LIST_ARGUMENTS, true);
+  const Attention a = with_lists(RK_LIST_ARGUMENTS);
+  use_large_pages(out);
   with_kernels(a.type, [&](const auto& k) { k.list_forward(a.p, threads()); });
 }
 
 void list_attention_backward(RK_LIST_PARAMETERS, Tensor grad_out, Tensor grad_query, Tensor grad_key,
                              Tensor grad_value) {
-  Attention a = with_lists(RK_LIST_ARGUMENTS, false);
-  rk::AttentionParams& p = a.p;
-  p.grad_out = rows("grad_out", grad_out, a.rows_type, p.B, p.H, p.L, p.E);
-  p.grad_query = written_rows("grad_query", grad_query, a.rows_type, p.B, p.H, p.L, p.D);
-  p.grad_key = written_rows("grad_key", grad_key, a.rows_type, p.B, p.key_heads, p.S, p.D);
-  p.grad_value = written_rows("grad_value", grad_value, a.rows_type, p.B, p.key_heads, p.S, p.E);
+  Attention a = with_lists(RK_LIST_ARGUMENTS);
+  set_gradients(a, grad_out, grad_query, grad_key, grad_value);
+  for (const Tensor* t : {&grad_query, &grad_key, &grad_value}) use_large_pages(*t);
   with_kernels(a.type, [&](const auto& k) { k.list_backward(a.p, threads()); });
 }
 
@@ -305,11 +232,6 @@ std::string build_info() {
          "], \"isa_in_use\": \"" + rk::cpu::kernels().isa + "\"}";
 }
 
-constexpr char kAttentionSchema[] =
-    "Tensor query, Tensor? key, Tensor value, Tensor? order, Tensor? buckets, Tensor? key_padding_mask, Tensor? "
-    "attn_mask, "
-    "Tensor? cu_seqlens, Tensor? dropout_seed, int chunk_length, int chunks_before, int chunks_after, int n_queries, "
-    "float scale, int drop_threshold, float keep_factor, int flags, ";
 constexpr char kListSchema[] =
     "Tensor query, Tensor key, Tensor value, Tensor? order, Tensor key_lists, Tensor? key_padding_mask, Tensor? "
     "attn_mask, Tensor? dropout_seed, int chunk_length, int context_keys, float scale, int drop_threshold, float "
@@ -318,14 +240,15 @@ constexpr char kListSchema[] =
 }  // namespace
 
 STABLE_TORCH_LIBRARY(reformer_kernels_cpu, m) {
-  const std::string attention = kAttentionSchema;
+  // The mask comes first, for all others go on to `attention`.
+  const std::string attention = "Tensor? attn_mask, Tensor query, Tensor? key, Tensor value, " RK_ATTENTION_SCHEMA;
   m.def(
       "hash_buckets(Tensor x, Tensor rotations, Tensor? key_padding_mask, int[] n_buckets, Tensor(a!) buckets) -> ()");
   m.def("bucket_order(Tensor buckets, Tensor? cu_seqlens, int n_buckets, Tensor(a!) order) -> int");
   m.def(
       ("chunk_attention_forward(" + attention + "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) self_only) -> ()").c_str());
   m.def(("chunk_attention_backward(" + attention +
-         "Tensor grad_out, Tensor out, Tensor lse, Tensor self_only, Tensor(a!) grad_query, Tensor(b!)? grad_key, "
+         "Tensor grad_out, Tensor out, Tensor lse, Tensor self_only, Tensor(a!) grad_query, Tensor(b!) grad_key, "
          "Tensor(c!) grad_value) -> ()")
             .c_str());
   m.def(

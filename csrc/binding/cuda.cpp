@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "binding/tensors.h"
+#include "binding/attention.h"
 #include "kernels/cuda/kernels.h"
 
 namespace {
@@ -51,15 +51,16 @@ void hash_buckets(Tensor x, Tensor rotations, OptionalTensor padding, std::vecto
                [&](const rk::cuda::Device& device, void* stream) { return rk::cuda::hash_buckets(p, device, stream); });
 }
 
-// cu_seqlens rise from 0 to L, as the caller has seen on the CPU: so `longest`.
+// The longest sequence has `longest` of L tokens, as the caller has seen: the bounds are on the GPU.
+void check_longest(int64_t longest, int64_t L) {
+  require(longest >= 0 && longest <= L, "longest must be between 0 and ", L, ", got ", longest);
+}
+
 rk::OrderParams packed_order_params(const Tensor& buckets, const OptionalTensor& cu_seqlens, int64_t longest,
                                     int64_t n_buckets, const Tensor& order) {
   rk::OrderParams p = order_params(buckets, n_buckets, order);
-  require(longest >= 0 && longest <= p.L, "longest must be between 0 and L, got ", longest);
-  if (!cu_seqlens) return p;
-  require(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2, "cu_seqlens must have at least two elements");
-  p.cu_seqlens = contiguous<int32_t>("cu_seqlens", cu_seqlens, ScalarType::Int, {cu_seqlens->size(0)});
-  p.n_sequences = cu_seqlens->size(0) - 1, p.longest = longest;
+  check_longest(longest, p.L);
+  p.cu_seqlens = sequence_bounds(cu_seqlens, p.n_sequences), p.longest = longest;
   return p;
 }
 
@@ -73,6 +74,45 @@ void bucket_order(Tensor buckets, OptionalTensor cu_seqlens, int64_t longest, in
     Tensor scratch[] = {torch::stable::new_empty(buckets, {sizes[0]}), torch::stable::new_empty(buckets, {sizes[1]})};
     return rk::cuda::bucket_order(p, device, scratch[0].mutable_data_ptr<int32_t>(),
                                   scratch[1].mutable_data_ptr<int32_t>(), stream);
+  });
+}
+
+Attention chunk_attention(const char* name, RK_ATTENTION_PARAMETERS, int64_t longest,
+                          std::initializer_list<const Tensor*> others) {
+  check_one_device(name, {&query, pointer(key), &value, pointer(order), pointer(padding), pointer(cu_seqlens),
+                          pointer(dropout_seed)});
+  for (const Tensor* other : others) check_one_device(name, {&query, other});
+  const Attention a = attention(RK_ATTENTION_ARGUMENTS);
+  const rk::AttentionParams& p = a.p;
+  require(a.type == ScalarType::Float, name, ": rows must be float32, bfloat16 or float16");
+  require(std::max(p.D, p.E) <= rk::cuda::kAttentionMaxDim, name, ": rows of at most ", rk::cuda::kAttentionMaxDim,
+          " elements, got ", p.D, " and ", p.E);
+  require((p.flags & ~(rk::kCausal | rk::kL2Norm)) == 0, name, ": flags it does not know, got ", p.flags);
+  require(p.R * (p.chunks_before + 1 + p.chunks_after) <= rk::cuda::kAttentionMaxChunks, name, ": windows of all ", p.R,
+          " rounds must have at most ", rk::cuda::kAttentionMaxChunks, " chunks");
+  check_longest(longest, p.L);
+  return a;
+}
+
+void chunk_attention_forward(RK_ATTENTION_PARAMETERS, int64_t longest, Tensor out, Tensor lse, Tensor self_only) {
+  constexpr char kName[] = "chunk_attention_forward";
+  Attention a = chunk_attention(kName, RK_ATTENTION_ARGUMENTS, longest, {&out, &lse, &self_only});
+  set_residuals(a, out, lse, self_only);
+  on_device_of(kName, query, [&](const rk::cuda::Device& device, void* stream) {
+    return rk::cuda::attention_forward(a.p, longest, device, stream);
+  });
+}
+
+void chunk_attention_backward(RK_ATTENTION_PARAMETERS, int64_t longest, Tensor grad_out, Tensor out, Tensor lse,
+                              Tensor self_only, Tensor grad_query, Tensor grad_key, Tensor grad_value) {
+  constexpr char kName[] = "chunk_attention_backward";
+  Attention a = chunk_attention(kName, RK_ATTENTION_ARGUMENTS, longest,
+                                {&grad_out, &out, &lse, &self_only, &grad_query, &grad_key, &grad_value});
+  set_residuals(a, out, lse, self_only);
+  set_gradients(a, grad_out, grad_query, grad_key, grad_value);
+  on_device_of(kName, query, [&](const rk::cuda::Device& device, void* stream) {
+    Tensor scratch = torch::stable::new_empty(lse, {lse.numel() * rk::cuda::kResidualBytes / 4});
+    return rk::cuda::attention_backward(a.p, longest, device, scratch.mutable_data_ptr(), stream);
   });
 }
 
@@ -107,6 +147,28 @@ std::vector<int64_t> order_plan(std::vector<int64_t> shape, int64_t n_sequences,
   const rk::cuda::OrderPlan plan = rk::cuda::plan_order(p, device_of(device));
   return {plan.launch.grid[0], plan.launch.threads, plan.launch.shared_bytes, plan.passes, plan.base, plan.tile,
           plan.tiles,          plan.sorters};
+}
+
+// The same of plan_attention, for rows of query [B, H, L, D] with a width E of values, key heads (0: shared keys), and
+// a window [chunk length, chunks before, chunks after], for a part: 0 the forward pass, 1 and 2 the gradients of
+// queries and of keys. Grid, threads, shared bytes, steps, places for tiles, whether a tile that is owned is visited,
+// tiles of a block, launches.
+std::vector<int64_t> attention_plan(std::vector<int64_t> shape, int64_t E, int64_t key_heads, int64_t R,
+                                    int64_t element_size, std::vector<int64_t> window, int64_t n_sequences,
+                                    int64_t longest, int64_t part, std::vector<int64_t> device) {
+  require(shape.size() == 4, "shape must have 4 numbers, got ", shape.size());
+  require(window.size() == 3 && window[0] >= 1, "window must have 3 numbers, the first a chunk length");
+  require(part >= 0 && part <= 2, "part must be between 0 and 2, got ", part);
+  rk::AttentionParams p{};
+  p.B = shape[0], p.H = shape[1], p.L = shape[2], p.D = shape[3], p.E = E, p.R = R, p.n_sequences = n_sequences;
+  p.key_heads = key_heads ? key_heads : p.H, p.key.data = key_heads ? const_cast<char*>(&kNoRows) : nullptr;
+  p.element = element_size == 2 ? rk::Element::kBFloat16 : rk::Element::kSame;
+  p.chunk_length = std::min(window[0], std::max<int64_t>(1, p.L));
+  p.chunks_before = window[1], p.chunks_after = window[2];
+  const rk::cuda::AttentionPlan plan =
+      rk::cuda::plan_attention(p, static_cast<rk::cuda::AttentionPart>(part), longest, device_of(device));
+  return {plan.launch.grid[0], plan.launch.threads, plan.launch.shared_bytes, plan.steps,
+          plan.places,         plan.lead,           plan.tiles_per_block,     plan.rounds};
 }
 
 bool is_aligned(const Tensor& tensor) {
@@ -151,15 +213,27 @@ std::string build_info() {
 STABLE_TORCH_LIBRARY(reformer_kernels_cuda, m) {
   m.def("hash_buckets(Tensor x, Tensor rotations, Tensor? padding, int[] factors, Tensor(a!) buckets) -> ()");
   m.def("bucket_order(Tensor buckets, Tensor? cu_seqlens, int longest, int n_buckets, Tensor(a!) order) -> ()");
+  const std::string attention = "Tensor query, Tensor? key, Tensor value, " RK_ATTENTION_SCHEMA "int longest, ";
+  m.def(
+      ("chunk_attention_forward(" + attention + "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) self_only) -> ()").c_str());
+  m.def(("chunk_attention_backward(" + attention +
+         "Tensor grad_out, Tensor out, Tensor lse, Tensor self_only, Tensor(a!) grad_query, Tensor(b!) grad_key, "
+         "Tensor(c!) grad_value) -> ()")
+            .c_str());
   m.def("gather_rows(Tensor input, Tensor index, Tensor(a!) out) -> ()");
   m.def("hash_plan(int[] shape, int rounds, int element_size, int[] factors, int[] device) -> int[]");
   m.def("order_plan(int[] shape, int n_sequences, int longest, int n_buckets, int[] device) -> int[]");
+  m.def(
+      "attention_plan(int[] shape, int width, int key_heads, int rounds, int element_size, int[] window, "
+      "int n_sequences, int longest, int part, int[] device) -> int[]");
   m.def("build_info() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reformer_kernels_cuda, CUDA, m) {
   m.impl("hash_buckets", TORCH_BOX(&hash_buckets));
   m.impl("bucket_order", TORCH_BOX(&bucket_order));
+  m.impl("chunk_attention_forward", TORCH_BOX(&chunk_attention_forward));
+  m.impl("chunk_attention_backward", TORCH_BOX(&chunk_attention_backward));
   m.impl("gather_rows", TORCH_BOX(&gather_rows));
 }
 
@@ -167,5 +241,6 @@ STABLE_TORCH_LIBRARY_IMPL(reformer_kernels_cuda, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(reformer_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("hash_plan", TORCH_BOX(&hash_plan));
   m.impl("order_plan", TORCH_BOX(&order_plan));
+  m.impl("attention_plan", TORCH_BOX(&attention_plan));
   m.impl("build_info", TORCH_BOX(&build_info));
 }

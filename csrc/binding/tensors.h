@@ -79,6 +79,15 @@ inline ScalarType compute_type(const Tensor& t) {
   return element_of(t) == rk::Element::kSame ? t.scalar_type() : ScalarType::Float;
 }
 
+// Of `count` sequences, of which there is one without bounds. They rise from 0 to the length, as others see.
+inline const int32_t* sequence_bounds(const OptionalTensor& bounds, int64_t& count) {
+  count = 1;
+  if (!bounds) return nullptr;
+  require(bounds->dim() == 1 && bounds->size(0) >= 2, "cu_seqlens must have at least two elements");
+  count = bounds->size(0) - 1;
+  return contiguous<int32_t>("cu_seqlens", bounds, ScalarType::Int, {count + 1});
+}
+
 // hash_buckets of x [B, H, L, D], rotations [B|1, H|1, D, R, columns], padding [B, L] into buckets [B, H, R, L]. The
 // result points to factors.
 inline HashParams hash_params(const Tensor& x, const Tensor& rotations, const OptionalTensor& padding,

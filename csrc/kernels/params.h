@@ -32,12 +32,12 @@ struct Rows {
 struct AttentionParams {
   Element element;  // of all rows
   int64_t B, H, L, D, E, R, chunk_length, chunks_before, chunks_after, n_queries, flags;
-  int64_t S, key_heads;     // L and H, but with lists or grouped heads: head h reads key head h / (H / key_heads)
-  double scale;             // of query . key, where a shared row is scaled to a unit key
-  double keep_factor;       // 1 / (1 - dropout), or 1 without dropout
-  uint32_t drop_threshold;  // a random word below it is dropped
-  uint64_t dropout_seed;
-  Rows query, key, value;  // key.data null: shared with the query
+  int64_t S, key_heads;         // L and H, but with lists or grouped heads: head h reads key head h / (H / key_heads)
+  double scale;                 // of query . key, where a shared row is scaled to a unit key
+  double keep_factor;           // 1 / (1 - dropout), or 1 without dropout
+  uint32_t drop_threshold;      // a random word below it is dropped
+  const int64_t* dropout_seed;  // one number, where the tensors are; read with dropout
+  Rows query, key, value;       // key.data null: shared with the query
   // Instead of windows: the keys of each chunk, [B, H, R * chunks, list_length]. A row starts with its context keys,
   // then rises, and -1 fills it up. Later rounds leave out what lies between the keys of a query's row in the first.
   const int32_t* key_lists;

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._calls import Call, HashCall, OrderCall
+from .._calls import AttentionCall, Call, HashCall, OrderCall, empty_results
+from ..rules import CHOICES
 from . import native
 
-MAX_HEAD_DIM, MAX_FACTORS = 128, 8  # kHashMaxDim and kHashMaxFactors of csrc/kernels/cuda/plan.h
+MAX_HEAD_DIM, MAX_FACTORS, MAX_CHUNKS = 128, 8, 1023  # as in csrc/kernels/cuda/plan.h
 _ops = torch.ops.reformer_kernels_cuda
 
 
@@ -36,24 +37,63 @@ def library() -> dict[str, Any]:
 def not_supported_reasons(call: Call) -> list[str]:
     if call.device.type != "cuda":
         return [f"tensors are on {call.device}, not on a GPU"]
-    reasons = []
+    reasons = kernel_reasons(call)
     if error := library().get("error"):
-        reasons.append(f"the CUDA library: {error}")
+        reasons.insert(0, f"the CUDA library: {error}")
+    return reasons
+
+
+def kernel_reasons(call: Call) -> list[str]:
+    """Why the kernels do not serve a call, wherever its tensors are."""
     if isinstance(call, HashCall):
-        head_dim, factors = call.x.shape[3], call.factors
-        if call.x.dtype == torch.float64:
-            reasons.append("x is float64; the kernels take float32, bfloat16 and float16")
-        if head_dim > MAX_HEAD_DIM:
-            reasons.append(f"the head size is {head_dim}; the kernels take up to {MAX_HEAD_DIM}")
-        if len(factors) > MAX_FACTORS:
-            reasons.append(f"n_buckets has {len(factors)} factors; the kernels take up to {MAX_FACTORS}")
-    elif not isinstance(call, OrderCall):
-        reasons.append(f"this version has no CUDA kernels for {call.op}")
+        reasons = _row_reasons(call.x)
+        if len(call.factors) > MAX_FACTORS:
+            reasons.append(f"n_buckets has {len(call.factors)} factors; the kernels take up to {MAX_FACTORS}")
+        return reasons
+    if isinstance(call, OrderCall):
+        return []
+    if isinstance(call, AttentionCall):
+        return _attention_reasons(call)
+    return [f"this version has no CUDA kernels for {call.op}"]
+
+
+def _row_reasons(*rows: Tensor) -> list[str]:
+    reasons, head_dim = [], max(x.shape[3] for x in rows)
+    if rows[0].dtype == torch.float64:
+        reasons.append("the dtype is float64; the kernels take float32, bfloat16 and float16")
+    if head_dim > MAX_HEAD_DIM:
+        reasons.append(f"the head size is {head_dim}; the kernels take up to {MAX_HEAD_DIM}")
+    return reasons
+
+
+def _attention_reasons(call: AttentionCall) -> list[str]:
+    reasons, rules, shared = _row_reasons(call.query, call.value), call.rules, call.key is None
+    rounds = 1 if call.order is None else call.order.shape[2]
+    chunks = rounds * (call.chunks_before + 1 + call.chunks_after)
+    if call.attn_mask is not None:
+        reasons.append("the kernels take no attn_mask")
+    if call.alignment == "bucket":
+        reasons.append('the kernels have no alignment="bucket"')
+    if chunks > MAX_CHUNKS:
+        reasons.append(f"the windows of all rounds have {chunks} chunks; the kernels take up to {MAX_CHUNKS}")
+    if call.order is not None and call.key is not None and call.key.shape[1] != call.query.shape[1]:
+        reasons.append("queries are sorted, and share key heads")
+    served = {
+        "own_position": ("last_resort",) if shared else CHOICES["own_position"],
+        "combine_rounds": ("softmax",),
+        "window_order": CHOICES["window_order"] if call.chunks_before == 0 else ("position",),
+        "mask_padded_queries": (False,),
+        "within_bucket": (False,) if shared else (False, True),
+        "dedup": ("none",),
+    }
+    for name, values in served.items():
+        if (value := getattr(rules, name)) not in values:
+            reasons.append(f"the kernels have no rules.{name}={value!r}")
     return reasons
 
 
 def describe(call: Call, device: tuple[int, int, int] | None = None) -> str:
-    """The launch of a call that is served.
+    """The launches of a call that is served.
 
     Args:
         device: multiprocessors, bytes of shared memory of a block and of a multiprocessor; None: of the call's GPU.
@@ -66,20 +106,35 @@ def describe(call: Call, device: tuple[int, int, int] | None = None) -> str:
     if isinstance(call, HashCall):
         rounds = call.n_hashes if call.rotations is None else call.rotations.shape[3]
         plan = _ops.hash_plan(call.x.shape, rounds, call.x.element_size(), call.factors, device)
-        names = (
-            "blocks", "threads", "shared bytes", "depth / 16", "column tiles of a round", "rounds of a block",
-            "column tiles in shared memory", "tokens of a block",
+        return _named(
+            plan, "depth / 16", "column tiles of a round", "rounds of a block", "column tiles in shared memory",
+            "tokens of a block",
         )  # fmt: skip
-    else:
-        assert isinstance(call, OrderCall)
-        longest = call.longest
-        sequences = 1 if call.cu_seqlens is None else len(call.cu_seqlens) - 1
-        plan = _ops.order_plan(call.buckets.shape, sequences, longest, call.n_buckets, device)
-        names = (
-            "blocks", "threads", "shared bytes", "passes", "base", "keys of a block", "blocks of a sequence",
-            "sorting warps",
+    if isinstance(call, OrderCall):
+        plan = _ops.order_plan(call.buckets.shape, _sequences(call), call.longest, call.n_buckets, device)
+        return _named(plan, "passes", "base", "keys of a block", "blocks of a sequence", "sorting warps")
+    assert isinstance(call, AttentionCall)
+    parts = []
+    for part, name in enumerate(("forward", "gradients of queries", "gradients of keys")):
+        plan = _ops.attention_plan(
+            call.query.shape, call.value.shape[3], 0 if call.key is None else call.key.shape[1],
+            1 if call.order is None else call.order.shape[2], call.query.element_size(),
+            (call.chunk_length, call.chunks_before, call.chunks_after), _sequences(call), call.longest, part, device,
         )  # fmt: skip
+        named = _named(
+            plan, "depth / 16", "tiles in shared memory", "own ones among them", "tiles of a block", "rounds"
+        )
+        parts.append(f"{name}: {named}")
+    return "; ".join(parts)
+
+
+def _named(plan: list[int], *names: str) -> str:
+    names = ("blocks", "threads", "shared bytes", *names)
     return ", ".join(f"{name} {value}" for name, value in zip(names, plan, strict=True))
+
+
+def _sequences(call: OrderCall | AttentionCall) -> int:
+    return 1 if call.cu_seqlens is None else len(call.cu_seqlens) - 1
 
 
 def hash_buckets(call: HashCall) -> Tensor:
@@ -94,6 +149,36 @@ def hash_buckets(call: HashCall) -> Tensor:
 def bucket_order(call: OrderCall) -> Tensor:
     """Buckets are not checked, for which the host would have to wait: one out of range counts as the last."""
     order = torch.empty_like(call.buckets, memory_format=torch.contiguous_format)
-    bounds = call.cu_seqlens if call.cu_seqlens is None else call.cu_seqlens.to(call.device, non_blocking=True)
-    _ops.bucket_order(call.buckets.contiguous(), bounds, call.longest, call.n_buckets, order)
+    _ops.bucket_order(call.buckets.contiguous(), _to_device(call.cu_seqlens, call), call.longest, call.n_buckets, order)
     return order
+
+
+def _to_device(x: Tensor | None, call: OrderCall | AttentionCall) -> Tensor | None:
+    return None if x is None else x.to(call.device, non_blocking=True)
+
+
+def _inputs(call: AttentionCall) -> tuple[Any, ...]:
+    """What forward and backward of the library take first."""
+    on_device = call._replace(
+        cu_seqlens=_to_device(call.cu_seqlens, call), dropout_seed=_to_device(call.dropout_seed, call)
+    )
+    key = None if call.key is None else native.rows(call.key)
+    return native.rows(call.query), key, native.rows(call.value), *native.options(on_device), call.longest
+
+
+def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = _inputs(call)
+    out, lse = empty_results(call)
+    self_only = torch.empty_like(lse, dtype=torch.bool)
+    _ops.chunk_attention_forward(*inputs, out, lse, self_only)
+    return out, lse, self_only
+
+
+def chunk_attention_backward(
+    call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = native.new_gradients(call)
+    _ops.chunk_attention_backward(
+        *_inputs(call), native.rows(grad_out), native.rows(out), lse.contiguous(), self_only.contiguous(), *grads
+    )
+    return grads

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall, empty_rows, out_of_range
+from .._calls import (
+    AttentionCall,
+    Call,
+    HashCall,
+    ListCall,
+    OrderCall,
+    SelectCall,
+    compute_dtype,
+    empty_gradients,
+    empty_results,
+    out_of_range,
+)  # fmt: skip
 from .philox import drop_threshold, keep_factor
 
 _load_error: str | None = None
@@ -71,11 +82,6 @@ def not_supported_reasons(call: Call) -> list[str]:
     return reasons
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What the kernels compute in: half types are widened and rounded inside them."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.clone(memory_format=torch.contiguous_format)
 
@@ -86,7 +92,7 @@ def hash_buckets(call: HashCall) -> Tensor:
     batch, heads, length, _ = x.shape
     buckets = torch.empty((batch, heads, rotations.shape[3], length), dtype=torch.int32, device=x.device)
     _ops.hash_buckets(
-        x, rotations.to(_compute_dtype(x)).contiguous(), contiguous(call.key_padding_mask), factors, buckets
+        x, rotations.to(compute_dtype(x)).contiguous(), contiguous(call.key_padding_mask), factors, buckets
     )
     return buckets
 
@@ -111,17 +117,16 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 def _mask(call: AttentionCall | SelectCall | ListCall) -> Tensor | None:
     mask = call.attn_mask
-    return mask if mask is None or mask.dtype == torch.bool else mask.to(_compute_dtype(call.query))
+    return mask if mask is None or mask.dtype == torch.bool else mask.to(compute_dtype(call.query))
 
 
-def _options(call: AttentionCall) -> tuple[Any, ...]:
-    """The arguments that forward and backward of the library share, after the tensors that they compute with."""
+def options(call: AttentionCall) -> tuple[Any, ...]:
+    """What forward and backward of this library and the CUDA one take after query, key and value."""
     rules = call.rules
     return (
         contiguous(call.order),
         contiguous(call.buckets),
         contiguous(call.key_padding_mask),
-        _mask(call),
         contiguous(call.cu_seqlens),
         call.dropout_seed,
         call.chunk_length,
@@ -145,14 +150,21 @@ def _dropout(call: AttentionCall | ListCall) -> tuple[int, float]:
     return drop_threshold(call.dropout_p) if call.dropout_p > 0 else 0, keep_factor(call.dropout_p)
 
 
+def new_gradients(call: AttentionCall | ListCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for a backward to write; zero where there is no unit of work, which would write them."""
+    grads = empty_gradients(call)
+    if 0 in call.query.shape[:3]:
+        for grad in grads:
+            grad.zero_()
+    return grads
+
+
 def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     query, value = rows(call.query), rows(call.value)
     key = None if call.key is None else rows(call.key)
-    batch, heads = query.shape[:2]
-    out = empty_rows(query, call.n_queries, value.shape[3])
-    lse = query.new_empty((batch, heads, call.n_queries), dtype=_compute_dtype(query))
+    out, lse = empty_results(call)
     self_only = torch.empty_like(lse, dtype=torch.bool)
-    _ops.chunk_attention_forward(query, key, value, *_options(call), out, lse, self_only)
+    _ops.chunk_attention_forward(_mask(call), query, key, value, *options(call), out, lse, self_only)
     return out, lse, self_only
 
 
@@ -161,15 +173,12 @@ def chunk_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, value = rows(call.query), rows(call.value)
     key = None if call.key is None else rows(call.key)
-    grad_query, grad_value = (empty_rows(x, x.shape[2], x.shape[3]) for x in (query, value))
-    grad_key = None if key is None else empty_rows(key, key.shape[2], key.shape[3])
-    if grad_key is not None and query.shape[1] == 0:  # no unit of work, which would write them
-        grad_key.zero_(), grad_value.zero_()
+    grads = new_gradients(call)
     _ops.chunk_attention_backward(
-        query, key, value, *_options(call), rows(grad_out), rows(out), lse.contiguous(), self_only.contiguous(),
-        grad_query, grad_key, grad_value,
+        _mask(call), query, key, value, *options(call), rows(grad_out), rows(out), lse.contiguous(),
+        self_only.contiguous(), *grads,
     )  # fmt: skip
-    return grad_query, query.new_empty(0) if grad_key is None else grad_key, grad_value
+    return grads
 
 
 def select_keys(call: SelectCall) -> Tensor:
@@ -199,8 +208,7 @@ def _list_options(call: ListCall) -> tuple[Any, ...]:
 
 def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
     query, key, value = rows(call.query), rows(call.key), rows(call.value)
-    out = empty_rows(query, query.shape[2], value.shape[3])
-    lse = query.new_empty(query.shape[:3], dtype=_compute_dtype(query))
+    out, lse = empty_results(call)
     _ops.list_attention_forward(query, key, value, *_list_options(call), out, lse)
     return out, lse
 
@@ -209,10 +217,10 @@ def list_attention_backward(
     call: ListCall, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = rows(call.query), rows(call.key), rows(call.value)
-    grads = tuple(empty_rows(x, x.shape[2], x.shape[3]) for x in (query, key, value))
-    if 0 in query.shape[:3]:  # no unit of work, which would write them
-        return tuple(g.zero_() for g in grads)  # type: ignore[return-value]
+    grads = new_gradients(call)
+    if 0 in query.shape[:3]:
+        return grads
     _ops.list_attention_backward(
         query, key, value, *_list_options(call), rows(out), lse.contiguous(), rows(grad_out), *grads
     )
-    return grads  # type: ignore[return-value]
+    return grads

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._calls import ListCall, SelectCall, empty_rows
+from .._calls import ListCall, SelectCall, compute_dtype, empty_rows
 from .philox import drop_threshold, keep_factor, philox
 
 MASKED = -1e30  # a float mask at or below this masks, as -inf does
@@ -24,10 +24,6 @@ LEAST = 1e-30  # a weight too small for a float still beats a key that is not to
 
 
 # ---- what both ops share
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def per_query_head(x: Tensor, heads: int) -> Tensor:
@@ -125,7 +121,7 @@ def selection_scores(call: SelectCall) -> Tensor:
     Every sub-group of a chunk gives each key its mean query's softmax weight, times the share of its queries to which
     the key is new: visible, and not in their local window.
     """
-    dtype = _compute_dtype(call.query)
+    dtype = compute_dtype(call.query)
     batch, heads = call.query.shape[:2]
     rounds = 1 if call.order is None else call.order.shape[2]
     keys = call.key.shape[2] - call.context_keys
@@ -237,7 +233,7 @@ class ListScores(NamedTuple):
 
 def list_scores(call: ListCall) -> ListScores:
     """The scores of every pair of a query and a key of its lists."""
-    dtype = _compute_dtype(call.query)
+    dtype = compute_dtype(call.query)
     batch, heads = call.query.shape[:2]
     position, key = _positions(call), call.key_lists.long()
     rounds = 1 if call.order is None else call.order.shape[2]
@@ -318,7 +314,7 @@ def rest_term(call: ListCall, s: ListScores, query: Tensor, key: Tensor) -> Rest
 
 def call_tensors(call: ListCall) -> tuple[Tensor, Tensor, Tensor]:
     """Query, and key and value for every query head, in the dtype that is computed in."""
-    dtype, heads = _compute_dtype(call.query), call.query.shape[1]
+    dtype, heads = compute_dtype(call.query), call.query.shape[1]
     key, value = (per_query_head(x.to(dtype), heads) for x in (call.key, call.value))
     return call.query.to(dtype), key, value
 

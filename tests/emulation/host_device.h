@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -65,6 +66,8 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   const auto product = host::exchange<host::Product>({name}, ~0u, operand, host::multiply_fragments<T>);
   std::memcpy(d, product.d, sizeof d);
 }
+
+inline float exp2_approximate(float x) { return std::exp2(x); }
 
 template <class T>
 T from_float(float x) {

@@ -73,6 +73,43 @@ void bucket_order(const py::array& buckets, const std::optional<py::array>& cu_s
   check(rk::cuda::bucket_order(p, device_of(device), scratch(scratch_order), scratch(counts), nullptr));
 }
 
+// The fields of AttentionParams that `given` has, by their names: arrays, numbers, and strings for `element`.
+rk::AttentionParams attention_params(const py::dict& given) {
+  rk::AttentionParams p{};
+  const auto number = [&]<class T>(const char* name, T& field) { field = given[name].cast<T>(); };
+  const auto pointer = [&]<class T>(const char* name, T*& field) {
+    if (!given[name].is_none()) field = static_cast<T*>(const_cast<void*>(given[name].cast<py::array>().data()));
+  };
+  const auto rows_of = [&](const char* name, rk::Rows& field) {
+    if (given.contains(name) && !given[name].is_none()) field = rows(given[name].cast<py::array>());
+  };
+  p.element = element_of(given["element"].cast<std::string>());
+  const py::array query = given["query"], value = given["value"];
+  p.B = query.shape(0), p.H = query.shape(1), p.L = query.shape(2), p.D = query.shape(3), p.E = value.shape(3);
+  p.S = p.L, p.key_heads = value.shape(1);
+  p.R = given["order"].is_none() ? 1 : given["order"].cast<py::array>().shape(2);
+  p.n_sequences = given["cu_seqlens"].is_none() ? 1 : given["cu_seqlens"].cast<py::array>().shape(0) - 1;
+  number("chunk_length", p.chunk_length), number("n_queries", p.n_queries);
+  number("chunks_before", p.chunks_before), number("chunks_after", p.chunks_after), number("flags", p.flags);
+  number("scale", p.scale), number("keep_factor", p.keep_factor), number("drop_threshold", p.drop_threshold);
+  pointer("dropout_seed", p.dropout_seed), pointer("order", p.order), pointer("buckets", p.buckets);
+  pointer("padding", p.padding), pointer("cu_seqlens", p.cu_seqlens), pointer("self_only", p.self_only);
+  p.lse = given["lse"].cast<py::array>().mutable_data();
+  rows_of("query", p.query), rows_of("key", p.key), rows_of("value", p.value), rows_of("out", p.out);
+  rows_of("grad_out", p.grad_out), rows_of("grad_query", p.grad_query), rows_of("grad_key", p.grad_key);
+  rows_of("grad_value", p.grad_value);
+  return p;
+}
+
+void attention_forward(const py::dict& given, int64_t longest, const std::vector<int>& device) {
+  check(rk::cuda::attention_forward(attention_params(given), longest, device_of(device), nullptr));
+}
+
+void attention_backward(const py::dict& given, int64_t longest, py::array& residuals, const std::vector<int>& device) {
+  check(rk::cuda::attention_backward(attention_params(given), longest, device_of(device), residuals.mutable_data(),
+                                     nullptr));
+}
+
 void gather_rows(const py::array& input, const py::array& index, py::array& out) {
   rk::cuda::GatherRows p{};
   p.input = input.data(), p.index = static_cast<const int32_t*>(index.data()), p.out = out.mutable_data();
@@ -111,6 +148,8 @@ py::dict order_plan(const std::vector<int64_t>& shape, int64_t n_sequences, int6
 void bind_kernels(py::module_& m) {
   m.def("hash_buckets", &hash_buckets);
   m.def("bucket_order", &bucket_order);
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
   m.def("gather_rows", &gather_rows);
   m.def("hash_plan", &hash_plan);
   m.def("order_plan", &order_plan);

@@ -10,23 +10,28 @@ import functools
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, overload
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from reformer_kernels._calls import HashCall, OrderCall
+from reformer_kernels.backends import cuda
+
 from . import build
 from .ptx.kernel import Counters, Kernel, VirtualRegion
 
 CSRC = build.ROOT / "csrc"
 HERE = Path(__file__).parent
-SOURCES = {name: CSRC / "kernels" / "cuda" / f"{name}.cu" for name in ("hash", "order", "gather")}
+SOURCES = {name: CSRC / "kernels" / "cuda" / f"{name}.cu" for name in ("hash", "order", "attention", "gather")}
 ARCHITECTURES = ("sm_80", "sm_90")
 # Multiprocessors, bytes of shared memory of a block and of a multiprocessor.
 DEVICES = {
@@ -37,6 +42,8 @@ DEVICES = {
     "one": (1, 61440, 61440),
     "little": (4, 80000, 81920),
 }
+
+UNWRITTEN = 0xF7  # as a byte; so as numbers none that a kernel computes
 
 Memory = Sequence[np.ndarray | VirtualRegion]
 
@@ -99,31 +106,27 @@ class Emulator:
     csrc: Path = CSRC  # of the kernels, not of their launchers
     launched: list[Launched] = field(default_factory=list)
 
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """The backend "cuda" serves tensors of the CPU, by emulated kernels."""
+        with (
+            patch.object(cuda, "_ops", EmulatedOps(self)),
+            patch.object(cuda, "not_supported_reasons", cuda.kernel_reasons),
+        ):
+            yield
+
     def hash_buckets(
         self, x: Tensor, rotations: Tensor, factors: Sequence[int], padding: Tensor | None = None
     ) -> Tensor:
         """Buckets int32 [B, H, R, L], like ``rk.hash_buckets``."""
-        buckets = unwritten(*x.shape[:2], rotations.shape[3], x.shape[2])
-        arguments = (rotations.numpy(), None if padding is None else padding.numpy(), list(factors), buckets)
-        host().hash_buckets(as_array(x), str(x.dtype)[6:], *arguments, self.device)
-        inputs = [storage(x), storage(rotations)] + ([] if padding is None else [storage(padding)])
-        self.run("hash", [*inputs, buckets])
-        return torch.from_numpy(buckets)
+        with self.serving():
+            return cuda.hash_buckets(HashCall(x, rotations, padding, None, list(factors), 0, 1, "cuda"))
 
     def bucket_order(self, buckets: Tensor, n_buckets: int, bounds: Sequence[int] | None = None) -> Tensor:
         """Order int32 [B, H, R, L], like ``rk.bucket_order``; ``bounds``: of packed sequences."""
-        cu_seqlens = None if bounds is None else np.array(bounds, np.int32)
-        longest = buckets.shape[3] if bounds is None else int(np.diff(bounds).max())
-        plan = host().order_plan(
-            list(buckets.shape), 1 if bounds is None else len(bounds) - 1, longest, n_buckets, self.device
-        )
-        order = unwritten(*buckets.shape)
-        other = unwritten(buckets.numel() if plan["passes"] > 1 else 0)
-        counts = unwritten(plan["counts"])
-        host().bucket_order(buckets.numpy(), cu_seqlens, longest, n_buckets, order, other, counts, self.device)
-        inputs = [storage(buckets)] + ([] if cu_seqlens is None else [read_only(cu_seqlens)])
-        self.run("order", [*inputs, order, other, counts])
-        return torch.from_numpy(order)
+        cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+        with self.serving():
+            return cuda.bucket_order(OrderCall(buckets, cu_seqlens, n_buckets, "cuda"))
 
     def gather_rows(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
         out = np.full((len(index), rows.shape[1]), 255, rows.dtype)
@@ -143,13 +146,84 @@ class Emulator:
             self.launched.append(Launched(launch["name"], launch["threads"], launch["shared_bytes"], counters))
 
 
-def unwritten(*shape: int) -> np.ndarray:
-    """int32, aligned as on a GPU, of a number that no kernel writes."""
-    return torch.full(shape, -9, dtype=torch.int32).numpy()
+class EmulatedOps:
+    """What ``torch.ops.reformer_kernels_cuda`` has, for tensors of the CPU."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self._emulator = emulator
+
+    def hash_buckets(
+        self, x: Tensor, rotations: Tensor, padding: Tensor | None, factors: Sequence[int], buckets: Tensor
+    ) -> None:
+        outputs = unwritten(buckets)
+        host().hash_buckets(
+            as_array(x), str(x.dtype)[6:], as_array(rotations), as_array(padding), list(factors), as_array(buckets),
+            self._emulator.device,
+        )  # fmt: skip
+        self._emulator.run("hash", memory_of(x, rotations, padding) + outputs)
+
+    def bucket_order(
+        self, buckets: Tensor, cu_seqlens: Tensor | None, longest: int, n_buckets: int, order: Tensor
+    ) -> None:
+        device, sequences = self._emulator.device, 1 if cu_seqlens is None else len(cu_seqlens) - 1
+        plan = host().order_plan(list(buckets.shape), sequences, longest, n_buckets, device)
+        sizes = buckets.numel() if plan["passes"] > 1 else 0, plan["counts"]
+        scratch = [torch.empty(size, dtype=torch.int32) for size in sizes]
+        outputs = unwritten(order, *scratch)
+        host().bucket_order(
+            as_array(buckets), as_array(cu_seqlens), longest, n_buckets, *map(as_array, (order, *scratch)), device
+        )
+        self._emulator.run("order", memory_of(buckets, cu_seqlens) + outputs)
+
+    def chunk_attention_forward(self, *arguments: Any) -> None:
+        *inputs, longest, out, lse, self_only = arguments
+        outputs = unwritten(out, lse, self_only)
+        host().attention_forward(
+            self._attention(inputs, out=out, lse=lse, self_only=self_only), longest, self._emulator.device
+        )
+        self._emulator.run("attention", memory_of(*inputs) + outputs)
+        assert (self_only.view(torch.uint8) < 2).all(), "a row of self_only was not written"
+
+    def chunk_attention_backward(self, *arguments: Any) -> None:
+        *inputs, longest, grad_out, out, lse, self_only, grad_query, grad_key, grad_value = arguments
+        residuals = torch.empty(*lse.shape, 4)
+        outputs = unwritten(grad_query, grad_key, grad_value, residuals)
+        given = {"grad_out": grad_out, "out": out, "lse": lse, "self_only": self_only}
+        shared = inputs[1] is None
+        grads = {"grad_query": grad_query, "grad_key": None if shared else grad_key, "grad_value": grad_value}
+        host().attention_backward(
+            self._attention(inputs, **given, **grads), longest, as_array(residuals), self._emulator.device
+        )
+        self._emulator.run("attention", memory_of(*inputs, *given.values()) + outputs)
+
+    def _attention(self, inputs: Sequence[Any], **others: Tensor | None) -> dict[str, Any]:
+        """The fields of AttentionParams by name, with arrays for tensors."""
+        names = (
+            "query", "key", "value", "order", "buckets", "padding", "cu_seqlens", "dropout_seed", "chunk_length",
+            "chunks_before", "chunks_after", "n_queries", "scale", "drop_threshold", "keep_factor", "flags",
+        )  # fmt: skip
+        fields = dict(zip(names, inputs, strict=True)) | others
+        return {"element": str(inputs[0].dtype)[6:]} | {
+            name: as_array(x) if isinstance(x, Tensor) else x for name, x in fields.items()
+        }
 
 
-def as_array(x: Tensor) -> np.ndarray:
+def unwritten(*outputs: Tensor) -> list[np.ndarray]:
+    """Memory of outputs, all of which is set to what no kernel writes."""
+    memory = [storage(x, writeable=True) for x in outputs]
+    for whole in memory:
+        whole[:] = UNWRITTEN
+    return memory
+
+
+@overload
+def as_array(x: Tensor) -> np.ndarray: ...
+@overload
+def as_array(x: None) -> None: ...
+def as_array(x: Tensor | None) -> np.ndarray | None:
     """A view of a tensor; half types as uint16."""
+    if x is None:
+        return None
     return x.view(torch.int16).numpy().view(np.uint16) if x.element_size() == 2 else x.numpy()
 
 
@@ -159,7 +233,14 @@ def read_only(array: np.ndarray) -> np.ndarray:
     return view
 
 
-def storage(x: Tensor) -> np.ndarray:
-    """All memory that a tensor's storage has, for reading."""
+def storage(x: Tensor, writeable: bool = False) -> np.ndarray:
+    """All memory that a tensor's storage has."""
     data = x.untyped_storage()
-    return read_only(np.ctypeslib.as_array((np.ctypeslib.ctypes.c_ubyte * data.nbytes()).from_address(data.data_ptr())))
+    array = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_ubyte * data.nbytes()).from_address(data.data_ptr()))
+    return array if writeable else read_only(array)
+
+
+def memory_of(*values: Any) -> list[np.ndarray]:
+    """What the tensors among these may be read from; views of one storage have it once."""
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    return list({x.untyped_storage().data_ptr(): storage(x) for x in tensors}.values())

@@ -106,7 +106,8 @@ void attention_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::
             (shared && chance(0.3) ? kWithinBucket : 0) | (chance(0.2) ? kDedup : 0) |
             (shared && chance(0.3) ? kBucketAligned : 0);
   p.scale = 0.7;
-  p.keep_factor = chance(0.3) ? 1.25 : 1.0, p.drop_threshold = 858993459u, p.dropout_seed = generator();
+  const int64_t seed = static_cast<int64_t>(generator());
+  p.keep_factor = chance(0.3) ? 1.25 : 1.0, p.drop_threshold = 858993459u, p.dropout_seed = &seed;
   const int64_t heads = p.B * p.H;
   const auto query = normal<T>(heads * p.L * p.D), key = normal<T>(shared ? 0 : heads * p.L * p.D),
              value = normal<T>(heads * p.L * p.E);
@@ -217,7 +218,8 @@ void list_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::Typed
   }
   select(wide, 2);
   p.key_lists = lists.data();
-  p.keep_factor = chance(0.3) ? 1.25 : 1.0, p.drop_threshold = 858993459u, p.dropout_seed = generator();
+  const int64_t seed = static_cast<int64_t>(generator());
+  p.keep_factor = chance(0.3) ? 1.25 : 1.0, p.drop_threshold = 858993459u, p.dropout_seed = &seed;
   const double tolerance = sizeof(T) == 4 ? 2e-4 : 1e-11;
   const Results<T> expected = run_lists(cpu::kernels_baseline()->*type, p, grad_out, 1);
   same(expected, run_lists(cpu::kernels_baseline()->*type, p, grad_out, static_cast<int>(between(2, 7))), 0);

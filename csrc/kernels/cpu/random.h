@@ -47,9 +47,9 @@ RK_NOINLINE void dropout_block(const AttentionParams& p, const Unit& u, int64_t 
   uint32_t slot[kQueries], words[4][kQueries];
   for (int l = 0; l < kQueries; ++l) slot[l] = static_cast<uint32_t>(chunk_start % u.L + place[l < queries ? l : 0]);
   const T keep = static_cast<T>(p.keep_factor);
+  const uint64_t seed = static_cast<uint64_t>(*p.dropout_seed);
   for (int64_t group = first / 4; group * 4 < first + keys; ++group) {
-    philox(p.dropout_seed, static_cast<uint32_t>(group), slot, u.round(chunk_start), static_cast<uint32_t>(u.index),
-           words);
+    philox(seed, static_cast<uint32_t>(group), slot, u.round(chunk_start), static_cast<uint32_t>(u.index), words);
     for (int w = 0; w < 4; ++w) {
       const int64_t i = group * 4 + w - first;
       if (i < 0 || i >= keys) continue;

@@ -138,4 +138,81 @@ inline OrderPlan plan_order(const OrderParams& p, const Device& device) {
   return plan;
 }
 
+// ---- chunk attention
+
+constexpr int kAttentionRows = 64;  // of a tile of queries or keys
+constexpr int kAttentionThreads = 128, kAttentionPlaces = 3, kAttentionMaxDim = 128, kAttentionMaxWalk = 8;
+constexpr int kAttentionMaxChunks = 1023;  // of a query's windows in all rounds: so often it may meet its own key
+
+constexpr int kKeyFactsBytes = 12 * kAttentionRows, kQueryFactsBytes = 40 * kAttentionRows;  // of a tile
+
+constexpr int attention_row_bytes(int element_bytes, int steps) { return element_bytes * 16 * steps; }
+
+// The tiles of queries of a round of a sequence: of whole chunks, or of a part of one.
+struct AttentionTiles {
+  int span, of_span;  // slots after which it starts anew, and the tiles of them
+  int length, of_round;
+
+  RK_HOST_DEVICE AttentionTiles(int chunk_length, int sequence_length) : length(sequence_length) {
+    span = chunk_length >= kAttentionRows ? chunk_length : kAttentionRows / chunk_length * chunk_length;
+    of_span = (span + kAttentionRows - 1) / kAttentionRows;
+    of_round = (length + span - 1) / span * of_span;
+  }
+  RK_HOST_DEVICE int start(int tile) const { return tile / of_span * span + tile % of_span * kAttentionRows; }
+  RK_HOST_DEVICE int count(int tile) const {  // may be none
+    const int of_span_left = span - tile % of_span * kAttentionRows, left = length - start(tile);
+    const int most = of_span_left < kAttentionRows ? of_span_left : kAttentionRows;
+    return left < most ? left : most;
+  }
+};
+
+enum class AttentionPart { kForward, kGradQuery, kGradKeys };
+
+struct AttentionPlan {
+  Launch launch;      // of each round
+  int steps = 0;      // template argument: head sizes are padded to 16 * steps
+  int places = 0;     // for tiles of rows that are visited, in shared memory
+  bool lead = false;  // rows that a block owns are those of a tile that it visits
+  int tiles_per_block = 0, blocks_per_sequence = 0;
+  int rounds = 0;  // launches
+};
+
+// longest: tokens of the longest sequence.
+inline AttentionPlan plan_attention(const AttentionParams& p, AttentionPart part, int64_t longest,
+                                    const Device& device) {
+  AttentionPlan plan;
+  const bool forward = part == AttentionPart::kForward, keys = part == AttentionPart::kGradKeys;
+  const int bytes = p.element == Element::kSame ? 4 : 2, least = bytes == 4 ? 4 : 2;
+  const int64_t width = std::max(p.D, p.E);
+  plan.steps = std::max(width <= 32 ? 2 : width <= 64 ? 4 : 8, least);
+  const int tile = kAttentionRows * attention_row_bytes(bytes, plan.steps);
+  const int own_facts = keys ? kKeyFactsBytes : kQueryFactsBytes, facts = keys ? kQueryFactsBytes : kKeyFactsBytes;
+  const auto shared_bytes = [&](int places) {
+    return (forward ? 1 : 2) * tile + own_facts + places * (2 * tile + facts);
+  };
+  // As many places as fit, or as many as let two blocks be in a multiprocessor.
+  const auto fits = [&](int places, int blocks) {
+    return shared_bytes(places) <= device.shared_bytes_per_block - kReservedShared &&
+           blocks * (shared_bytes(places) + kReservedShared) <= device.shared_bytes_per_multiprocessor;
+  };
+  plan.places = kAttentionPlaces;
+  while (plan.places > 2 && !fits(plan.places, 2)) --plan.places;
+  while (plan.places > 1 && !fits(plan.places, 1)) --plan.places;
+  plan.launch.shared_bytes = shared_bytes(plan.places);
+  plan.launch.threads = kAttentionThreads;
+  plan.rounds = static_cast<int>(longest <= p.chunk_length ? 1 : p.R);
+  const AttentionTiles tiles(static_cast<int>(p.chunk_length), static_cast<int>(longest));
+  // Where all rounds begin with a tile, and the tiles of a window stay.
+  const int64_t window = (p.chunks_before + 1 + p.chunks_after) * p.chunk_length;
+  plan.lead = p.shared() && !p.cu_seqlens && tiles.span % kAttentionRows == 0 && p.L % kAttentionRows == 0 &&
+              window + std::max<int64_t>(tiles.span - p.chunk_length, 0) <= plan.places * kAttentionRows;
+  // Blocks walk as far as leaves several of them to every multiprocessor.
+  const int64_t sequences = p.B * (keys ? p.key_heads : p.H) * p.n_sequences;
+  const int64_t wanted = int64_t{device.multiprocessors} * 16, most = std::min(kAttentionMaxWalk, tiles.of_round);
+  plan.tiles_per_block = static_cast<int>(std::clamp<int64_t>(tiles.of_round * sequences / wanted, 1, most));
+  plan.blocks_per_sequence = static_cast<int>(ceil_div(tiles.of_round, plan.tiles_per_block));
+  plan.launch.grid[0] = static_cast<uint32_t>(sequences * plan.blocks_per_sequence);
+  return plan;
+}
+
 }  // namespace rk::cuda

@@ -171,3 +171,6 @@ def check_predicates(machine: ModuleType) -> None:
     assert_same_bits(lanes(machine, body, [a, b], np.uint32), np.where(odd, 6, 7))
     body = f"{odd_code} not.pred %p2, %p1; xor.pred %p3, %p1, %p2; and.pred %p4, %p3, %p2; selp.u32 d, 1, 0, %p4;"
     assert_same_bits(lanes(machine, body, [a, b], np.uint32), ~odd)
+    for truth in ("1", "-1"):  # nvcc writes either
+        body = f"{odd_code} xor.pred %p2, %p1, {truth}; or.pred %p3, %p2, 0; selp.u32 d, 1, 0, %p3;"
+        assert_same_bits(lanes(machine, body, [a, b], np.uint32), ~odd)

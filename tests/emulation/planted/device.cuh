@@ -8,9 +8,3 @@
 constexpr int kBug = BUG;  // which mistake is planted; 0: none
 
 using namespace rk::cuda;
-
-__device__ __forceinline__ float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}

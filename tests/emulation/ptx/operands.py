@@ -96,7 +96,8 @@ class Operands:
         found = self._lookup(text)
         if found is not None:
             return found
-        return self.constant(self._value(text, type_), TYPE_BYTES[type_] == 8)
+        value = self._value(text, type_)
+        return self.constant(int(value != 0) if type_ == "pred" else value, TYPE_BYTES[type_] == 8)
 
     def destination(self, text: str, type_: str) -> Register:
         found = self.register(text)

@@ -1,0 +1,105 @@
+// Launches the kernels of chunk attention, round by round.
+#include "kernels/cuda/attention_backward.cuh"
+#include "kernels/cuda/attention_forward.cuh"
+#include "kernels/cuda/kernels.h"
+
+namespace rk::cuda {
+namespace {
+
+// Whether rows can be moved 16 bytes at a time.
+bool is_aligned(const Rows& rows, int64_t width, int64_t bytes) {
+  const auto fits = [&](int64_t elements) { return elements * bytes % 16 == 0; };
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && fits(rows.stride_b) && fits(rows.stride_h) &&
+         fits(rows.stride_l) && fits(width);
+}
+
+AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan) {
+  AttentionArguments a{};
+  a.query = p.query, a.key = p.shared() ? p.query : p.key, a.value = p.value, a.out = p.out;
+  a.order = p.order, a.padding = p.padding, a.cu_seqlens = p.cu_seqlens;
+  a.lse = static_cast<float*>(p.lse), a.self_only = p.self_only;
+  a.dropout_seed = p.dropout_seed;
+  a.heads = p.B * p.H, a.n_sequences = p.n_sequences, a.element = p.element;
+  a.L = static_cast<int>(p.L), a.n_queries = static_cast<int>(p.n_queries), a.R = static_cast<int>(p.R);
+  a.H = static_cast<int>(p.H), a.group = static_cast<int>(p.group());
+  a.D = static_cast<int>(p.D), a.E = static_cast<int>(p.E);
+  a.chunk_length = static_cast<int>(p.chunk_length);
+  a.before = static_cast<int>(p.chunks_before), a.after = static_cast<int>(p.chunks_after);
+  a.tiles_per_block = plan.tiles_per_block, a.blocks_per_sequence = plan.blocks_per_sequence, a.places = plan.places;
+  a.scale = static_cast<float>(p.scale);
+  a.dropout = p.dropout(), a.keep_factor = static_cast<float>(p.keep_factor), a.drop_threshold = p.drop_threshold;
+  a.causal = p.has(kCausal), a.shared = p.shared(), a.l2 = p.has(kL2Norm), a.lead = plan.lead;
+  const int64_t bytes = p.element == Element::kSame ? 4 : 2;
+  a.aligned_rows = is_aligned(a.query, p.D, bytes) && is_aligned(a.key, p.D, bytes) && is_aligned(a.value, p.E, bytes);
+  a.aligned_out = is_aligned(a.out, p.E, bytes);
+  return a;
+}
+
+AttentionArguments backward_arguments(const AttentionParams& p, const AttentionPlan& plan, void* residuals) {
+  AttentionArguments a = arguments(p, plan);
+  a.grad_out = p.grad_out, a.residuals = static_cast<QueryResidual*>(residuals);
+  a.grad_query = p.grad_query, a.grad_key = p.grad_key, a.grad_value = p.grad_value;
+  const int64_t bytes = p.element == Element::kSame ? 4 : 2;
+  a.aligned_rows = a.aligned_rows && is_aligned(a.grad_out, p.E, bytes);
+  a.aligned_out = is_aligned(a.grad_query, p.D, bytes) && is_aligned(a.grad_value, p.E, bytes) &&
+                  (p.shared() || is_aligned(a.grad_key, p.D, bytes));
+  return a;
+}
+
+using Kernel = void(AttentionArguments);
+
+template <class T, int STEPS>
+Kernel* kernel_of(AttentionPart part) {
+  return part == AttentionPart::kForward     ? attention_forward_kernel<T, STEPS>
+         : part == AttentionPart::kGradQuery ? attention_grad_query_kernel<T, STEPS>
+                                             : attention_grad_keys_kernel<T, STEPS>;
+}
+
+template <class T>
+Kernel* kernel_of(AttentionPart part, int steps) {
+  if constexpr (sizeof(T) == 2)
+    if (steps == 2) return kernel_of<T, 2>(part);
+  return steps == 4 ? kernel_of<T, 4>(part) : kernel_of<T, 8>(part);
+}
+
+Kernel* kernel_of(AttentionPart part, Element element, int steps) {
+  return element == Element::kBFloat16  ? kernel_of<bf16>(part, steps)
+         : element == Element::kFloat16 ? kernel_of<fp16>(part, steps)
+                                        : kernel_of<float>(part, steps);
+}
+
+// A token stands once in each round, so a round may add to what the last one wrote.
+int launch_rounds(AttentionPart part, AttentionArguments a, const AttentionPlan& plan, void* stream) {
+  Kernel* kernel = kernel_of(part, a.element, plan.steps);
+  for (int round = 0; round < plan.rounds; ++round) {
+    a.round = round;
+    if (const int error = launch(kernel, plan.launch, a, stream)) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+int attention_forward(const AttentionParams& p, int64_t longest, const Device& device, void* stream) {
+  if (p.B * p.H * longest == 0) return cudaSuccess;
+  const AttentionPlan plan = plan_attention(p, AttentionPart::kForward, longest, device);
+  return launch_rounds(AttentionPart::kForward, arguments(p, plan), plan, stream);
+}
+
+int attention_backward(const AttentionParams& p, int64_t longest, const Device& device, void* residuals, void* stream) {
+  if (p.B * p.H * longest == 0) return cudaSuccess;
+  constexpr int kQueries = kAttentionThreads / kWarp;  // of a block
+  const int64_t queries = p.B * p.H * p.n_queries;
+  AttentionPlan plan = plan_attention(p, AttentionPart::kGradQuery, longest, device);
+  if (queries > 0) {
+    const Launch launch_of_rows{{static_cast<uint32_t>(ceil_div(queries, kQueries)), 1, 1}, kAttentionThreads, 0};
+    const AttentionArguments a = backward_arguments(p, plan, residuals);
+    int error = launch(attention_residual_kernel, launch_of_rows, a, stream);
+    if (!error) error = launch_rounds(AttentionPart::kGradQuery, a, plan, stream);
+    if (error) return error;
+  }
+  plan = plan_attention(p, AttentionPart::kGradKeys, longest, device);
+  return launch_rounds(AttentionPart::kGradKeys, backward_arguments(p, plan, residuals), plan, stream);
+}
+
+}  // namespace rk::cuda

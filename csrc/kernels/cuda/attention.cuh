@@ -1,0 +1,435 @@
+// What the kernels of chunk attention share: their arguments, and how a block walks over windows.
+//
+// Sorted slots of all rounds of a sequence form a ring. In "unrolled" numbers, of which the ring's length is a turn, a
+// query sees a run of slots: its chunk and those before and after. A block owns tiles of 64 queries (or keys) of one
+// round, of whole chunks or of a part of one, and visits for each the tiles of 64 slots, [64 i, 64 i + 64) unrolled,
+// whose keys (or queries) they see (or are seen by). Rows are gathered into shared memory, where a visited tile stays
+// until its place is needed; the next one comes while one is computed with.
+#pragma once
+#include "kernels/cuda/random.cuh"
+#include "kernels/cuda/tiles.cuh"
+
+namespace rk::cuda {
+
+// Of a query, what the backward needs of the forward.
+struct __align__(16) QueryResidual {
+  float lse;    // base 2; infinity if it saw nothing; of self_only how often, as a logarithm
+  float delta;  // outgoing row . incoming gradient
+  int self_only;
+};
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+struct AttentionArguments {
+  Rows query, key, value, grad_out;            // key of shared rows: the query's
+  Rows out, grad_query, grad_key, grad_value;  // written
+  const int32_t* order;                        // [B, H, R * L] or null
+  const bool* padding;                         // [B, L] or null
+  const int32_t* cu_seqlens;                   // [n_sequences + 1] or null
+  float* lse;                   // [B, H, n_queries]: in base 2 or OnlySelf until the last round, then natural
+  bool* self_only;              // [B, H, n_queries]
+  QueryResidual* residuals;     // [B, H, n_queries]
+  const int64_t* dropout_seed;  // or null
+  int64_t heads;                // B * H
+  int64_t n_sequences;
+  int L, n_queries, R, H, group, D, E, chunk_length, before, after;
+  int round, tiles_per_block, blocks_per_sequence, places;
+  Element element;
+  float scale, keep_factor;
+  uint32_t drop_threshold;
+  bool causal, shared, l2, dropout;
+  bool lead;                       // a tile that a block owns is one that it visits, too
+  bool aligned_rows, aligned_out;  // 16 bytes at a time
+};
+
+template <class T>
+__device__ __forceinline__ T* row_of(const Rows& rows, int64_t b, int64_t h, int64_t l) {
+  return static_cast<T*>(rows.data) + b * rows.stride_b + h * rows.stride_h + l * rows.stride_l;
+}
+
+__device__ __forceinline__ int floor_div(int a, int b) { return a / b - (a % b < 0); }
+
+// A sequence of a head.
+struct AttentionSequence {
+  int b, h, key_head;
+  uint32_t index;    // among all sequences of all heads
+  int64_t head_row;  // of its first row among those of [B, H, n_queries]
+  int offset;        // of its rows
+  int length, turn;  // rows, and slots of all rounds
+  int n_queries;     // of its rows, the first ones
+  int chunks;        // of a round
+  int rounds, before, after;
+  const int32_t* order;
+
+  __device__ void take(const AttentionArguments& p, int64_t number, int heads) {
+    const int64_t sequence = number % p.n_sequences;
+    b = static_cast<int>(number / p.n_sequences / heads);
+    offset = p.cu_seqlens ? p.cu_seqlens[sequence] : 0;
+    length = (p.cu_seqlens ? p.cu_seqlens[sequence + 1] : p.L) - offset;
+    n_queries = p.n_queries - offset;
+    const bool single = length <= p.chunk_length;  // one window: the rounds would only repeat it
+    rounds = single ? 1 : p.R;
+    before = single ? 0 : p.before, after = single ? 0 : p.after;
+    turn = rounds * length;
+    chunks = (length + p.chunk_length - 1) / p.chunk_length;
+    take_head(p, static_cast<int>(number / p.n_sequences % heads) * (p.H / heads), sequence);
+  }
+  __device__ void take_head(const AttentionArguments& p, int head, int64_t sequence) {
+    h = head, key_head = head / p.group;
+    const int64_t number = int64_t{b} * p.H + h;
+    index = static_cast<uint32_t>(number * p.n_sequences + sequence);
+    head_row = number * p.n_queries + offset;
+    order = p.order ? p.order + (number * p.L + offset) * p.R : nullptr;
+  }
+
+  __device__ int wrapped(int slot) const {
+    return slot >= 0 && slot < turn ? slot : slot - floor_div(slot, turn) * turn;
+  }
+  // The row in the sequence of a slot.
+  __device__ int position(int slot) const { return order ? order[wrapped(slot)] : wrapped(slot); }
+  __device__ int chunk_of(int slot, int chunk_length) const {
+    const int round = floor_div(slot, length);
+    return round * chunks + (slot - round * length) / chunk_length;
+  }
+  // The first slot of a chunk.
+  __device__ int begin_of(int chunk, int chunk_length) const {
+    const int round = floor_div(chunk, chunks);
+    return round * length + (chunk - round * chunks) * chunk_length;
+  }
+};
+
+// By which a row, of a squared length, is divided to be a key.
+__device__ __forceinline__ float key_length(const AttentionArguments& p, float square) {
+  return !p.shared ? 1.f : p.l2 ? fmaxf(sqrtf(square), 1e-12f) : sqrtf(square + 1e-6f * p.D);
+}
+
+constexpr int kHidden = INT32_MAX;  // the position of a key that nobody may see
+constexpr int kEveryone = -1;       // ... that everybody may see
+constexpr int kNobody = INT32_MIN;  // of no key
+
+// Facts of the rows of a tile, in shared memory.
+struct KeyFacts {
+  int row[kAttentionRows];       // in the sequence
+  int position[kAttentionRows];  // or kHidden or kEveryone
+  float factor[kAttentionRows];  // of scores in base 2
+};
+struct QueryFacts {
+  int row[kAttentionRows];                          // in the sequence, or kNobody for none
+  int limit[kAttentionRows];                        // it sees keys of positions below,
+  int excluded[kAttentionRows];                     // less this one,
+  int first[kAttentionRows], last[kAttentionRows];  // of the slots from the first on and before the last
+  int slot[kAttentionRows];                         // wrapped
+  QueryResidual residual[kAttentionRows];
+};
+static_assert(sizeof(KeyFacts) == kKeyFactsBytes && sizeof(QueryFacts) == kQueryFactsBytes);
+
+// A tile that a block owns, and the tiles that it sees, or is seen by. In shared memory, written by one thread.
+struct Visits {
+  int own;                        // its number
+  bool some;                      // or it is behind the last one
+  int slot, count;                // its slots
+  int first, tiles;               // that are visited
+  int lead;                       // the one that is visited first, or none
+  int inner_first, inner_behind;  // slots that every slot of the tile sees
+
+  // The block's first one from `own` on that has slots. back, ahead: chunks.
+  __device__ void take(const AttentionArguments& p, const AttentionSequence& sequence, int from, int back, int ahead) {
+    const AttentionTiles all(p.chunk_length, sequence.length);
+    const int begins = static_cast<int>(blockIdx.x % p.blocks_per_sequence) * p.tiles_per_block;
+    const int behind = min(begins + p.tiles_per_block, all.of_round);
+    for (own = max(from, begins); own < behind && all.count(own) <= 0;) ++own;
+    some = own < behind;
+    if (!some) return;
+    slot = p.round * sequence.length + all.start(own), count = all.count(own);
+    const int first_chunk = sequence.chunk_of(slot, p.chunk_length);
+    const int last_chunk = sequence.chunk_of(slot + count - 1, p.chunk_length);
+    first = floor_div(sequence.begin_of(first_chunk - back, p.chunk_length), kAttentionRows);
+    tiles = floor_div(sequence.begin_of(last_chunk + ahead + 1, p.chunk_length) - 1, kAttentionRows) + 1 - first;
+    inner_first = sequence.begin_of(last_chunk - back, p.chunk_length);
+    inner_behind = sequence.begin_of(first_chunk + ahead + 1, p.chunk_length);
+    lead = p.lead ? slot / kAttentionRows : kNobody;
+  }
+  __device__ int tile(int i) const {
+    if (lead == kNobody) return first + i;
+    const int tile = first + i - 1;
+    return i == 0 ? lead : tile + (tile >= lead);
+  }
+  __device__ bool all_see(int tile) const {
+    return tile * kAttentionRows >= inner_first && (tile + 1) * kAttentionRows <= inner_behind;
+  }
+};
+
+// What a block knows beside its rows, in shared memory.
+struct AttentionState {
+  AttentionSequence sequence;
+  Visits visits[2];  // of a tile that it owns, and of the next
+  uint64_t seed;     // of dropout
+
+  __device__ void take(const AttentionArguments& p, int heads) {
+    if (threadIdx.x == 0) {
+      sequence.take(p, blockIdx.x / p.blocks_per_sequence, heads);
+      seed = p.dropout ? static_cast<uint64_t>(*p.dropout_seed) : 0;
+    }
+    __syncthreads();
+  }
+};
+
+// Shared memory: the tiles that a block owns, two for each place, and the facts of all. `OwnFacts`, `Facts`: of rows
+// that it owns and visits.
+template <class T, int STEPS, int OWN_TILES, class OwnFacts, class Facts>
+struct AttentionBlock {
+  using Layout = TileLayout<T, STEPS>;
+  static constexpr int kPerUnit = 16 / sizeof(T);
+
+  const AttentionArguments& p;
+  AttentionState& state;
+  AttentionSequence& sequence;
+  unsigned char* memory;
+  int warp, lane;
+
+  __device__ unsigned char* own_tile(int i) const { return memory + i * Layout::kBytes; }
+  __device__ unsigned char* tile(int place, int i) const {
+    return memory + (OWN_TILES + 2 * place + i) * Layout::kBytes;
+  }
+  __device__ unsigned char* facts_memory() const { return memory + (OWN_TILES + 2 * p.places) * Layout::kBytes; }
+  __device__ OwnFacts& own_facts() const { return *reinterpret_cast<OwnFacts*>(facts_memory()); }
+  __device__ Facts& facts(int place) const {
+    return reinterpret_cast<Facts*>(facts_memory() + sizeof(OwnFacts))[place];
+  }
+  __device__ int place_of(int tile) const { return tile - floor_div(tile, p.places) * p.places; }
+
+  // A unit of row `row` of a tile becomes that of the tensor's row, or zero where `from` is null.
+  __device__ void load_unit(unsigned char* tile, int row, int part, const T* from, int width) const {
+    if (p.aligned_rows) {
+      const bool inside = from && part * kPerUnit < width;
+      copy_async(Layout::unit(tile, row, part),
+                 inside ? static_cast<const void*>(from + part * kPerUnit) : memory_any(), inside ? 16 : 0);
+    } else {
+      T* to = reinterpret_cast<T*>(Layout::unit(tile, row, part));
+      for (int i = 0; i < kPerUnit; ++i) {
+        const int d = part * kPerUnit + i;
+        to[i] = from && d < width ? from[d] : from_float<T>(0.f);
+      }
+    }
+  }
+  // An address that a copy of no bytes may name.
+  __device__ const void* memory_any() const { return p.query.data; }
+
+  // Calls f(row, part) for the 16-byte units of a tile that are the thread's.
+  template <class F>
+  __device__ void each_unit(F&& f) const {
+    constexpr int kRows = kAttentionThreads / Layout::kUnits;  // at a time
+    const int part = threadIdx.x % Layout::kUnits;
+#pragma unroll 4
+    for (int row = 0; row < kAttentionRows; row += kRows) f(row + threadIdx.x / Layout::kUnits, part);
+  }
+
+  // Starts to load the keys and values of `count` slots, beyond which there are none.
+  __device__ void load_keys(unsigned char* keys, unsigned char* values, KeyFacts& facts, int slot, int count) const {
+    const T* key = row_of<T>(p.key, sequence.b, sequence.key_head, sequence.offset);
+    const T* value = row_of<T>(p.value, sequence.b, sequence.key_head, sequence.offset);
+    each_unit([&](int row, int part) {
+      const int64_t at = sequence.position(slot + min(row, count - 1));
+      if (keys) load_unit(keys, row, part, key + at * p.key.stride_l, p.D);
+      load_unit(values, row, part, value + at * p.value.stride_l, p.E);
+    });
+    const int row = threadIdx.x;
+    if (row >= kAttentionRows) return;
+    const int at = sequence.position(slot + min(row, count - 1));
+    const bool hidden = row >= count || (p.padding && p.padding[int64_t{sequence.b} * p.L + sequence.offset + at]);
+    facts.row[row] = at;
+    facts.position[row] = hidden ? kHidden : at >= sequence.n_queries ? kEveryone : at;
+  }
+
+  // The same of queries, and of their incoming gradients where `grads` is one.
+  __device__ void load_queries(unsigned char* queries, unsigned char* grads, QueryFacts& facts, int slot,
+                               int count) const {
+    const T* query = row_of<T>(p.query, sequence.b, sequence.h, sequence.offset);
+    const T* grad = grads ? row_of<T>(p.grad_out, sequence.b, sequence.h, sequence.offset) : nullptr;
+    each_unit([&](int row, int part) {
+      const int64_t at = row < count ? sequence.position(slot + row) : INT32_MAX;
+      // Rows that are no queries may be keys.
+      if (queries) load_unit(queries, row, part, row < count ? query + at * p.query.stride_l : nullptr, p.D);
+      if (grads) load_unit(grads, row, part, at < sequence.n_queries ? grad + at * p.grad_out.stride_l : nullptr, p.E);
+    });
+    const int row = threadIdx.x;
+    if (row >= kAttentionRows) return;
+    const int at = row < count ? sequence.position(slot + row) : INT32_MAX;
+    const bool some = at < sequence.n_queries;
+    facts.row[row] = some ? at : kNobody;
+    bool self_only = false;
+    if (grads) {
+      QueryResidual residual{INFINITY, 0.f, 0};
+      if (some) residual = p.residuals[sequence.head_row + at];
+      facts.residual[row] = residual, self_only = residual.self_only;
+    }
+    // A query that sees nothing else sees itself.
+    const int limit = p.causal ? at + (!p.shared || self_only) : kHidden;
+    facts.limit[row] = some ? limit : kNobody;
+    facts.excluded[row] = p.shared && !self_only ? at : kNobody;
+    const int chunk = sequence.chunk_of(slot + row, p.chunk_length);
+    facts.first[row] = sequence.begin_of(chunk - sequence.before, p.chunk_length);
+    facts.last[row] = sequence.begin_of(chunk + sequence.after + 1, p.chunk_length);
+    facts.slot[row] = sequence.wrapped(slot + row);
+  }
+
+  // 1 over the length of shared rows, as keys, in `facts.factor`; two threads a row. Between barriers.
+  __device__ void fill_factors(unsigned char* keys, KeyFacts& facts) const {
+    const int row = threadIdx.x / 2, half = threadIdx.x % 2;
+    float square = 0.f;
+    if (p.shared) {
+#pragma unroll
+      for (int i = 0; i < Layout::kUnits / 2; ++i) {
+        // The units of the two threads, of 4 rows, lie in different banks.
+        const int part = Layout::kUnits < 8 ? half * Layout::kUnits / 2 + i : (i & 3) | half << 2 | (i & ~3) << 1;
+        const uint4 bits = *reinterpret_cast<const uint4*>(Layout::unit(keys, row, part));
+        const T* x = reinterpret_cast<const T*>(&bits);
+#pragma unroll
+        for (int j = 0; j < kPerUnit; ++j) square = fmaf(to_float(x[j]), to_float(x[j]), square);
+      }
+    }
+    square += __shfl_xor_sync(~0u, square, 1);
+    if (half == 0) facts.factor[row] = p.scale * kLog2e / key_length(p, square);
+  }
+
+  // Whether dropout keeps the pair of the query at a wrapped slot and the key `at` slots from the first that it sees.
+  __device__ bool is_kept(int slot, int at) const {
+    const uint32_t round = slot / sequence.length, in_round = slot - round * sequence.length;
+    const Words words = philox(state.seed, at / 4, in_round, round, sequence.index);
+    const uint32_t low = at & 1 ? words.word[1] : words.word[0], high = at & 1 ? words.word[3] : words.word[2];
+    return (at & 2 ? high : low) >= p.drop_threshold;
+  }
+
+  // to = to * before + x * now, for the lane's row h of the warp's 16.
+  template <class Value>
+  __device__ void write_row(T* to, int width, bool write, bool add, float before, Value&& value) const {
+    constexpr int kColumns = 2 * STEPS;
+    if constexpr (sizeof(T) == 2) {
+      if (p.aligned_out) {
+#pragma unroll
+        for (int m = 0; m < kColumns; m += 4) {
+          const int d = m * 8 + lane % 4 * 8;  // the lane's 8 columns after transposing
+          const bool mine = write && d < width;
+          uint32_t words[4] = {0, 0, 0, 0};
+          if (add) {  // the same for all lanes that share the row
+            if (mine) {
+              const uint4 old = *reinterpret_cast<const uint4*>(to + d);
+              words[0] = old.x, words[1] = old.y, words[2] = old.z, words[3] = old.w;
+            }
+          }
+          quad_transpose(words, lane);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const T* pair = reinterpret_cast<const T*>(&words[i]);
+            words[i] = pack<T>(fmaf(to_float(pair[0]), before, value(m + i, 0)),
+                               fmaf(to_float(pair[1]), before, value(m + i, 1)));
+          }
+          quad_transpose(words, lane);
+          if (mine) *reinterpret_cast<uint4*>(to + d) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+        return;
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kColumns; ++m) {
+      const int d = m * 8 + lane % 4 * 2;
+      if (sizeof(T) == 4 && p.aligned_out) {
+        if (!write || d >= width) continue;
+        float2* pair = reinterpret_cast<float2*>(to + d);
+        const float2 old = add ? *pair : make_float2(0.f, 0.f);
+        *pair = make_float2(fmaf(old.x, before, value(m, 0)), fmaf(old.y, before, value(m, 1)));
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        if (write && d + j < width)
+          to[d + j] = from_float<T>(fmaf(add ? to_float(to[d + j]) : 0.f, before, value(m, j)));
+    }
+  }
+
+  // Owns the block's tiles one after another. For each it calls begin(slot, count), which starts to load what is owned;
+  // for each of `heads` heads and each tile visited load(slot, place) if it isn't there, arrived(place, fresh, first),
+  // which says whether it wrote to shared memory, and compute(slot, place, first, all_see); and end(slot, count).
+  // back, ahead: chunks that are visited.
+  template <class Begin, class Load, class Arrived, class Compute, class End>
+  __device__ __forceinline__ void walk(int heads, int back, int ahead, Begin&& begin, Load&& load, Arrived&& arrived,
+                                       Compute&& compute, End&& end) const {
+    int held[kAttentionPlaces];  // the tiles in the places
+#pragma unroll
+    for (int i = 0; i < kAttentionPlaces; ++i) held[i] = kNobody;
+    const auto take = [&](int place, int tile) {  // whether it isn't there
+      bool missing = false;
+#pragma unroll
+      for (int i = 0; i < kAttentionPlaces; ++i)
+        if (i == place && held[i] != tile) held[i] = tile, missing = true;
+      return missing;
+    };
+
+    int awaited = kNobody;
+    if (threadIdx.x == 0) state.visits[0].take(p, sequence, 0, back, ahead);
+    for (int turn = 0;; turn ^= 1) {
+      __syncthreads();  // all are done with what was owned
+      const Visits& visits = state.visits[turn];
+      if (!visits.some) break;
+      begin(visits.slot, visits.count);
+      if (threadIdx.x == 0) state.visits[turn ^ 1].take(p, sequence, visits.own + 1, back, ahead);
+      bool pending = true;
+      for (int head = 0; head < heads; ++head) {
+        if (heads > 1) {
+          __syncthreads();  // all are done with the head before
+          if (threadIdx.x == 0) sequence.take_head(p, sequence.key_head * heads + head, sequence_number());
+          __syncthreads();
+#pragma unroll
+          for (int i = 0; i < kAttentionPlaces; ++i) held[i] = kNobody;
+        }
+        for (int i = 0; i < visits.tiles; ++i) {
+          const int tile = visits.tile(i), place = place_of(tile);
+          const bool first = head == 0 && i == 0;
+          bool fresh = awaited == tile, settled = false;
+          if (take(place, tile)) {
+            __syncthreads();  // nobody reads the place
+            load(tile * kAttentionRows, place);
+            commit_copies();
+            pending = fresh = true;
+          }
+          if (pending) {
+            wait_for_copies<0>();
+            __syncthreads();
+            if (arrived(place, fresh, first)) __syncthreads();
+            pending = false, settled = true, awaited = kNobody;
+          }
+          const bool more = i + 1 < visits.tiles;
+          if (more || (heads == 1 && state.visits[turn ^ 1].some)) {
+            const int next = more ? visits.tile(i + 1) : state.visits[turn ^ 1].tile(0);
+            const int to = place_of(next);
+            const bool has_room = to != place && (visits.lead == kNobody || to != place_of(visits.lead));
+            if (has_room && take(to, next)) {
+              if (!settled) __syncthreads();  // nobody reads the place
+              load(next * kAttentionRows, to);
+              commit_copies();
+              pending = true, awaited = next;
+            }
+          }
+          compute(tile * kAttentionRows, place, first, visits.all_see(tile));
+        }
+      }
+      end(visits.slot, visits.count);
+    }
+  }
+
+  __device__ int64_t sequence_number() const { return blockIdx.x / p.blocks_per_sequence % p.n_sequences; }
+};
+
+// The body of a kernel; `heads` have sequences.
+template <class Part>
+__device__ __forceinline__ void run(const AttentionArguments& p, int heads) {
+  RK_DYNAMIC_SHARED(memory);
+  __shared__ AttentionState state;
+  state.take(p, heads);
+  if (p.round >= state.sequence.rounds) return;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  Part part{{p, state, state.sequence, memory, warp, lane}};
+  part.run();
+}
+
+}  // namespace rk::cuda

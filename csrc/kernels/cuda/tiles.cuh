@@ -1,0 +1,170 @@
+// Tiles of 64 rows in shared memory, and the products of chunk attention: a warp has 16 of the rows that a block owns.
+//
+// A lane has the rows g and g + 8 (g = lane / 4) of its warp, and of each 8 columns 2q and 2q + 1 (q = lane % 4):
+// x[n][2 h + j] is row g + 8 h, column 8 n + 2 q + j.
+#pragma once
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/plan.h"
+
+namespace rk::cuda {
+
+// 16-byte units of a row are permuted so that 8 rows that are read together meet no bank twice.
+template <class T, int STEPS>
+struct TileLayout {
+  static constexpr int kRowBytes = attention_row_bytes(sizeof(T), STEPS), kUnits = kRowBytes / 16;
+  static constexpr int kBytes = kAttentionRows * kRowBytes;
+
+  __device__ static unsigned char* unit(unsigned char* tile, int row, int unit) {
+    const int turn = kUnits >= 8 ? row % 8 : row / (8 / kUnits) % kUnits;
+    return tile + row * kRowBytes + ((unit ^ turn) << 4);
+  }
+  // d: even. Two elements.
+  __device__ static T* pair(unsigned char* tile, int row, int d) {
+    constexpr int kPerUnit = 16 / sizeof(T);
+    return reinterpret_cast<T*>(unit(tile, row, d / kPerUnit)) + d % kPerUnit;
+  }
+};
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// Transposes words[i] of lane j of the four that share a row: lane i then has what the others had in words[i].
+__device__ __forceinline__ void quad_transpose(uint32_t (&words)[4], int lane) {
+  const bool odd = lane & 1, top = lane & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? words[i] : words[i + 1], 1);
+    words[i] = odd ? other : words[i];
+    words[i + 1] = odd ? words[i + 1] : other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t other = __shfl_xor_sync(~0u, top ? words[i] : words[i + 2], 2);
+    words[i] = top ? other : words[i];
+    words[i + 2] = top ? words[i + 2] : other;
+  }
+}
+
+// The warp's rows of a tile as left factors: kept in registers, or read again for every use.
+template <class T, int STEPS, bool KEPT>
+struct OwnRows {
+  unsigned char* tile;
+  uint32_t kept[KEPT ? STEPS : 1][4];
+
+  __device__ void take(unsigned char* tile_, int warp, int lane) {
+    tile = tile_;
+    if constexpr (KEPT) {
+#pragma unroll
+      for (int k = 0; k < STEPS; ++k) load(kept[k], k, warp, lane);
+    }
+  }
+  __device__ void get(uint32_t (&to)[4], int k, int warp, int lane) const {
+    if constexpr (KEPT) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[i] = kept[k][i];
+    } else {
+      load(to, k, warp, lane);
+    }
+  }
+  __device__ void load(uint32_t (&to)[4], int k, int warp, int lane) const {
+    load_matrices(to, TileLayout<T, STEPS>::unit(tile, warp * 16 + lane % 16, 2 * k + lane / 16));
+  }
+};
+
+template <int STEPS, bool KEPT>
+struct OwnRows<float, STEPS, KEPT> {
+  unsigned char* tile;
+  __device__ void take(unsigned char* tile_, int, int) { tile = tile_; }
+};
+
+// s += own rows by the rows of `tile` from `first` on: 8 N columns.
+template <class T, int STEPS, bool KEPT, int N>
+__device__ __forceinline__ void multiply_rows(float (&s)[N][4], const OwnRows<T, STEPS, KEPT>& own, unsigned char* tile,
+                                              int first, int warp, int lane) {
+  using Layout = TileLayout<T, STEPS>;
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k) {
+      uint32_t a[4];
+      own.get(a, k, warp, lane);
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        uint32_t b[4];
+        load_matrices(b, Layout::unit(tile, first + n * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+        multiply_add<T>(s[n], a, b[0], b[1]);
+        multiply_add<T>(s[n + 1], a, b[2], b[3]);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int unit = 0; unit < Layout::kUnits; ++unit) {
+      float4 a[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        a[h] = *reinterpret_cast<const float4*>(Layout::unit(own.tile, warp * 16 + h * 8 + lane / 4, unit));
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float4 b = *reinterpret_cast<const float4*>(Layout::unit(tile, first + n * 8 + lane % 4 * 2 + j, unit));
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float& sum = s[n][2 * h + j];
+            sum = fmaf(a[h].x, b.x, fmaf(a[h].y, b.y, fmaf(a[h].z, b.z, fmaf(a[h].w, b.w, sum))));
+          }
+        }
+    }
+  }
+}
+
+// sums += weights, of 8 N columns, by the rows of `tile` from `first` on.
+template <class T, int STEPS, int N>
+__device__ __forceinline__ void multiply_columns(float (&sums)[2 * STEPS][4], const float (&weights)[N][4],
+                                                 unsigned char* tile, int first, int lane) {
+  using Layout = TileLayout<T, STEPS>;
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int k = 0; k < N / 2; ++k) {
+      const float (&low)[4] = weights[2 * k], (&high)[4] = weights[2 * k + 1];
+      const uint32_t a[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
+                             pack<T>(high[2], high[3])};
+#pragma unroll
+      for (int n = 0; n < 2 * STEPS; n += 2) {
+        uint32_t b[4];
+        load_matrices_transposed(b, Layout::unit(tile, first + k * 16 + lane % 16, n + lane / 16));
+        multiply_add<T>(sums[n], a, b[0], b[1]);
+        multiply_add<T>(sums[n + 1], a, b[2], b[3]);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll 1
+        for (int owner = 0; owner < 4; ++owner) {
+          float weight[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) weight[h] = __shfl_sync(~0u, weights[n][2 * h + j], lane / 4 * 4 + owner);
+#pragma unroll
+          for (int m = 0; m < 2 * STEPS; ++m) {
+            const float2 x = *reinterpret_cast<const float2*>(
+                Layout::pair(tile, first + n * 8 + owner * 2 + j, m * 8 + lane % 4 * 2));
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              sums[m][2 * h] = fmaf(weight[h], x.x, sums[m][2 * h]);
+              sums[m][2 * h + 1] = fmaf(weight[h], x.y, sums[m][2 * h + 1]);
+            }
+          }
+        }
+  }
+}
+
+}  // namespace rk::cuda
