@@ -88,4 +88,89 @@ inline void set_gradients(Attention& a, const Tensor& grad_out, const Tensor& gr
   p.grad_value = rows("grad_value", grad_value, a.rows_type, p.B, p.key_heads, p.S, p.E);
 }
 
+// ---- lists of keys
+
+#define RK_LIST_PARAMETERS                                                                                           \
+  Tensor query, Tensor key, Tensor value, OptionalTensor order, Tensor key_lists, OptionalTensor padding,            \
+      OptionalTensor dropout_seed, int64_t chunk_length, int64_t context_keys, double scale, int64_t drop_threshold, \
+      double keep_factor, int64_t flags, Tensor out, Tensor lse
+#define RK_LIST_ARGUMENTS                                                                                        \
+  query, key, value, order, key_lists, padding, dropout_seed, chunk_length, context_keys, scale, drop_threshold, \
+      keep_factor, flags, out, lse
+#define RK_LIST_SCHEMA                                                                                  \
+  "Tensor query, Tensor key, Tensor value, Tensor? order, Tensor key_lists, Tensor? key_padding_mask, " \
+  "Tensor? dropout_seed, int chunk_length, int context_keys, float scale, int drop_threshold, "         \
+  "float keep_factor, int flags, "
+#define RK_SELECT_PARAMETERS                                                                                  \
+  Tensor query, Tensor key, OptionalTensor order, OptionalTensor query_padding, OptionalTensor padding,       \
+      int64_t chunk_length, int64_t budget, int64_t local, int64_t context_keys, double scale, int64_t flags, \
+      Tensor lists
+#define RK_SELECT_ARGUMENTS \
+  query, key, order, query_padding, padding, chunk_length, budget, local, context_keys, scale, flags, lists
+#define RK_SELECT_SCHEMA                                                                            \
+  "Tensor query, Tensor key, Tensor? order, Tensor? query_padding_mask, Tensor? key_padding_mask, " \
+  "int chunk_length, int budget, int local, int context_keys, float scale, int flags, "
+
+// Attention to lists of keys, or (without value and lists) the choice of the lists.
+inline Attention list_params(const Tensor& query, const Tensor& key, const Tensor* value, const OptionalTensor& order,
+                             const OptionalTensor& padding, int64_t chunk_length, const Tensor& lists,
+                             int64_t context_keys, double scale, int64_t flags) {
+  Attention a;
+  a.type = compute_type(query), a.rows_type = query.scalar_type();
+  require(query.dim() == 4 && key.dim() == 4 && lists.dim() == 4 && (!value || value->dim() == 4),
+          "query, key, value and lists must have 4 dimensions");
+  AttentionParams& p = a.p;
+  p.element = element_of(query);
+  p.B = query.size(0), p.H = query.size(1), p.L = query.size(2), p.D = query.size(3), p.E = 1;
+  p.S = key.size(2), p.key_heads = key.size(1), p.R = order ? order->size(2) : 1;
+  p.n_queries = p.L, p.n_sequences = 1, p.flags = flags, p.scale = scale, p.keep_factor = 1;
+  p.chunk_length = std::min(chunk_length, std::max<int64_t>(1, p.L));
+  p.list_length = lists.size(3), p.context_keys = context_keys;
+  require(p.key_heads >= 1 && p.H % p.key_heads == 0, "the heads of key must divide those of query");
+  require(chunk_length >= 1, "chunk_length must be positive");
+  require(p.list_length >= 1 && p.list_length <= INT32_MAX, "lists must have a length of at least 1");
+  require(context_keys >= 0 && context_keys <= p.S, "context_keys must be between 0 and ", p.S);
+  require(p.R >= 1 && p.R <= 2 && p.R * p.L <= INT32_MAX && p.S < INT32_MAX,
+          "order must have 1 or 2 rounds, and lengths must be below 2**31");
+  p.query = rows("query", query, a.rows_type, p.B, p.H, p.L, p.D);
+  p.key = rows("key", key, a.rows_type, p.B, p.key_heads, p.S, p.D);
+  if (!p.key.data) p.key.data = const_cast<char*>(&kNoRows);
+  if (value) {
+    p.E = value->size(3);
+    p.value = rows("value", *value, a.rows_type, p.B, p.key_heads, p.S, p.E);
+  }
+  p.order = contiguous<int32_t>("order", order, ScalarType::Int, {p.B, p.H, p.R, p.L});
+  p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.S});
+  p.key_lists = contiguous<int32_t>(value ? "key_lists" : "lists", lists, ScalarType::Int,
+                                    {p.B, p.H, p.R * ((p.L + p.chunk_length - 1) / p.chunk_length), p.list_length});
+  return a;
+}
+
+inline Attention with_lists(RK_LIST_PARAMETERS) {
+  Attention a = list_params(query, key, &value, order, padding, chunk_length, key_lists, context_keys, scale, flags);
+  set_dropout(a.p, dropout_seed, drop_threshold, keep_factor);
+  a.p.out = rows("out", out, a.rows_type, a.p.B, a.p.H, a.p.L, a.p.E);
+  a.p.lse = const_cast<char*>(contiguous<char>("lse", lse, a.type, {a.p.B, a.p.H, a.p.L}));
+  return a;
+}
+
+struct Selection {
+  Attention a;
+  SelectParams p;
+};
+
+inline Selection selection(RK_SELECT_PARAMETERS) {
+  Selection s{list_params(query, key, nullptr, order, padding, chunk_length, lists, context_keys, scale, flags), {}};
+  AttentionParams& p = s.a.p;
+  require(local >= 0 && local <= budget, "the local window must be between 0 and the budget");
+  const int64_t keys = p.S - context_keys, most = std::min(p.R == 1 ? budget : budget - local, keys);
+  const int64_t longest = p.R == 1 ? context_keys + most : std::max(context_keys + std::min(local, keys), most);
+  require(p.list_length >= longest, "lists must have room for ", longest, " keys, got ", p.list_length);
+  s.p.budget = std::min<int64_t>(budget, INT32_MAX), s.p.local = std::min<int64_t>(local, INT32_MAX);
+  s.p.query_padding = contiguous<bool>("query_padding_mask", query_padding, ScalarType::Bool, {p.B, p.L});
+  s.p.lists = const_cast<int32_t*>(p.key_lists), p.key_lists = nullptr;
+  s.p.attention = p;
+  return s;
+}
+
 }  // namespace rk::binding

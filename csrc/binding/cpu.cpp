@@ -105,42 +105,6 @@ void check_order(const rk::AttentionParams& p) {
     }
 }
 
-// Attention to lists of keys, or (without value and lists) the choice of the lists.
-Attention list_attention(const Tensor& query, const Tensor& key, const Tensor* value, const OptionalTensor& order,
-                         const OptionalTensor& padding, const OptionalTensor& mask, int64_t chunk_length,
-                         int64_t list_length, int64_t context_keys, double scale, int64_t flags) {
-  Attention a;
-  a.type = compute_type(query), a.rows_type = query.scalar_type();
-  require(query.dim() == 4 && key.dim() == 4, "query and key must have 4 dimensions");
-  rk::AttentionParams& p = a.p;
-  p.element = element_of(query);
-  p.B = query.size(0), p.H = query.size(1), p.L = query.size(2), p.D = query.size(3), p.E = 1;
-  p.S = key.size(2), p.key_heads = key.size(1), p.R = order ? order->size(2) : 1;
-  p.n_queries = p.L, p.n_sequences = 1, p.flags = flags, p.scale = scale, p.keep_factor = 1;
-  p.chunk_length = std::min(chunk_length, std::max<int64_t>(1, p.L));
-  p.list_length = list_length, p.context_keys = context_keys;
-  require(p.key_heads >= 1 && p.H % p.key_heads == 0, "the heads of key must divide those of query");
-  require(chunk_length >= 1, "chunk_length must be positive");
-  require(list_length >= 1 && list_length <= INT32_MAX, "lists must have a length of at least 1");
-  require(context_keys >= 0 && context_keys <= p.S, "context_keys must be between 0 and ", p.S);
-  require(p.R >= 1 && p.R <= 2 && p.R * p.L <= INT32_MAX && p.S < INT32_MAX,
-          "order must have 1 or 2 rounds, and lengths must be below 2**31");
-  p.query = rows("query", query, a.rows_type, p.B, p.H, p.L, p.D);
-  p.key = rows("key", key, a.rows_type, p.B, p.key_heads, p.S, p.D);
-  if (!p.key.data) p.key.data = const_cast<char*>(&kNoRows);
-  if (value) {
-    p.E = value->size(3);
-    p.value = rows("value", *value, a.rows_type, p.B, p.key_heads, p.S, p.E);
-  }
-  p.order = contiguous<int32_t>("order", order, ScalarType::Int, {p.B, p.H, p.R, p.L});
-  if (p.order) check_index("order", p.order, p.B * p.H * p.R * p.L, p.L);
-  p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.S});
-  set_mask(a, mask);
-  return a;
-}
-
-int64_t list_rows(const rk::AttentionParams& p) { return p.R * ((p.L + p.chunk_length - 1) / p.chunk_length); }
-
 Attention chunk_attention(OptionalTensor mask, RK_ATTENTION_PARAMETERS) {
   Attention a = attention(RK_ATTENTION_ARGUMENTS);
   check_order(a.p);
@@ -164,55 +128,32 @@ void chunk_attention_backward(OptionalTensor mask, RK_ATTENTION_PARAMETERS, Tens
   with_kernels(a.type, [&](const auto& k) { k.backward(a.p, threads()); });
 }
 
-void select_keys(Tensor query, Tensor key, OptionalTensor order, OptionalTensor query_padding, OptionalTensor padding,
-                 OptionalTensor mask, int64_t chunk_length, int64_t budget, int64_t local, int64_t context_keys,
-                 double scale, int64_t flags, Tensor lists) {
-  require(lists.dim() == 4, "lists must have 4 dimensions");
-  const Attention a = list_attention(query, key, nullptr, order, padding, mask, chunk_length, lists.size(3),
-                                     context_keys, scale, flags);
-  const rk::AttentionParams& p = a.p;
-  require(local >= 0 && local <= budget, "the local window must be between 0 and the budget");
-  const int64_t keys = p.S - context_keys, most = std::min(p.R == 1 ? budget : budget - local, keys);
-  const int64_t longest = p.R == 1 ? context_keys + most : std::max(context_keys + std::min(local, keys), most);
-  require(p.list_length >= longest, "lists must have room for ", longest, " keys, got ", p.list_length);
-  rk::SelectParams s{p, std::min<int64_t>(budget, INT32_MAX), std::min<int64_t>(local, INT32_MAX), nullptr, nullptr};
-  s.query_padding = contiguous<bool>("query_padding_mask", query_padding, ScalarType::Bool, {p.B, p.L});
-  s.lists = const_cast<int32_t*>(
-      contiguous<int32_t>("lists", lists, ScalarType::Int, {p.B, p.H, list_rows(p), p.list_length}));
-  with_kernels(a.type, [&](const auto& k) { k.select(s, threads()); });
+void select_keys(OptionalTensor mask, RK_SELECT_PARAMETERS) {
+  Selection s = selection(RK_SELECT_ARGUMENTS);
+  check_order(s.a.p);
+  set_mask(s.a, mask);
+  s.p.attention = s.a.p;
+  with_kernels(s.a.type, [&](const auto& k) { k.select(s.p, threads()); });
 }
 
-#define RK_LIST_PARAMETERS                                                                                        \
-  Tensor query, Tensor key, Tensor value, OptionalTensor order, Tensor lists, OptionalTensor padding,             \
-      OptionalTensor mask, OptionalTensor dropout_seed, int64_t chunk_length, int64_t context_keys, double scale, \
-      int64_t drop_threshold, double keep_factor, int64_t flags, Tensor out, Tensor lse
-#define RK_LIST_ARGUMENTS                                                                                          \
-  query, key, value, order, lists, padding, mask, dropout_seed, chunk_length, context_keys, scale, drop_threshold, \
-      keep_factor, flags, out, lse
-
-Attention with_lists(RK_LIST_PARAMETERS) {
-  require(lists.dim() == 4 && value.dim() == 4, "key_lists and value must have 4 dimensions");
-  Attention a =
-      list_attention(query, key, &value, order, padding, mask, chunk_length, lists.size(3), context_keys, scale, flags);
-  rk::AttentionParams& p = a.p;
-  p.key_lists = contiguous<int32_t>("key_lists", lists, ScalarType::Int, {p.B, p.H, list_rows(p), p.list_length});
-  check_index("key_lists", p.key_lists, lists.numel(), p.S, -1);
-  require(!mask || !p.has(rk::kRest), "the rest term does not go with attn_mask");
-  set_dropout(p, dropout_seed, drop_threshold, keep_factor);
-  p.out = rows("out", out, a.rows_type, p.B, p.H, p.L, p.E);
-  p.lse = const_cast<char*>(contiguous<char>("lse", lse, a.type, {p.B, p.H, p.L}));
+Attention list_attention(OptionalTensor mask, RK_LIST_PARAMETERS) {
+  Attention a = with_lists(RK_LIST_ARGUMENTS);
+  check_order(a.p);
+  check_index("key_lists", a.p.key_lists, key_lists.numel(), a.p.S, -1);
+  require(!mask || !a.p.has(rk::kRest), "the rest term does not go with attn_mask");
+  set_mask(a, mask);
   return a;
 }
 
-void list_attention_forward(RK_LIST_PARAMETERS) {
-  const Attention a = with_lists(RK_LIST_ARGUMENTS);
+void list_attention_forward(OptionalTensor mask, RK_LIST_PARAMETERS) {
+  const Attention a = list_attention(mask, RK_LIST_ARGUMENTS);
   use_large_pages(out);
   with_kernels(a.type, [&](const auto& k) { k.list_forward(a.p, threads()); });
 }
 
-void list_attention_backward(RK_LIST_PARAMETERS, Tensor grad_out, Tensor grad_query, Tensor grad_key,
-                             Tensor grad_value) {
-  Attention a = with_lists(RK_LIST_ARGUMENTS);
+void list_attention_backward(OptionalTensor mask, RK_LIST_PARAMETERS, Tensor grad_out, Tensor grad_query,
+                             Tensor grad_key, Tensor grad_value) {
+  Attention a = list_attention(mask, RK_LIST_ARGUMENTS);
   set_gradients(a, grad_out, grad_query, grad_key, grad_value);
   for (const Tensor* t : {&grad_query, &grad_key, &grad_value}) use_large_pages(*t);
   with_kernels(a.type, [&](const auto& k) { k.list_backward(a.p, threads()); });
@@ -232,15 +173,10 @@ std::string build_info() {
          "], \"isa_in_use\": \"" + rk::cpu::kernels().isa + "\"}";
 }
 
-constexpr char kListSchema[] =
-    "Tensor query, Tensor key, Tensor value, Tensor? order, Tensor key_lists, Tensor? key_padding_mask, Tensor? "
-    "attn_mask, Tensor? dropout_seed, int chunk_length, int context_keys, float scale, int drop_threshold, float "
-    "keep_factor, int flags, ";
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(reformer_kernels_cpu, m) {
-  // The mask comes first, for all others go on to `attention`.
+  // The mask comes first: the other arguments are those of the CUDA library, too.
   const std::string attention = "Tensor? attn_mask, Tensor query, Tensor? key, Tensor value, " RK_ATTENTION_SCHEMA;
   m.def(
       "hash_buckets(Tensor x, Tensor rotations, Tensor? key_padding_mask, int[] n_buckets, Tensor(a!) buckets) -> ()");
@@ -251,11 +187,8 @@ STABLE_TORCH_LIBRARY(reformer_kernels_cpu, m) {
          "Tensor grad_out, Tensor out, Tensor lse, Tensor self_only, Tensor(a!) grad_query, Tensor(b!) grad_key, "
          "Tensor(c!) grad_value) -> ()")
             .c_str());
-  m.def(
-      "select_keys(Tensor query, Tensor key, Tensor? order, Tensor? query_padding_mask, Tensor? key_padding_mask, "
-      "Tensor? attn_mask, int "
-      "chunk_length, int budget, int local, int context_keys, float scale, int flags, Tensor(a!) lists) -> ()");
-  const std::string lists = kListSchema;
+  m.def("select_keys(Tensor? attn_mask, " RK_SELECT_SCHEMA "Tensor(a!) lists) -> ()");
+  const std::string lists = "Tensor? attn_mask, " RK_LIST_SCHEMA;
   m.def(("list_attention_forward(" + lists + "Tensor(a!) out, Tensor(b!) lse) -> ()").c_str());
   m.def(("list_attention_backward(" + lists +
          "Tensor out, Tensor lse, Tensor grad_out, Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value) "

@@ -162,8 +162,7 @@ def _inputs(call: AttentionCall) -> tuple[Any, ...]:
     on_device = call._replace(
         cu_seqlens=_to_device(call.cu_seqlens, call), dropout_seed=_to_device(call.dropout_seed, call)
     )
-    key = None if call.key is None else native.rows(call.key)
-    return native.rows(call.query), key, native.rows(call.value), *native.options(on_device), call.longest
+    return *native.chunk_arguments(on_device), call.longest
 
 
 def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:

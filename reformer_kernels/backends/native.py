@@ -120,10 +120,13 @@ def _mask(call: AttentionCall | SelectCall | ListCall) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask.to(compute_dtype(call.query))
 
 
-def options(call: AttentionCall) -> tuple[Any, ...]:
-    """What forward and backward of this library and the CUDA one take after query, key and value."""
+def chunk_arguments(call: AttentionCall) -> tuple[Any, ...]:
+    """What forward and backward of this library and the CUDA one take first."""
     rules = call.rules
     return (
+        rows(call.query),
+        None if call.key is None else rows(call.key),
+        rows(call.value),
         contiguous(call.order),
         contiguous(call.buckets),
         contiguous(call.key_padding_mask),
@@ -160,67 +163,57 @@ def new_gradients(call: AttentionCall | ListCall) -> tuple[Tensor, Tensor, Tenso
 
 
 def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    query, value = rows(call.query), rows(call.value)
-    key = None if call.key is None else rows(call.key)
     out, lse = empty_results(call)
     self_only = torch.empty_like(lse, dtype=torch.bool)
-    _ops.chunk_attention_forward(_mask(call), query, key, value, *options(call), out, lse, self_only)
+    _ops.chunk_attention_forward(_mask(call), *chunk_arguments(call), out, lse, self_only)
     return out, lse, self_only
 
 
 def chunk_attention_backward(
     call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query, value = rows(call.query), rows(call.value)
-    key = None if call.key is None else rows(call.key)
     grads = new_gradients(call)
     _ops.chunk_attention_backward(
-        _mask(call), query, key, value, *options(call), rows(grad_out), rows(out), lse.contiguous(),
-        self_only.contiguous(), *grads,
-    )  # fmt: skip
+        _mask(call), *chunk_arguments(call), rows(grad_out), rows(out), lse.contiguous(), self_only.contiguous(), *grads
+    )
     return grads
+
+
+def select_arguments(call: SelectCall) -> tuple[Any, ...]:
+    """What this library and the CUDA one take."""
+    return (
+        rows(call.query), rows(call.key), contiguous(call.order), contiguous(call.query_padding_mask),
+        contiguous(call.key_padding_mask), call.chunk_length, call.budget, call.local, call.context_keys, call.scale,
+        _flags(causal=call.causal),
+    )  # fmt: skip
 
 
 def select_keys(call: SelectCall) -> Tensor:
     lists = torch.empty(call.lists_shape, dtype=torch.int32, device=call.query.device)
-    _ops.select_keys(
-        rows(call.query), rows(call.key), contiguous(call.order), contiguous(call.query_padding_mask),
-        contiguous(call.key_padding_mask), _mask(call),
-        call.chunk_length, call.budget, call.local, call.context_keys, call.scale, _flags(causal=call.causal), lists,
-    )  # fmt: skip
+    _ops.select_keys(_mask(call), *select_arguments(call), lists)
     return lists
 
 
-def _list_options(call: ListCall) -> tuple[Any, ...]:
+def list_arguments(call: ListCall) -> tuple[Any, ...]:
+    """What forward and backward of this library and the CUDA one take first."""
     return (
-        contiguous(call.order),
-        call.key_lists.contiguous(),
-        contiguous(call.key_padding_mask),
-        _mask(call),
-        call.dropout_seed,
-        call.chunk_length,
-        call.context_keys,
-        call.scale,
-        *_dropout(call),
-        _flags(causal=call.causal, rest=call.rest_term),
-    )
+        rows(call.query), rows(call.key), rows(call.value), contiguous(call.order), call.key_lists.contiguous(),
+        contiguous(call.key_padding_mask), call.dropout_seed, call.chunk_length, call.context_keys, call.scale,
+        *_dropout(call), _flags(causal=call.causal, rest=call.rest_term),
+    )  # fmt: skip
 
 
 def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
-    query, key, value = rows(call.query), rows(call.key), rows(call.value)
     out, lse = empty_results(call)
-    _ops.list_attention_forward(query, key, value, *_list_options(call), out, lse)
+    _ops.list_attention_forward(_mask(call), *list_arguments(call), out, lse)
     return out, lse
 
 
 def list_attention_backward(
     call: ListCall, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = rows(call.query), rows(call.key), rows(call.value)
     grads = new_gradients(call)
-    if 0 in query.shape[:3]:
-        return grads
     _ops.list_attention_backward(
-        query, key, value, *_list_options(call), rows(out), lse.contiguous(), rows(grad_out), *grads
+        _mask(call), *list_arguments(call), rows(out), lse.contiguous(), rows(grad_out), *grads
     )
     return grads
