@@ -9,6 +9,7 @@
 
 #include "binding/attention.h"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/plan.h"
 
 namespace {
 
@@ -79,19 +80,25 @@ void bucket_order(Tensor buckets, OptionalTensor cu_seqlens, int64_t longest, in
 
 Attention chunk_attention(const char* name, RK_ATTENTION_PARAMETERS, int64_t longest,
                           std::initializer_list<const Tensor*> others) {
-  check_one_device(name, {&query, pointer(key), &value, pointer(order), pointer(padding), pointer(cu_seqlens),
-                          pointer(dropout_seed)});
+  check_one_device(name, {&query, pointer(key), &value, pointer(order), pointer(buckets), pointer(padding),
+                          pointer(cu_seqlens), pointer(dropout_seed)});
   for (const Tensor* other : others) check_one_device(name, {&query, other});
   const Attention a = attention(RK_ATTENTION_ARGUMENTS);
   const rk::AttentionParams& p = a.p;
   require(a.type == ScalarType::Float, name, ": rows must be float32, bfloat16 or float16");
   require(std::max(p.D, p.E) <= rk::cuda::kAttentionMaxDim, name, ": rows of at most ", rk::cuda::kAttentionMaxDim,
           " elements, got ", p.D, " and ", p.E);
-  require((p.flags & ~(rk::kCausal | rk::kL2Norm)) == 0, name, ": flags it does not know, got ", p.flags);
+  require(!(p.has(rk::kWithinBucket) || p.has(rk::kDedup)) || (p.order && p.buckets), name,
+          ": rules of buckets and of rounds need order and buckets");
   require(p.R * (p.chunks_before + 1 + p.chunks_after) <= rk::cuda::kAttentionMaxChunks, name, ": windows of all ", p.R,
           " rounds must have at most ", rk::cuda::kAttentionMaxChunks, " chunks");
   check_longest(longest, p.L);
   return a;
+}
+
+// Freed when the op returns, and used again in the order of the stream.
+Tensor attention_scratch(const rk::AttentionParams& p, const Tensor& like, bool backward) {
+  return torch::stable::new_empty(like, {rk::cuda::plan_attention_scratch(p, backward).bytes}, ScalarType::Byte);
 }
 
 void chunk_attention_forward(RK_ATTENTION_PARAMETERS, int64_t longest, Tensor out, Tensor lse, Tensor self_only) {
@@ -99,7 +106,8 @@ void chunk_attention_forward(RK_ATTENTION_PARAMETERS, int64_t longest, Tensor ou
   Attention a = chunk_attention(kName, RK_ATTENTION_ARGUMENTS, longest, {&out, &lse, &self_only});
   set_residuals(a, out, lse, self_only);
   on_device_of(kName, query, [&](const rk::cuda::Device& device, void* stream) {
-    return rk::cuda::attention_forward(a.p, longest, device, stream);
+    const Tensor scratch = attention_scratch(a.p, query, false);
+    return rk::cuda::attention_forward(a.p, longest, device, scratch.mutable_data_ptr(), stream);
   });
 }
 
@@ -111,7 +119,7 @@ void chunk_attention_backward(RK_ATTENTION_PARAMETERS, int64_t longest, Tensor g
   set_residuals(a, out, lse, self_only);
   set_gradients(a, grad_out, grad_query, grad_key, grad_value);
   on_device_of(kName, query, [&](const rk::cuda::Device& device, void* stream) {
-    Tensor scratch = torch::stable::new_empty(lse, {lse.numel() * rk::cuda::kResidualBytes / 4});
+    const Tensor scratch = attention_scratch(a.p, query, true);
     return rk::cuda::attention_backward(a.p, longest, device, scratch.mutable_data_ptr(), stream);
   });
 }

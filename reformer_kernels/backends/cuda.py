@@ -72,8 +72,6 @@ def _attention_reasons(call: AttentionCall) -> list[str]:
     chunks = rounds * (call.chunks_before + 1 + call.chunks_after)
     if call.attn_mask is not None:
         reasons.append("the kernels take no attn_mask")
-    if call.alignment == "bucket":
-        reasons.append('the kernels have no alignment="bucket"')
     if chunks > MAX_CHUNKS:
         reasons.append(f"the windows of all rounds have {chunks} chunks; the kernels take up to {MAX_CHUNKS}")
     if call.order is not None and call.key is not None and call.key.shape[1] != call.query.shape[1]:
@@ -82,9 +80,6 @@ def _attention_reasons(call: AttentionCall) -> list[str]:
         "own_position": ("last_resort",) if shared else CHOICES["own_position"],
         "combine_rounds": ("softmax",),
         "window_order": CHOICES["window_order"] if call.chunks_before == 0 else ("position",),
-        "mask_padded_queries": (False,),
-        "within_bucket": (False,) if shared else (False, True),
-        "dedup": ("none",),
     }
     for name, values in served.items():
         if (value := getattr(rules, name)) not in values:

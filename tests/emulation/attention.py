@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Attention:
     dropout: float = 0.0
     bounds: tuple[int, ...] | None = None  # of packed sequences
     num_queries: int | None = None
+    alignment: str = "ring"
     rules: rk.AttentionRules = rk.AttentionRules()  # noqa: RUF009  (frozen, too)
     layout: str = "contiguous"
     device: str = "H100"
@@ -55,13 +57,15 @@ class Attention:
         if self.padded:
             options["key_padding_mask"] = torch.rand(self.batch, self.length, generator=generator) < self.padded
         cu_seqlens = None if self.bounds is None else torch.tensor(self.bounds, dtype=torch.int32)
-        if self.key_heads:
+        if self.key_heads:  # its function has no rules, which may hold all the same
             call = testing.capture(
                 rk.local_attention, rows(own, self.head_dim), rows(heads, self.head_dim), rows(heads, width), **options
             )
-            return call._replace(cu_seqlens=cu_seqlens)
-        options |= {"n_hashes": self.rounds, "n_buckets": self.n_buckets, "rules": self.rules, "hash_seed": 3}
-        options |= {"num_queries": self.num_queries, "cu_seqlens": cu_seqlens}
+            return call._replace(cu_seqlens=cu_seqlens, rules_key=self.rules.key)
+        options |= {
+            "n_hashes": self.rounds, "n_buckets": self.n_buckets, "hash_seed": 3, "rules": self.rules,
+            "alignment": self.alignment, "num_queries": self.num_queries, "cu_seqlens": cu_seqlens,
+        }  # fmt: skip
         return testing.capture(rk.lsh_attention, rows(own, self.head_dim), rows(own, width), **options)
 
     def check(self, emulator: Emulator) -> Tensor:
@@ -75,3 +79,70 @@ class Attention:
         with emulator.serving():
             for forward, backward in (("cpu", "cuda"), ("cuda", "cpu")):
                 testing.assert_matches_oracle(self.call(), self.dtype, forward, backward)
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+L2 = rk.AttentionRules(key_norm="l2", scale=None)
+PAPER, WITHIN = rk.AttentionRules.paper(), rk.AttentionRules(within_bucket=True)
+ONCE, BLIND = rk.AttentionRules(dedup="log_count"), rk.AttentionRules(mask_padded_queries=True)
+BUCKET = {"alignment": "bucket", "n_buckets": 4}
+# Together they run every instance.
+CASES = [
+    *(Attention(130, dim, dtype, causal=True, chunk_length=32) for dtype, dim in product(DTYPES, (32, 64, 128))),
+    Attention(1),
+    Attention(1, dtype=torch.float32),
+    Attention(40, causal=True),
+    Attention(150, padded=0.3, rounds=3, chunk_length=20, dropout=0.2),
+    Attention(150, dtype=torch.float32, padded=0.3, causal=True, chunk_length=32),
+    Attention(150, padded=1.0),
+    Attention(150, dtype=torch.float32, padded=1.0, causal=True),
+    Attention(200, 128, causal=True, chunk_length=128),
+    Attention(300, 100, torch.float16, value_dim=64, chunk_length=100, causal=True),
+    Attention(150, 128, torch.float32, value_dim=20, chunk_length=256),
+    Attention(150, dtype=torch.float32, rules=L2),
+    # windows: wrapped around more than once, or only of the chunk itself
+    Attention(150, before=3, after=2, chunk_length=32),
+    Attention(150, dtype=torch.float32, before=5, after=5, chunk_length=32),
+    Attention(150, dtype=torch.float32, before=0, chunk_length=32),
+    Attention(70, before=1, after=1),
+    Attention(65, dtype=torch.float32, before=1, after=1, causal=True),
+    # keys of their own
+    Attention(130, key_heads=1, heads=2, after=1),
+    Attention(130, dtype=torch.float32, key_heads=1, heads=3, causal=True, batch=2),
+    Attention(130, 40, key_heads=2, heads=2, after=1, padded=1.0),
+    Attention(130, key_heads=1, heads=2, bounds=(0, 30, 130), causal=True),
+    # packed
+    Attention(200, bounds=(0, 1, 1, 90, 200), causal=True, chunk_length=32),
+    Attention(200, dtype=torch.float32, bounds=(0, 1, 1, 90, 200), after=1, chunk_length=16, dropout=0.3),
+    # keys without a query
+    Attention(150, num_queries=60, causal=True, chunk_length=32),
+    Attention(150, dtype=torch.float32, num_queries=60, chunk_length=32),
+    Attention(150, num_queries=0),
+    # rules of pairs, in windows that hold a key more than once, too
+    Attention(150, rules=WITHIN, chunk_length=32, n_buckets=4),
+    Attention(150, rules=ONCE, chunk_length=32),
+    Attention(150, dtype=torch.float32, rules=ONCE, chunk_length=16, n_buckets=4, causal=True, rounds=4, after=1),
+    Attention(150, dtype=torch.float32, rules=PAPER, chunk_length=32, n_buckets=30, causal=True, rounds=3),
+    Attention(90, dtype=torch.float32, rules=PAPER, chunk_length=32, n_buckets=2, before=4, after=3, rounds=1),
+    Attention(90, rules=ONCE, chunk_length=32, before=4, after=3),
+    Attention(20, rules=PAPER, chunk_length=32),
+    Attention(200, rules=PAPER, bounds=(0, 1, 1, 90, 200), causal=True, chunk_length=16, n_buckets=4),
+    Attention(150, num_queries=60, rules=PAPER, chunk_length=32, n_buckets=4, dropout=0.2),
+    Attention(256, 128, torch.float32, rules=PAPER, n_buckets=4, device="RTX"),
+    Attention(130, key_heads=1, heads=2, rules=ONCE, after=1),
+    Attention(150, dtype=torch.float32, rules=BLIND, padded=0.4, causal=True),
+    # windows in buckets
+    Attention(150, chunk_length=16, **BUCKET),
+    Attention(300, causal=True, after=1, **BUCKET),
+    Attention(40, dtype=torch.float32, after=1, dropout=0.3, **BUCKET),
+    Attention(150, 128, num_queries=60, chunk_length=32, **BUCKET),
+    Attention(150, dtype=torch.float32, chunk_length=16, rules=PAPER, dropout=0.2, padded=0.2, after=1, **BUCKET),
+    Attention(200, rules=PAPER, bounds=(0, 1, 1, 90, 200), after=1, chunk_length=16, **BUCKET),
+    # in memory
+    *(Attention(100, 48, layout=layout, heads=2, batch=2) for layout in LAYOUTS if layout != "one head expanded"),
+    Attention(100, 48, layout="one head expanded", heads=2, batch=2, key_heads=2),
+    Attention(100, 48, torch.float32, layout="wider rows", heads=2),
+    # owned tiles among those visited; few and long walks; few places
+    *(Attention(256, causal=True, device=device) for device in ("A100", "H100", "one")),
+    Attention(256, 128, torch.float32, causal=True, device="RTX"),
+]

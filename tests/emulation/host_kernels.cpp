@@ -101,13 +101,14 @@ rk::AttentionParams attention_params(const py::dict& given) {
   return p;
 }
 
-void attention_forward(const py::dict& given, int64_t longest, const std::vector<int>& device) {
-  check(rk::cuda::attention_forward(attention_params(given), longest, device_of(device), nullptr));
+int64_t attention_scratch(const py::dict& given, bool backward) {
+  return rk::cuda::plan_attention_scratch(attention_params(given), backward).bytes;
 }
 
-void attention_backward(const py::dict& given, int64_t longest, py::array& residuals, const std::vector<int>& device) {
-  check(rk::cuda::attention_backward(attention_params(given), longest, device_of(device), residuals.mutable_data(),
-                                     nullptr));
+void attention(const py::dict& given, bool backward, int64_t longest, py::array& scratch,
+               const std::vector<int>& device) {
+  const auto run = backward ? rk::cuda::attention_backward : rk::cuda::attention_forward;
+  check(run(attention_params(given), longest, device_of(device), scratch.mutable_data(), nullptr));
 }
 
 void gather_rows(const py::array& input, const py::array& index, py::array& out) {
@@ -148,8 +149,8 @@ py::dict order_plan(const std::vector<int64_t>& shape, int64_t n_sequences, int6
 void bind_kernels(py::module_& m) {
   m.def("hash_buckets", &hash_buckets);
   m.def("bucket_order", &bucket_order);
-  m.def("attention_forward", &attention_forward);
-  m.def("attention_backward", &attention_backward);
+  m.def("attention_scratch", &attention_scratch);
+  m.def("attention", &attention);
   m.def("gather_rows", &gather_rows);
   m.def("hash_plan", &hash_plan);
   m.def("order_plan", &order_plan);

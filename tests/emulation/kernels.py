@@ -177,26 +177,28 @@ class EmulatedOps:
 
     def chunk_attention_forward(self, *arguments: Any) -> None:
         *inputs, longest, out, lse, self_only = arguments
-        outputs = unwritten(out, lse, self_only)
-        host().attention_forward(
-            self._attention(inputs, out=out, lse=lse, self_only=self_only), longest, self._emulator.device
-        )
-        self._emulator.run("attention", memory_of(*inputs) + outputs)
+        results = {"out": out, "lse": lse, "self_only": self_only}
+        self._chunk_attention(False, inputs, longest, {}, results)
         assert (self_only.view(torch.uint8) < 2).all(), "a row of self_only was not written"
 
     def chunk_attention_backward(self, *arguments: Any) -> None:
         *inputs, longest, grad_out, out, lse, self_only, grad_query, grad_key, grad_value = arguments
-        residuals = torch.empty(*lse.shape, 4)
-        outputs = unwritten(grad_query, grad_key, grad_value, residuals)
-        given = {"grad_out": grad_out, "out": out, "lse": lse, "self_only": self_only}
-        shared = inputs[1] is None
-        grads = {"grad_query": grad_query, "grad_key": None if shared else grad_key, "grad_value": grad_value}
-        host().attention_backward(
-            self._attention(inputs, **given, **grads), longest, as_array(residuals), self._emulator.device
-        )
-        self._emulator.run("attention", memory_of(*inputs, *given.values()) + outputs)
+        others = {"grad_out": grad_out, "out": out, "lse": lse, "self_only": self_only}
+        results = {"grad_query": grad_query, "grad_value": grad_value}
+        if inputs[1] is not None:
+            results["grad_key"] = grad_key
+        self._chunk_attention(True, inputs, longest, others, results)
 
-    def _attention(self, inputs: Sequence[Any], **others: Tensor | None) -> dict[str, Any]:
+    def _chunk_attention(
+        self, backward: bool, inputs: list[Any], longest: int, others: dict[str, Tensor], results: dict[str, Tensor]
+    ) -> None:
+        given = self._attention(inputs, **others, **results)
+        scratch = torch.empty(host().attention_scratch(given, backward), dtype=torch.uint8)
+        outputs = unwritten(*results.values(), scratch)
+        host().attention(given, backward, longest, as_array(scratch), self._emulator.device)
+        self._emulator.run("attention", memory_of(*inputs, *others.values()) + outputs)
+
+    def _attention(self, inputs: Sequence[Any], **others: Tensor) -> dict[str, Any]:
         """The fields of AttentionParams by name, with arrays for tensors."""
         names = (
             "query", "key", "value", "order", "buckets", "padding", "cu_seqlens", "dropout_seed", "chunk_length",

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import reformer_kernels as rk
-
-from ..test_random import LAYOUTS
-from .attention import Attention
+from . import attention
+from .attention import DTYPES, Attention
 from .cases import Case, Hash, Order, emulator
 from .kernels import ARCHITECTURES, DEVICES, SOURCES, Emulator, entries, needs_nvcc
 from .mutations import PROBLEMS
@@ -20,47 +18,6 @@ from .ptx.kernel import SCHEDULES
 
 pytestmark = needs_nvcc()
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-L2 = rk.AttentionRules(key_norm="l2", scale=None)
-ATTENTION = [
-    *(Attention(130, dim, dtype, causal=True, chunk_length=32) for dtype, dim in product(DTYPES, (32, 64, 128))),
-    Attention(1),
-    Attention(1, dtype=torch.float32),
-    Attention(40, causal=True),
-    Attention(150, padded=0.3, rounds=3, chunk_length=20, dropout=0.2),
-    Attention(150, dtype=torch.float32, padded=0.3, causal=True, chunk_length=32),
-    Attention(150, padded=1.0),
-    Attention(150, dtype=torch.float32, padded=1.0, causal=True),
-    Attention(200, 128, causal=True, chunk_length=128),
-    Attention(300, 100, torch.float16, value_dim=64, chunk_length=100, causal=True),
-    Attention(150, 128, torch.float32, value_dim=20, chunk_length=256),
-    Attention(150, dtype=torch.float32, rules=L2),
-    # windows: wrapped around more than once, or only of the chunk itself
-    Attention(150, before=3, after=2, chunk_length=32),
-    Attention(150, dtype=torch.float32, before=5, after=5, chunk_length=32),
-    Attention(150, dtype=torch.float32, before=0, chunk_length=32),
-    Attention(70, before=1, after=1),
-    Attention(65, dtype=torch.float32, before=1, after=1, causal=True),
-    # keys of their own
-    Attention(130, key_heads=1, heads=2, after=1),
-    Attention(130, dtype=torch.float32, key_heads=1, heads=3, causal=True, batch=2),
-    Attention(130, 40, key_heads=2, heads=2, after=1, padded=1.0),
-    Attention(130, key_heads=1, heads=2, bounds=(0, 30, 130), causal=True),
-    # packed
-    Attention(200, bounds=(0, 1, 1, 90, 200), causal=True, chunk_length=32),
-    Attention(200, dtype=torch.float32, bounds=(0, 1, 1, 90, 200), after=1, chunk_length=16, dropout=0.3),
-    # keys without a query
-    Attention(150, num_queries=60, causal=True, chunk_length=32),
-    Attention(150, dtype=torch.float32, num_queries=60, chunk_length=32),
-    Attention(150, num_queries=0),
-    # in memory
-    *(Attention(100, 48, layout=layout, heads=2, batch=2) for layout in LAYOUTS if layout != "one head expanded"),
-    Attention(100, 48, layout="one head expanded", heads=2, batch=2, key_heads=2),
-    Attention(100, 48, torch.float32, layout="wider rows", heads=2),
-    # owned tiles among those visited; few and long walks; few places
-    *(Attention(256, causal=True, device=device) for device in ("A100", "H100", "one")),
-    Attention(256, 128, torch.float32, causal=True, device="RTX"),
-]
 # Each instance: by type and padded head size, whole sorts and sorts of parts.
 CASES: list[Case] = [
     *(Hash(150, head_dim, dtype=dtype) for dtype, head_dim in product(DTYPES, (32, 64, 128))),
@@ -84,7 +41,7 @@ CASES: list[Case] = [
     Order(1500, 30, batch=2, rounds=3, bounds=(0, 1, 1, 900, 1500)),
     Order(66000, 300),  # in parts
     Order(50000, 3000, rounds=2, bounds=(0, 100, 50000), device="RTX"),  # a whole one does not fit
-    *ATTENTION,
+    *attention.CASES,
     *(case for _, case in PROBLEMS.values()),
 ]
 

@@ -13,31 +13,41 @@ bool is_aligned(const Rows& rows, int64_t width, int64_t bytes) {
          fits(rows.stride_l) && fits(width);
 }
 
-AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan) {
+AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan, void* memory, bool backward) {
   AttentionArguments a{};
+  const AttentionScratch scratch = plan_attention_scratch(p, backward);
+  const auto at = [&](int64_t bytes) { return static_cast<char*>(memory) + bytes; };
+  if (scratch.has_windows) {
+    a.windows = reinterpret_cast<int4*>(at(scratch.windows)), a.places = reinterpret_cast<int32_t*>(at(scratch.places));
+  }
+  if (backward) a.residuals = reinterpret_cast<QueryResidual*>(at(scratch.residuals));
   a.query = p.query, a.key = p.shared() ? p.query : p.key, a.value = p.value, a.out = p.out;
-  a.order = p.order, a.padding = p.padding, a.cu_seqlens = p.cu_seqlens;
+  a.order = p.order, a.buckets = p.buckets, a.padding = p.padding, a.cu_seqlens = p.cu_seqlens;
   a.lse = static_cast<float*>(p.lse), a.self_only = p.self_only;
   a.dropout_seed = p.dropout_seed;
   a.heads = p.B * p.H, a.n_sequences = p.n_sequences, a.element = p.element;
-  a.L = static_cast<int>(p.L), a.n_queries = static_cast<int>(p.n_queries), a.R = static_cast<int>(p.R);
+  a.L = static_cast<int>(p.L), a.S = static_cast<int>(p.S), a.n_queries = static_cast<int>(p.n_queries),
+  a.R = static_cast<int>(p.R);
   a.H = static_cast<int>(p.H), a.group = static_cast<int>(p.group());
   a.D = static_cast<int>(p.D), a.E = static_cast<int>(p.E);
   a.chunk_length = static_cast<int>(p.chunk_length);
   a.before = static_cast<int>(p.chunks_before), a.after = static_cast<int>(p.chunks_after);
-  a.tiles_per_block = plan.tiles_per_block, a.blocks_per_sequence = plan.blocks_per_sequence, a.places = plan.places;
+  a.tiles_per_block = plan.tiles_per_block, a.blocks_per_sequence = plan.blocks_per_sequence;
+  a.tile_chunk = plan.tile_chunk, a.places_of_tiles = plan.places;
   a.scale = static_cast<float>(p.scale);
   a.dropout = p.dropout(), a.keep_factor = static_cast<float>(p.keep_factor), a.drop_threshold = p.drop_threshold;
   a.causal = p.has(kCausal), a.shared = p.shared(), a.l2 = p.has(kL2Norm), a.lead = plan.lead;
+  a.bucket_aligned = p.has(kBucketAligned), a.within_bucket = p.has(kWithinBucket), a.dedup = p.has(kDedup);
+  a.mask_padded_queries = p.has(kMaskPaddedQueries);
   const int64_t bytes = p.element == Element::kSame ? 4 : 2;
   a.aligned_rows = is_aligned(a.query, p.D, bytes) && is_aligned(a.key, p.D, bytes) && is_aligned(a.value, p.E, bytes);
   a.aligned_out = is_aligned(a.out, p.E, bytes);
   return a;
 }
 
-AttentionArguments backward_arguments(const AttentionParams& p, const AttentionPlan& plan, void* residuals) {
-  AttentionArguments a = arguments(p, plan);
-  a.grad_out = p.grad_out, a.residuals = static_cast<QueryResidual*>(residuals);
+AttentionArguments backward_arguments(const AttentionParams& p, const AttentionPlan& plan, void* scratch) {
+  AttentionArguments a = arguments(p, plan, scratch, true);
+  a.grad_out = p.grad_out;
   a.grad_query = p.grad_query, a.grad_key = p.grad_key, a.grad_value = p.grad_value;
   const int64_t bytes = p.element == Element::kSame ? 4 : 2;
   a.aligned_rows = a.aligned_rows && is_aligned(a.grad_out, p.E, bytes);
@@ -78,28 +88,37 @@ int launch_rounds(AttentionPart part, AttentionArguments a, const AttentionPlan&
   return cudaSuccess;
 }
 
-}  // namespace
-
-int attention_forward(const AttentionParams& p, int64_t longest, const Device& device, void* stream) {
-  if (p.B * p.H * longest == 0) return cudaSuccess;
-  const AttentionPlan plan = plan_attention(p, AttentionPart::kForward, longest, device);
-  return launch_rounds(AttentionPart::kForward, arguments(p, plan), plan, stream);
+Launch one_dimension(int64_t units, int units_of_block) {
+  return {{static_cast<uint32_t>(ceil_div(units, units_of_block)), 1, 1}, kAttentionThreads, 0};
 }
 
-int attention_backward(const AttentionParams& p, int64_t longest, const Device& device, void* residuals, void* stream) {
+int find_windows(const AttentionParams& p, const AttentionArguments& a, void* stream) {
+  if (!a.windows) return cudaSuccess;
+  return launch(attention_windows_kernel, one_dimension(a.heads * p.R * p.L, kAttentionThreads), a, stream);
+}
+
+}  // namespace
+
+int attention_forward(const AttentionParams& p, int64_t longest, const Device& device, void* scratch, void* stream) {
   if (p.B * p.H * longest == 0) return cudaSuccess;
-  constexpr int kQueries = kAttentionThreads / kWarp;  // of a block
-  const int64_t queries = p.B * p.H * p.n_queries;
+  const AttentionPlan plan = plan_attention(p, AttentionPart::kForward, longest, device);
+  const AttentionArguments a = arguments(p, plan, scratch, false);
+  if (const int error = find_windows(p, a, stream)) return error;
+  return launch_rounds(AttentionPart::kForward, a, plan, stream);
+}
+
+int attention_backward(const AttentionParams& p, int64_t longest, const Device& device, void* scratch, void* stream) {
+  if (p.B * p.H * longest == 0) return cudaSuccess;
   AttentionPlan plan = plan_attention(p, AttentionPart::kGradQuery, longest, device);
-  if (queries > 0) {
-    const Launch launch_of_rows{{static_cast<uint32_t>(ceil_div(queries, kQueries)), 1, 1}, kAttentionThreads, 0};
-    const AttentionArguments a = backward_arguments(p, plan, residuals);
-    int error = launch(attention_residual_kernel, launch_of_rows, a, stream);
+  const AttentionArguments a = backward_arguments(p, plan, scratch);
+  if (const int error = find_windows(p, a, stream)) return error;
+  if (const int64_t queries = p.B * p.H * p.n_queries) {
+    int error = launch(attention_residual_kernel, one_dimension(queries, kAttentionThreads / kWarp), a, stream);
     if (!error) error = launch_rounds(AttentionPart::kGradQuery, a, plan, stream);
     if (error) return error;
   }
   plan = plan_attention(p, AttentionPart::kGradKeys, longest, device);
-  return launch_rounds(AttentionPart::kGradKeys, backward_arguments(p, plan, residuals), plan, stream);
+  return launch_rounds(AttentionPart::kGradKeys, backward_arguments(p, plan, scratch), plan, stream);
 }
 
 }  // namespace rk::cuda

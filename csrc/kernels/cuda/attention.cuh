@@ -1,111 +1,20 @@
-// What the kernels of chunk attention share: their arguments, and how a block walks over windows.
-//
-// Sorted slots of all rounds of a sequence form a ring. In "unrolled" numbers, of which the ring's length is a turn, a
-// query sees a run of slots: its chunk and those before and after. A block owns tiles of 64 queries (or keys) of one
-// round, of whole chunks or of a part of one, and visits for each the tiles of 64 slots, [64 i, 64 i + 64) unrolled,
-// whose keys (or queries) they see (or are seen by). Rows are gathered into shared memory, where a visited tile stays
-// until its place is needed; the next one comes while one is computed with.
+// What the kernels of chunk attention share: how a block walks over windows. A block owns tiles of 64 queries (or keys)
+// of one round, of whole chunks or of a part of one, and visits for each the tiles of 64 slots, [64 i, 64 i + 64)
+// unrolled, whose keys (or queries) they see (or are seen by). Rows are gathered into shared memory, where a visited
+// tile stays until its place is needed; the next one comes while one is computed with.
 #pragma once
+#include <type_traits>
+
+#include "kernels/cuda/attention_rules.cuh"
 #include "kernels/cuda/random.cuh"
 #include "kernels/cuda/tiles.cuh"
 
 namespace rk::cuda {
 
-// Of a query, what the backward needs of the forward.
-struct __align__(16) QueryResidual {
-  float lse;    // base 2; infinity if it saw nothing; of self_only how often, as a logarithm
-  float delta;  // outgoing row . incoming gradient
-  int self_only;
-};
-
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-struct AttentionArguments {
-  Rows query, key, value, grad_out;            // key of shared rows: the query's
-  Rows out, grad_query, grad_key, grad_value;  // written
-  const int32_t* order;                        // [B, H, R * L] or null
-  const bool* padding;                         // [B, L] or null
-  const int32_t* cu_seqlens;                   // [n_sequences + 1] or null
-  float* lse;                   // [B, H, n_queries]: in base 2 or OnlySelf until the last round, then natural
-  bool* self_only;              // [B, H, n_queries]
-  QueryResidual* residuals;     // [B, H, n_queries]
-  const int64_t* dropout_seed;  // or null
-  int64_t heads;                // B * H
-  int64_t n_sequences;
-  int L, n_queries, R, H, group, D, E, chunk_length, before, after;
-  int round, tiles_per_block, blocks_per_sequence, places;
-  Element element;
-  float scale, keep_factor;
-  uint32_t drop_threshold;
-  bool causal, shared, l2, dropout;
-  bool lead;                       // a tile that a block owns is one that it visits, too
-  bool aligned_rows, aligned_out;  // 16 bytes at a time
-};
-
-template <class T>
-__device__ __forceinline__ T* row_of(const Rows& rows, int64_t b, int64_t h, int64_t l) {
-  return static_cast<T*>(rows.data) + b * rows.stride_b + h * rows.stride_h + l * rows.stride_l;
-}
-
-__device__ __forceinline__ int floor_div(int a, int b) { return a / b - (a % b < 0); }
-
-// A sequence of a head.
-struct AttentionSequence {
-  int b, h, key_head;
-  uint32_t index;    // among all sequences of all heads
-  int64_t head_row;  // of its first row among those of [B, H, n_queries]
-  int offset;        // of its rows
-  int length, turn;  // rows, and slots of all rounds
-  int n_queries;     // of its rows, the first ones
-  int chunks;        // of a round
-  int rounds, before, after;
-  const int32_t* order;
-
-  __device__ void take(const AttentionArguments& p, int64_t number, int heads) {
-    const int64_t sequence = number % p.n_sequences;
-    b = static_cast<int>(number / p.n_sequences / heads);
-    offset = p.cu_seqlens ? p.cu_seqlens[sequence] : 0;
-    length = (p.cu_seqlens ? p.cu_seqlens[sequence + 1] : p.L) - offset;
-    n_queries = p.n_queries - offset;
-    const bool single = length <= p.chunk_length;  // one window: the rounds would only repeat it
-    rounds = single ? 1 : p.R;
-    before = single ? 0 : p.before, after = single ? 0 : p.after;
-    turn = rounds * length;
-    chunks = (length + p.chunk_length - 1) / p.chunk_length;
-    take_head(p, static_cast<int>(number / p.n_sequences % heads) * (p.H / heads), sequence);
-  }
-  __device__ void take_head(const AttentionArguments& p, int head, int64_t sequence) {
-    h = head, key_head = head / p.group;
-    const int64_t number = int64_t{b} * p.H + h;
-    index = static_cast<uint32_t>(number * p.n_sequences + sequence);
-    head_row = number * p.n_queries + offset;
-    order = p.order ? p.order + (number * p.L + offset) * p.R : nullptr;
-  }
-
-  __device__ int wrapped(int slot) const {
-    return slot >= 0 && slot < turn ? slot : slot - floor_div(slot, turn) * turn;
-  }
-  // The row in the sequence of a slot.
-  __device__ int position(int slot) const { return order ? order[wrapped(slot)] : wrapped(slot); }
-  __device__ int chunk_of(int slot, int chunk_length) const {
-    const int round = floor_div(slot, length);
-    return round * chunks + (slot - round * length) / chunk_length;
-  }
-  // The first slot of a chunk.
-  __device__ int begin_of(int chunk, int chunk_length) const {
-    const int round = floor_div(chunk, chunks);
-    return round * length + (chunk - round * chunks) * chunk_length;
-  }
-};
-
 // By which a row, of a squared length, is divided to be a key.
 __device__ __forceinline__ float key_length(const AttentionArguments& p, float square) {
   return !p.shared ? 1.f : p.l2 ? fmaxf(sqrtf(square), 1e-12f) : sqrtf(square + 1e-6f * p.D);
 }
-
-constexpr int kHidden = INT32_MAX;  // the position of a key that nobody may see
-constexpr int kEveryone = -1;       // ... that everybody may see
-constexpr int kNobody = INT32_MIN;  // of no key
 
 // Facts of the rows of a tile, in shared memory.
 struct KeyFacts {
@@ -134,19 +43,18 @@ struct Visits {
 
   // The block's first one from `own` on that has slots. back, ahead: chunks.
   __device__ void take(const AttentionArguments& p, const AttentionSequence& sequence, int from, int back, int ahead) {
-    const AttentionTiles all(p.chunk_length, sequence.length);
+    const AttentionTiles all(p.tile_chunk, sequence.length);
     const int begins = static_cast<int>(blockIdx.x % p.blocks_per_sequence) * p.tiles_per_block;
     const int behind = min(begins + p.tiles_per_block, all.of_round);
     for (own = max(from, begins); own < behind && all.count(own) <= 0;) ++own;
     some = own < behind;
     if (!some) return;
     slot = p.round * sequence.length + all.start(own), count = all.count(own);
-    const int first_chunk = sequence.chunk_of(slot, p.chunk_length);
-    const int last_chunk = sequence.chunk_of(slot + count - 1, p.chunk_length);
-    first = floor_div(sequence.begin_of(first_chunk - back, p.chunk_length), kAttentionRows);
-    tiles = floor_div(sequence.begin_of(last_chunk + ahead + 1, p.chunk_length) - 1, kAttentionRows) + 1 - first;
-    inner_first = sequence.begin_of(last_chunk - back, p.chunk_length);
-    inner_behind = sequence.begin_of(first_chunk + ahead + 1, p.chunk_length);
+    const Range of_first = sequence.around(p, slot, back, ahead);
+    const Range of_last = sequence.around(p, slot + count - 1, back, ahead);
+    first = floor_div(of_first.first, kAttentionRows);
+    tiles = floor_div(of_last.behind - 1, kAttentionRows) + 1 - first;
+    inner_first = of_last.first, inner_behind = of_first.behind;
     lead = p.lead ? slot / kAttentionRows : kNobody;
   }
   __device__ int tile(int i) const {
@@ -154,9 +62,8 @@ struct Visits {
     const int tile = first + i - 1;
     return i == 0 ? lead : tile + (tile >= lead);
   }
-  __device__ bool all_see(int tile) const {
-    return tile * kAttentionRows >= inner_first && (tile + 1) * kAttentionRows <= inner_behind;
-  }
+  // Whether every slot of it sees all of the visited tile from `slot` on.
+  __device__ bool all_see(int slot) const { return slot >= inner_first && slot + kAttentionRows <= inner_behind; }
 };
 
 // What a block knows beside its rows, in shared memory.
@@ -191,12 +98,19 @@ struct AttentionBlock {
   __device__ unsigned char* tile(int place, int i) const {
     return memory + (OWN_TILES + 2 * place + i) * Layout::kBytes;
   }
-  __device__ unsigned char* facts_memory() const { return memory + (OWN_TILES + 2 * p.places) * Layout::kBytes; }
+  __device__ unsigned char* facts_memory() const {
+    return memory + (OWN_TILES + 2 * p.places_of_tiles) * Layout::kBytes;
+  }
   __device__ OwnFacts& own_facts() const { return *reinterpret_cast<OwnFacts*>(facts_memory()); }
   __device__ Facts& facts(int place) const {
     return reinterpret_cast<Facts*>(facts_memory() + sizeof(OwnFacts))[place];
   }
-  __device__ int place_of(int tile) const { return tile - floor_div(tile, p.places) * p.places; }
+  // [64][kBiasRow]: of an owned row and a visited one, what rules of the pair add to its score in base 2.
+  __device__ float* bias(int own_row) const {
+    return reinterpret_cast<float*>(facts_memory() + sizeof(OwnFacts) + p.places_of_tiles * sizeof(Facts)) +
+           own_row * kBiasRow;
+  }
+  __device__ int place_of(int tile) const { return tile - floor_div(tile, p.places_of_tiles) * p.places_of_tiles; }
 
   // A unit of row `row` of a tile becomes that of the tensor's row, or zero where `from` is null.
   __device__ void load_unit(unsigned char* tile, int row, int part, const T* from, int width) const {
@@ -224,6 +138,10 @@ struct AttentionBlock {
     for (int row = 0; row < kAttentionRows; row += kRows) f(row + threadIdx.x / Layout::kUnits, part);
   }
 
+  __device__ bool is_padded(int row) const {
+    return p.padding && p.padding[int64_t{sequence.b} * p.S + sequence.offset + row];
+  }
+
   // Starts to load the keys and values of `count` slots, beyond which there are none.
   __device__ void load_keys(unsigned char* keys, unsigned char* values, KeyFacts& facts, int slot, int count) const {
     const T* key = row_of<T>(p.key, sequence.b, sequence.key_head, sequence.offset);
@@ -236,7 +154,7 @@ struct AttentionBlock {
     const int row = threadIdx.x;
     if (row >= kAttentionRows) return;
     const int at = sequence.position(slot + min(row, count - 1));
-    const bool hidden = row >= count || (p.padding && p.padding[int64_t{sequence.b} * p.L + sequence.offset + at]);
+    const bool hidden = row >= count || is_padded(at);
     facts.row[row] = at;
     facts.position[row] = hidden ? kHidden : at >= sequence.n_queries ? kEveryone : at;
   }
@@ -265,11 +183,13 @@ struct AttentionBlock {
     }
     // A query that sees nothing else sees itself.
     const int limit = p.causal ? at + (!p.shared || self_only) : kHidden;
-    facts.limit[row] = some ? limit : kNobody;
+    const bool blind = !some || (p.mask_padded_queries && is_padded(at));
+    facts.limit[row] = blind ? kNobody : limit;
     facts.excluded[row] = p.shared && !self_only ? at : kNobody;
-    const int chunk = sequence.chunk_of(slot + row, p.chunk_length);
-    facts.first[row] = sequence.begin_of(chunk - sequence.before, p.chunk_length);
-    facts.last[row] = sequence.begin_of(chunk + sequence.after + 1, p.chunk_length);
+    // Beyond the ring are only its turns.
+    const bool there = row < count && (!p.bucket_aligned || sequence.wrapped(slot + row) == slot + row);
+    const Range seen = there ? sequence.around(p, slot + row, sequence.before, sequence.after) : Range{0, 0};
+    facts.first[row] = seen.first, facts.last[row] = seen.behind;
     facts.slot[row] = sequence.wrapped(slot + row);
   }
 
@@ -292,12 +212,37 @@ struct AttentionBlock {
     if (half == 0) facts.factor[row] = p.scale * kLog2e / key_length(p, square);
   }
 
+  // Fills `bias` for the visited tile from `slot` on; own keys or own queries are in it with the others.
+  __device__ void fill_bias(int slot, int own_slot, int place) const {
+    __syncthreads();  // all are done with the tile before
+    const int column = threadIdx.x % kAttentionRows;
+    for (int row = threadIdx.x / kAttentionRows; row < kAttentionRows; row += kAttentionThreads / kAttentionRows) {
+      const int own = own_facts().row[row], other = facts(place).row[column];
+      const bool owns_keys = std::is_same_v<OwnFacts, KeyFacts>;
+      const int own_at = own_slot + row, other_at = slot + column;
+      bias(row)[column] = owns_keys ? pair_bias(p, sequence, other, own, other_at, own_at)
+                                    : pair_bias(p, sequence, own, other, own_at, other_at);
+    }
+    __syncthreads();
+  }
+
   // Whether dropout keeps the pair of the query at a wrapped slot and the key `at` slots from the first that it sees.
   __device__ bool is_kept(int slot, int at) const {
     const uint32_t round = slot / sequence.length, in_round = slot - round * sequence.length;
     const Words words = philox(state.seed, at / 4, in_round, round, sequence.index);
     const uint32_t low = at & 1 ? words.word[1] : words.word[0], high = at & 1 ? words.word[3] : words.word[2];
     return (at & 2 ? high : low) >= p.drop_threshold;
+  }
+
+  // A bit for each pair i of a lane that dropout keeps, x[i / 4][i % 4]; slot_of and at_of give of it what is_kept
+  // takes. Rolled up, so that it takes few registers where they are scarce.
+  template <int COUNT, class SlotOf, class AtOf>
+  __device__ uint32_t kept_bits(SlotOf&& slot_of, AtOf&& at_of) const {
+    if (!p.dropout) return ~0u;
+    uint32_t bits = 0;
+#pragma unroll 1
+    for (int i = 0; i < COUNT; ++i) bits |= uint32_t{is_kept(slot_of(i), at_of(i))} << i;
+    return bits;
   }
 
   // to = to * before + x * now, for the lane's row h of the warp's 16.
@@ -349,7 +294,7 @@ struct AttentionBlock {
 
   // Owns the block's tiles one after another. For each it calls begin(slot, count), which starts to load what is owned;
   // for each of `heads` heads and each tile visited load(slot, place) if it isn't there, arrived(place, fresh, first),
-  // which says whether it wrote to shared memory, and compute(slot, place, first, all_see); and end(slot, count).
+  // which says whether it wrote to shared memory, and compute(slot, place, first, visits); and end(slot, count).
   // back, ahead: chunks that are visited.
   template <class Begin, class Load, class Arrived, class Compute, class End>
   __device__ __forceinline__ void walk(int heads, int back, int ahead, Begin&& begin, Load&& load, Arrived&& arrived,
@@ -410,7 +355,7 @@ struct AttentionBlock {
               pending = true, awaited = next;
             }
           }
-          compute(tile * kAttentionRows, place, first, visits.all_see(tile));
+          compute(tile * kAttentionRows, place, first, visits);
         }
       }
       end(visits.slot, visits.count);

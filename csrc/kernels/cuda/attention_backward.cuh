@@ -11,9 +11,9 @@
 
 namespace rk::cuda {
 
-__device__ __forceinline__ float weight_of(float score, float factor, const QueryResidual& residual) {
+__device__ __forceinline__ float weight_of(float score, float factor, const QueryResidual& residual, float bias) {
   // One that sees only itself has exactly the weight 1 / times.
-  return exp2_approximate(residual.self_only ? -residual.lse : fmaf(score, factor, -residual.lse));
+  return exp2_approximate((residual.self_only ? -residual.lse : fmaf(score, factor, -residual.lse)) + bias);
 }
 
 // The queries that a warp owns: the gradient of their rows.
@@ -43,9 +43,9 @@ struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
           if (fresh) Block::fill_factors(Block::tile(place, 0), Block::facts(place));
           return fresh;
         },
-        [&](int slot, int place, bool first_visit, bool all_see) {
+        [&](int slot, int place, bool first_visit, const Visits& visits) {
           if (first_visit) begin(place);
-          visit(slot, place, all_see);
+          visit(slot, place, visits);
         },
         [&](int, int) { finish(); });
   }
@@ -68,13 +68,18 @@ struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
   }
 
   // The keys from `from` on.
-  __device__ void visit(int from, int place, bool all_see) {
+  __device__ void visit(int from, int place, const Visits& visits) {
     const KeyFacts& facts = Block::facts(place);
+    if (sequence.rules) Block::fill_bias(from, visits.slot, place);
+    const bool all_see = visits.all_see(from);
 #pragma unroll 1
     for (int block = 0; block < kAttentionRows; block += 8 * kAtOnce) {
       float s[kAtOnce][4] = {}, grad_weight[kAtOnce][4] = {};
       multiply_rows(s, queries, Block::tile(place, 0), block, warp, lane);
       multiply_rows(grad_weight, grads, Block::tile(place, 1), block, warp, lane);
+      const uint32_t kept = Block::template kept_bits<4 * kAtOnce>(
+          [&](int i) { return i & 2 ? slot[1] : slot[0]; },
+          [&](int i) { return from + block + i / 4 * 8 + lane % 4 * 2 + i % 2 - (i & 2 ? first[1] : first[0]); });
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         const int column = block + n * 8 + lane % 4 * 2;
@@ -85,9 +90,10 @@ struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
           const int h = j / 2, key = j % 2 ? keys.y : keys.x, at = from + column + j % 2;
           const float factor = j % 2 ? factors.y : factors.x;
           const bool sees = key < limit[h] && key != excluded[h] && (all_see || (at >= first[h] && at < last[h]));
-          const float weight = sees ? weight_of(s[n][j], factor, residual[h]) : 0.f;
+          const float bias = sequence.rules ? Block::bias(warp * 16 + h * 8 + lane / 4)[column + j % 2] : 0.f;
+          const float weight = sees ? weight_of(s[n][j], factor, residual[h], bias) : 0.f;
           float grad_of = grad_weight[n][j];
-          if (p.dropout) grad_of = sees && Block::is_kept(slot[h], at - first[h]) ? grad_of * p.keep_factor : 0.f;
+          if (p.dropout) grad_of *= kept >> (4 * n + j) & 1 ? p.keep_factor : 0.f;
           s[n][j] = weight * (grad_of - residual[h].delta) * factor;
         }
       }
@@ -114,7 +120,6 @@ struct AttentionGradKeys : AttentionBlock<T, STEPS, 2, KeyFacts, QueryFacts> {
   static constexpr int kColumns = 2 * STEPS, kAtOnce = 2;  // tiles of 8
 
   OwnRows<T, STEPS, STEPS != 8> keys, values;
-  int slot;  // of the first of the lane's rows
   float grad_key[kColumns][4], grad_value[kColumns][4];
 
   __device__ void run() {
@@ -123,7 +128,6 @@ struct AttentionGradKeys : AttentionBlock<T, STEPS, 2, KeyFacts, QueryFacts> {
         [&](int from, int count) {
           Block::load_keys(p.lead ? nullptr : Block::own_tile(0), Block::own_tile(1), Block::own_facts(), from, count);
           commit_copies();
-          slot = from + warp * 16 + lane / 4;
         },
         [&](int from, int place) {
           Block::load_queries(Block::tile(place, 0), Block::tile(place, 1), Block::facts(place), from, kAttentionRows);
@@ -132,9 +136,9 @@ struct AttentionGradKeys : AttentionBlock<T, STEPS, 2, KeyFacts, QueryFacts> {
           if (first) Block::fill_factors(own_keys(place), Block::own_facts());
           return first;
         },
-        [&](int from, int place, bool first, bool all_see) {
+        [&](int from, int place, bool first, const Visits& visits) {
           if (first) begin(own_keys(place));
-          visit(from, place, all_see);
+          visit(from, place, visits);
         },
         [&](int, int count) { finish(count); });
   }
@@ -152,13 +156,20 @@ struct AttentionGradKeys : AttentionBlock<T, STEPS, 2, KeyFacts, QueryFacts> {
   }
 
   // The queries from `from` on.
-  __device__ void visit(int from, int place, bool all_see) {
+  __device__ void visit(int from, int place, const Visits& visits) {
     const QueryFacts& facts = Block::facts(place);
+    if (sequence.rules) Block::fill_bias(from, visits.slot, place);
 #pragma unroll 1
     for (int block = 0; block < kAttentionRows; block += 8 * kAtOnce) {
       float s[kAtOnce][4] = {}, grad_weight[kAtOnce][4] = {};
       multiply_rows(s, keys, Block::tile(place, 0), block, warp, lane);
       multiply_rows(grad_weight, values, Block::tile(place, 1), block, warp, lane);
+      const bool all_see = visits.all_see(from);
+      const int slot = visits.slot + warp * 16 + lane / 4;  // of the first of the lane's rows
+      const auto query_of = [&](int i) { return block + i / 4 * 8 + lane % 4 * 2 + i % 2; };
+      const uint32_t kept =
+          Block::template kept_bits<4 * kAtOnce>([&](int i) { return facts.slot[query_of(i)]; },
+                                                 [&](int i) { return slot + (i & 2) * 4 - facts.first[query_of(i)]; });
       int position[2];
       float factor[2];
 #pragma unroll
@@ -179,12 +190,13 @@ struct AttentionGradKeys : AttentionBlock<T, STEPS, 2, KeyFacts, QueryFacts> {
             const int j = 2 * h + i;
             const bool sees = position[h] < limit && position[h] != excluded &&
                               (all_see || (slot + 8 * h >= first && slot + 8 * h < last));
-            const float weight = sees ? weight_of(s[n][j], factor[h], residual) : 0.f;
+            const float bias = sequence.rules ? Block::bias(warp * 16 + h * 8 + lane / 4)[column] : 0.f;
+            const float weight = sees ? weight_of(s[n][j], factor[h], residual, bias) : 0.f;
             float grad_of = grad_weight[n][j];
             s[n][j] = weight;
             if (p.dropout) {
-              const bool kept = sees && Block::is_kept(facts.slot[column], slot + 8 * h - first);
-              grad_of = kept ? grad_of * p.keep_factor : 0.f, s[n][j] = kept ? weight * p.keep_factor : 0.f;
+              const float factor_of = kept >> (4 * n + j) & 1 ? p.keep_factor : 0.f;
+              grad_of *= factor_of, s[n][j] *= factor_of;
             }
             grad_weight[n][j] = weight * (grad_of - residual.delta);
           }
@@ -257,7 +269,7 @@ __device__ __forceinline__ float element_of(const void* row, int i, Element elem
 }
 
 // A warp for each query.
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, 8)
     attention_residual_kernel(const __grid_constant__ AttentionArguments p) {
   const int lane = threadIdx.x % kWarp;
   const int64_t number = int64_t{blockIdx.x} * (kAttentionThreads / kWarp) + threadIdx.x / kWarp;
@@ -280,6 +292,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   float lse = p.lse[number] * kLog2e;
   if (lse == -INFINITY) lse = INFINITY;
   if (self_only) {
+    // Where a key counts once, the bias of the pair has the number of times.
     const float square = dot(p.query, p.query, p.D), score = p.scale * square / key_length(p, square);
     lse = log2f(rintf(exp2f(lse - score * kLog2e)));
   }

@@ -60,9 +60,9 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
           if (fresh) Block::fill_factors(Block::tile(place, 0), Block::facts(place));
           return fresh;
         },
-        [&](int slot, int place, bool first, bool all_see) {
+        [&](int slot, int place, bool first, const Visits& visits) {
           if (first) begin(place);
-          attend(slot, place, all_see);
+          attend(slot, place, visits);
         },
         [&](int, int) { finish(); });
   }
@@ -78,7 +78,7 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
   }
 
   // The keys from `slot` on.
-  __device__ void attend(int slot, int place, bool all_see) {
+  __device__ void attend(int slot, int place, const Visits& visits) {
     const KeyFacts& facts = Block::facts(place);
     float s[kKeys][4] = {};
     multiply_rows(s, queries, Block::tile(place, 0), 0, warp, lane);
@@ -100,7 +100,17 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
         }
       }
     }
-    if (!all_see) {
+    if (sequence.rules) {
+      Block::fill_bias(slot, visits.slot, place);
+#pragma unroll
+      for (int n = 0; n < kKeys; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float* bias = Block::bias(warp * 16 + h * 8 + lane / 4) + n * 8 + lane % 4 * 2;
+          s[n][2 * h] += bias[0], s[n][2 * h + 1] += bias[1];
+        }
+    }
+    if (!visits.all_see(slot)) {
 #pragma unroll
       for (int n = 0; n < kKeys; ++n)
 #pragma unroll
@@ -127,15 +137,13 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
         for (int j = 2 * h; j < 2 * h + 2; ++j) s[n][j] = exp2_approximate(s[n][j] - above), row.total += s[n][j];
     }
     if (p.dropout) {
+      const uint32_t kept = Block::template kept_bits<4 * kKeys>(
+          [&](int i) { return i & 2 ? rows[1].slot : rows[0].slot; },
+          [&](int i) { return slot + i / 4 * 8 + lane % 4 * 2 + i % 2 - (i & 2 ? rows[1].first : rows[0].first); });
 #pragma unroll
       for (int n = 0; n < kKeys; ++n)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const QueryRow& row = rows[j / 2];
-          if (s[n][j] == 0.f) continue;
-          const bool kept = Block::is_kept(row.slot, slot + n * 8 + lane % 4 * 2 + j % 2 - row.first);
-          s[n][j] = kept ? s[n][j] * p.keep_factor : 0.f;
-        }
+        for (int j = 0; j < 4; ++j) s[n][j] = kept >> (4 * n + j) & 1 ? s[n][j] * p.keep_factor : 0.f;
     }
     multiply_columns<T, STEPS>(out, s, Block::tile(place, 1), 0, lane);
   }
@@ -182,10 +190,11 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
         const int position = __shfl_sync(~0u, rows[h].position, owner), slot = __shfl_sync(~0u, rows[h].slot, owner);
         const int first = __shfl_sync(~0u, rows[h].first, owner), last = __shfl_sync(~0u, rows[h].last, owner);
         OnlySelf own = OnlySelf::decode(__shfl_sync(~0u, states[h], owner));
-        const bool padded = p.padding && p.padding[int64_t{sequence.b} * p.L + sequence.offset + position];
+        const bool padded = Block::is_padded(position);
         uint32_t times = 0, kept = 0;
         for (int at = lane; p.shared && !padded && at < last - first; at += kWarp) {
           if (sequence.position(first + at) != position) continue;
+          if (sequence.rules && p.within_bucket && sequence.wrapped(first + at) / sequence.length != p.round) continue;
           times += 1, kept += !p.dropout || Block::is_kept(slot, at);
         }
         own.times += __reduce_add_sync(~0u, times), own.kept += __reduce_add_sync(~0u, kept);
@@ -211,7 +220,8 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
     const float weight = own.times ? p.keep_factor * own.kept / own.times : 0.f;
     for (int e = lane; e < p.E; e += kWarp) to[e] = from_float<T>(own.times ? weight * to_float(value[e]) : 0.f);
     if (lane != 0) return;
-    p.lse[sequence.head_row + position] = own.times ? score + logf(static_cast<float>(own.times)) : -INFINITY;
+    const float times = sequence.rules && p.dedup ? 1.f : static_cast<float>(own.times);
+    p.lse[sequence.head_row + position] = own.times ? score + logf(times) : -INFINITY;
     p.self_only[sequence.head_row + position] = own.times > 0;
   }
 };

@@ -145,6 +145,8 @@ constexpr int kAttentionThreads = 128, kAttentionPlaces = 3, kAttentionMaxDim = 
 constexpr int kAttentionMaxChunks = 1023;  // of a query's windows in all rounds: so often it may meet its own key
 
 constexpr int kKeyFactsBytes = 12 * kAttentionRows, kQueryFactsBytes = 40 * kAttentionRows;  // of a tile
+constexpr int kResidualBytes = 16;                                                           // of a query
+constexpr int kBiasRow = kAttentionRows + 8;  // so that 8 rows, read 8 bytes at a time, meet few banks twice
 
 constexpr int attention_row_bytes(int element_bytes, int steps) { return element_bytes * 16 * steps; }
 
@@ -153,6 +155,7 @@ struct AttentionTiles {
   int span, of_span;  // slots after which it starts anew, and the tiles of them
   int length, of_round;
 
+  // chunk_length: or what else tiles are not to end in.
   RK_HOST_DEVICE AttentionTiles(int chunk_length, int sequence_length) : length(sequence_length) {
     span = chunk_length >= kAttentionRows ? chunk_length : kAttentionRows / chunk_length * chunk_length;
     of_span = (span + kAttentionRows - 1) / kAttentionRows;
@@ -169,10 +172,11 @@ struct AttentionTiles {
 enum class AttentionPart { kForward, kGradQuery, kGradKeys };
 
 struct AttentionPlan {
-  Launch launch;      // of each round
-  int steps = 0;      // template argument: head sizes are padded to 16 * steps
-  int places = 0;     // for tiles of rows that are visited, in shared memory
-  bool lead = false;  // rows that a block owns are those of a tile that it visits
+  Launch launch;       // of each round
+  int steps = 0;       // template argument: head sizes are padded to 16 * steps
+  int tile_chunk = 0;  // see AttentionTiles
+  int places = 0;      // for tiles of rows that are visited, in shared memory
+  bool lead = false;   // rows that a block owns are those of a tile that it visits
   int tiles_per_block = 0, blocks_per_sequence = 0;
   int rounds = 0;  // launches
 };
@@ -187,8 +191,9 @@ inline AttentionPlan plan_attention(const AttentionParams& p, AttentionPart part
   plan.steps = std::max(width <= 32 ? 2 : width <= 64 ? 4 : 8, least);
   const int tile = kAttentionRows * attention_row_bytes(bytes, plan.steps);
   const int own_facts = keys ? kKeyFactsBytes : kQueryFactsBytes, facts = keys ? kQueryFactsBytes : kKeyFactsBytes;
+  const int bias = p.has(kWithinBucket) || p.has(kDedup) ? 4 * kAttentionRows * kBiasRow : 0;
   const auto shared_bytes = [&](int places) {
-    return (forward ? 1 : 2) * tile + own_facts + places * (2 * tile + facts);
+    return (forward ? 1 : 2) * tile + own_facts + places * (2 * tile + facts) + bias;
   };
   // As many places as fit, or as many as let two blocks be in a multiprocessor.
   const auto fits = [&](int places, int blocks) {
@@ -200,11 +205,13 @@ inline AttentionPlan plan_attention(const AttentionParams& p, AttentionPart part
   while (plan.places > 1 && !fits(plan.places, 1)) --plan.places;
   plan.launch.shared_bytes = shared_bytes(plan.places);
   plan.launch.threads = kAttentionThreads;
-  plan.rounds = static_cast<int>(longest <= p.chunk_length ? 1 : p.R);
-  const AttentionTiles tiles(static_cast<int>(p.chunk_length), static_cast<int>(longest));
+  const bool ring = !p.has(kBucketAligned);
+  plan.rounds = static_cast<int>(ring && longest <= p.chunk_length ? 1 : p.R);
+  plan.tile_chunk = ring ? static_cast<int>(p.chunk_length) : kAttentionRows;
+  const AttentionTiles tiles(plan.tile_chunk, static_cast<int>(longest));
   // Where all rounds begin with a tile, and the tiles of a window stay.
   const int64_t window = (p.chunks_before + 1 + p.chunks_after) * p.chunk_length;
-  plan.lead = p.shared() && !p.cu_seqlens && tiles.span % kAttentionRows == 0 && p.L % kAttentionRows == 0 &&
+  plan.lead = ring && p.shared() && !p.cu_seqlens && tiles.span % kAttentionRows == 0 && p.L % kAttentionRows == 0 &&
               window + std::max<int64_t>(tiles.span - p.chunk_length, 0) <= plan.places * kAttentionRows;
   // Blocks walk as far as leaves several of them to every multiprocessor.
   const int64_t sequences = p.B * (keys ? p.key_heads : p.H) * p.n_sequences;
@@ -213,6 +220,22 @@ inline AttentionPlan plan_attention(const AttentionParams& p, AttentionPart part
   plan.blocks_per_sequence = static_cast<int>(ceil_div(tiles.of_round, plan.tiles_per_block));
   plan.launch.grid[0] = static_cast<uint32_t>(sequences * plan.blocks_per_sequence);
   return plan;
+}
+
+// Of a pass, in bytes: where its parts begin in scratch memory that is aligned to 16 bytes.
+struct AttentionScratch {
+  int64_t windows = 0, residuals = 0, places = 0, bytes = 0;
+  bool has_windows = false;
+};
+
+inline AttentionScratch plan_attention_scratch(const AttentionParams& p, bool backward) {
+  AttentionScratch scratch;
+  scratch.has_windows = p.has(kBucketAligned) || p.has(kWithinBucket) || p.has(kDedup);
+  const int64_t tokens = scratch.has_windows ? p.B * p.H * p.R * p.L : 0;
+  scratch.residuals = scratch.windows + 16 * tokens;
+  scratch.places = scratch.residuals + (backward ? kResidualBytes * p.B * p.H * p.n_queries : 0);
+  scratch.bytes = scratch.places + 4 * tokens;
+  return scratch;
 }
 
 }  // namespace rk::cuda
