@@ -122,7 +122,7 @@ def test_plans_are_described() -> None:
 def test_launches_of_attention_are_described() -> None:
     forward, queries, keys = cuda.describe(attention_call(length=32768), H100).split("; ")
     assert forward == (
-        "forward: blocks 2736, threads 128, shared bytes 62208, depth / 16 4, tiles in shared memory 3, own ones among "
+        "forward: blocks 2736, threads 128, shared bytes 62464, depth / 16 4, tiles in shared memory 3, own ones among "
         "them 1, tiles of a block 3, rounds 4"
     )
     assert queries.startswith("gradients of queries: blocks 2736,")

@@ -78,6 +78,12 @@ void bucket_order(Tensor buckets, OptionalTensor cu_seqlens, int64_t longest, in
   });
 }
 
+void check_rows(const char* name, const Attention& a) {
+  require(a.type == ScalarType::Float, name, ": rows must be float32, bfloat16 or float16");
+  require(std::max(a.p.D, a.p.E) <= rk::cuda::kAttentionMaxDim, name, ": rows of at most ", rk::cuda::kAttentionMaxDim,
+          " elements, got ", a.p.D, " and ", a.p.E);
+}
+
 Attention chunk_attention(const char* name, RK_ATTENTION_PARAMETERS, int64_t longest,
                           std::initializer_list<const Tensor*> others) {
   check_one_device(name, {&query, pointer(key), &value, pointer(order), pointer(buckets), pointer(padding),
@@ -85,9 +91,7 @@ Attention chunk_attention(const char* name, RK_ATTENTION_PARAMETERS, int64_t lon
   for (const Tensor* other : others) check_one_device(name, {&query, other});
   const Attention a = attention(RK_ATTENTION_ARGUMENTS);
   const rk::AttentionParams& p = a.p;
-  require(a.type == ScalarType::Float, name, ": rows must be float32, bfloat16 or float16");
-  require(std::max(p.D, p.E) <= rk::cuda::kAttentionMaxDim, name, ": rows of at most ", rk::cuda::kAttentionMaxDim,
-          " elements, got ", p.D, " and ", p.E);
+  check_rows(name, a);
   require(!(p.has(rk::kWithinBucket) || p.has(rk::kDedup)) || (p.order && p.buckets), name,
           ": rules of buckets and of rounds need order and buckets");
   require(p.R * (p.chunks_before + 1 + p.chunks_after) <= rk::cuda::kAttentionMaxChunks, name, ": windows of all ", p.R,
@@ -96,9 +100,9 @@ Attention chunk_attention(const char* name, RK_ATTENTION_PARAMETERS, int64_t lon
   return a;
 }
 
-// Freed when the op returns, and used again in the order of the stream.
-Tensor attention_scratch(const rk::AttentionParams& p, const Tensor& like, bool backward) {
-  return torch::stable::new_empty(like, {rk::cuda::plan_attention_scratch(p, backward).bytes}, ScalarType::Byte);
+// Scratch memory: freed when the op returns, and used again in the order of the stream.
+Tensor bytes_like(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
 }
 
 void chunk_attention_forward(RK_ATTENTION_PARAMETERS, int64_t longest, Tensor out, Tensor lse, Tensor self_only) {
@@ -106,7 +110,7 @@ void chunk_attention_forward(RK_ATTENTION_PARAMETERS, int64_t longest, Tensor ou
   Attention a = chunk_attention(kName, RK_ATTENTION_ARGUMENTS, longest, {&out, &lse, &self_only});
   set_residuals(a, out, lse, self_only);
   on_device_of(kName, query, [&](const rk::cuda::Device& device, void* stream) {
-    const Tensor scratch = attention_scratch(a.p, query, false);
+    const Tensor scratch = bytes_like(query, rk::cuda::plan_attention_scratch(a.p, false).bytes);
     return rk::cuda::attention_forward(a.p, longest, device, scratch.mutable_data_ptr(), stream);
   });
 }
@@ -119,8 +123,87 @@ void chunk_attention_backward(RK_ATTENTION_PARAMETERS, int64_t longest, Tensor g
   set_residuals(a, out, lse, self_only);
   set_gradients(a, grad_out, grad_query, grad_key, grad_value);
   on_device_of(kName, query, [&](const rk::cuda::Device& device, void* stream) {
-    const Tensor scratch = attention_scratch(a.p, query, true);
+    const Tensor scratch = bytes_like(query, rk::cuda::plan_attention_scratch(a.p, true).bytes);
     return rk::cuda::attention_backward(a.p, longest, device, scratch.mutable_data_ptr(), stream);
+  });
+}
+
+Attention list_attention(const char* name, RK_LIST_PARAMETERS, std::initializer_list<const Tensor*> others) {
+  check_one_device(
+      name, {&query, &key, &value, pointer(order), &key_lists, pointer(padding), pointer(dropout_seed), &out, &lse});
+  for (const Tensor* other : others) check_one_device(name, {&query, other});
+  const Attention a = with_lists(RK_LIST_ARGUMENTS);
+  check_rows(name, a);
+  require(rk::cuda::list_places(a.p) < INT32_MAX, name, ": lists must have fewer than 2**31 places a head, got ",
+          rk::cuda::list_places(a.p));
+  return a;
+}
+
+// Float rows [B, heads, n, width].
+const float* float_rows(const char* name, const OptionalTensor& t, int64_t B, int64_t heads, int64_t n, int64_t width) {
+  return contiguous<float>(name, t, ScalarType::Float, {B, heads, n, width});
+}
+
+rk::cuda::RestParams rest_params(const char* name, const rk::AttentionParams& p, const OptionalTensor& key_sums,
+                                 const OptionalTensor& value_sums, const OptionalTensor& counts) {
+  rk::cuda::RestParams rest{};
+  if (!p.has(rk::kRest)) return rest;
+  require(key_sums && value_sums && counts && counts->dim() == 2 && counts->size(1) >= 1, name,
+          ": the rest term needs sums of keys and values, and their counts");
+  rest.sum_rows = counts->size(1);
+  rest.key_sums = float_rows("key_sums", key_sums, p.B, p.key_heads, rest.sum_rows, p.D);
+  rest.value_sums = float_rows("value_sums", value_sums, p.B, p.key_heads, rest.sum_rows, p.E);
+  rest.counts = contiguous<int32_t>("counts", counts, ScalarType::Int, {p.B, rest.sum_rows});
+  return rest;
+}
+
+#define RK_REST_PARAMETERS OptionalTensor key_sums, OptionalTensor value_sums, OptionalTensor counts
+
+void list_attention_forward(RK_LIST_PARAMETERS, RK_REST_PARAMETERS) {
+  constexpr char kName[] = "list_attention_forward";
+  const Attention a =
+      list_attention(kName, RK_LIST_ARGUMENTS, {pointer(key_sums), pointer(value_sums), pointer(counts)});
+  const rk::cuda::RestParams rest = rest_params(kName, a.p, key_sums, value_sums, counts);
+  on_device_of(kName, query, [&](const rk::cuda::Device& device, void* stream) {
+    return rk::cuda::list_attention_forward(a.p, rest, device, stream);
+  });
+}
+
+void list_rest_backward(RK_LIST_PARAMETERS, RK_REST_PARAMETERS, Tensor grad_out, Tensor grad_query, Tensor query_terms,
+                        Tensor value_terms) {
+  constexpr char kName[] = "list_rest_backward";
+  Attention a = list_attention(
+      kName, RK_LIST_ARGUMENTS,
+      {pointer(key_sums), pointer(value_sums), pointer(counts), &grad_out, &grad_query, &query_terms, &value_terms});
+  rk::AttentionParams& p = a.p;
+  rk::cuda::RestParams rest = rest_params(kName, p, key_sums, value_sums, counts);
+  p.grad_out = rows("grad_out", grad_out, a.rows_type, p.B, p.H, p.L, p.E);
+  p.grad_query = rows("grad_query", grad_query, a.rows_type, p.B, p.H, p.L, p.D);
+  rest.query_terms = const_cast<float*>(float_rows("query_terms", query_terms, p.B, p.H, p.L, p.D));
+  rest.value_terms = const_cast<float*>(float_rows("value_terms", value_terms, p.B, p.H, p.L, p.E));
+  on_device_of(kName, query,
+               [&](const rk::cuda::Device&, void* stream) { return rk::cuda::list_rest_backward(p, rest, stream); });
+}
+
+void list_attention_backward(RK_LIST_PARAMETERS, Tensor grad_out, OptionalTensor key_grads, OptionalTensor value_grads,
+                             Tensor grad_query, Tensor grad_key, Tensor grad_value) {
+  constexpr char kName[] = "list_attention_backward";
+  Attention a =
+      list_attention(kName, RK_LIST_ARGUMENTS,
+                     {&grad_out, pointer(key_grads), pointer(value_grads), &grad_query, &grad_key, &grad_value});
+  const rk::AttentionParams& p = a.p;
+  set_gradients(a, grad_out, grad_query, grad_key, grad_value);
+  rk::cuda::RestParams rest{};
+  if (p.has(rk::kRest)) {
+    require(key_grads && value_grads && key_grads->dim() == 4 && key_grads->size(2) >= 1, kName,
+            ": the rest term needs the gradients of its keys and values");
+    rest.grad_rows = key_grads->size(2);
+    rest.key_grads = float_rows("key_grads", key_grads, p.B, p.key_heads, rest.grad_rows, p.D);
+    rest.value_grads = float_rows("value_grads", value_grads, p.B, p.key_heads, rest.grad_rows, p.E);
+  }
+  on_device_of(kName, query, [&](const rk::cuda::Device& device, void* stream) {
+    const Tensor scratch = bytes_like(query, rk::cuda::plan_list_scratch(p, device).bytes);
+    return rk::cuda::list_attention_backward(p, rest, device, scratch.mutable_data_ptr(), stream);
   });
 }
 
@@ -228,6 +311,15 @@ STABLE_TORCH_LIBRARY(reformer_kernels_cuda, m) {
          "Tensor grad_out, Tensor out, Tensor lse, Tensor self_only, Tensor(a!) grad_query, Tensor(b!) grad_key, "
          "Tensor(c!) grad_value) -> ()")
             .c_str());
+  const std::string lists = RK_LIST_SCHEMA, rest = "Tensor? key_sums, Tensor? value_sums, Tensor? counts";
+  m.def(("list_attention_forward(" + lists + "Tensor(a!) out, Tensor(b!) lse, " + rest + ") -> ()").c_str());
+  m.def(("list_rest_backward(" + lists + "Tensor out, Tensor lse, " + rest +
+         ", Tensor grad_out, Tensor(a!) grad_query, Tensor(b!) query_terms, Tensor(c!) value_terms) -> ()")
+            .c_str());
+  m.def(("list_attention_backward(" + lists +
+         "Tensor out, Tensor lse, Tensor grad_out, Tensor? key_grads, Tensor? value_grads, Tensor(a!) grad_query, "
+         "Tensor(b!) grad_key, Tensor(c!) grad_value) -> ()")
+            .c_str());
   m.def("gather_rows(Tensor input, Tensor index, Tensor(a!) out) -> ()");
   m.def("hash_plan(int[] shape, int rounds, int element_size, int[] factors, int[] device) -> int[]");
   m.def("order_plan(int[] shape, int n_sequences, int longest, int n_buckets, int[] device) -> int[]");
@@ -242,6 +334,9 @@ STABLE_TORCH_LIBRARY_IMPL(reformer_kernels_cuda, CUDA, m) {
   m.impl("bucket_order", TORCH_BOX(&bucket_order));
   m.impl("chunk_attention_forward", TORCH_BOX(&chunk_attention_forward));
   m.impl("chunk_attention_backward", TORCH_BOX(&chunk_attention_backward));
+  m.impl("list_attention_forward", TORCH_BOX(&list_attention_forward));
+  m.impl("list_rest_backward", TORCH_BOX(&list_rest_backward));
+  m.impl("list_attention_backward", TORCH_BOX(&list_attention_backward));
   m.impl("gather_rows", TORCH_BOX(&gather_rows));
 }
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._calls import AttentionCall, Call, HashCall, OrderCall, empty_results
+from .._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, empty_results
 from ..rules import CHOICES
 from . import native
 
 MAX_HEAD_DIM, MAX_FACTORS, MAX_CHUNKS = 128, 8, 1023  # as in csrc/kernels/cuda/plan.h
+NO_MASK = "the kernels take no attn_mask"
 _ops = torch.ops.reformer_kernels_cuda
 
 
@@ -54,6 +55,9 @@ def kernel_reasons(call: Call) -> list[str]:
         return []
     if isinstance(call, AttentionCall):
         return _attention_reasons(call)
+    if isinstance(call, ListCall):
+        reasons = _row_reasons(call.query, call.value)
+        return reasons if call.attn_mask is None else [*reasons, NO_MASK]
     return [f"this version has no CUDA kernels for {call.op}"]
 
 
@@ -71,7 +75,7 @@ def _attention_reasons(call: AttentionCall) -> list[str]:
     rounds = 1 if call.order is None else call.order.shape[2]
     chunks = rounds * (call.chunks_before + 1 + call.chunks_after)
     if call.attn_mask is not None:
-        reasons.append("the kernels take no attn_mask")
+        reasons.append(NO_MASK)
     if chunks > MAX_CHUNKS:
         reasons.append(f"the windows of all rounds have {chunks} chunks; the kernels take up to {MAX_CHUNKS}")
     if call.order is not None and call.key is not None and call.key.shape[1] != call.query.shape[1]:
@@ -148,7 +152,7 @@ def bucket_order(call: OrderCall) -> Tensor:
     return order
 
 
-def _to_device(x: Tensor | None, call: OrderCall | AttentionCall) -> Tensor | None:
+def _to_device(x: Tensor | None, call: OrderCall | AttentionCall | ListCall) -> Tensor | None:
     return None if x is None else x.to(call.device, non_blocking=True)
 
 
@@ -176,3 +180,56 @@ def chunk_attention_backward(
         *_inputs(call), native.rows(grad_out), native.rows(out), lse.contiguous(), self_only.contiguous(), *grads
     )
     return grads
+
+
+def _list_inputs(call: ListCall) -> tuple[ListCall, tuple[Any, ...], tuple[Tensor | None, ...]]:
+    """The call without a rest term where there are no keys for it, its arguments, and the sums of the rest term."""
+    keys = call.key.shape[2] - call.context_keys
+    call = call._replace(dropout_seed=_to_device(call.dropout_seed, call), rest_term=call.rest_term and keys > 0)
+    return call, native.list_arguments(call), _rest_sums(call, keys) if call.rest_term else (None, None, None)
+
+
+def _rest_sums(call: ListCall, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of key and value [B, Hk, n, D] and how many they are [B, n]: at each position, or of all keys."""
+    batch = call.key.shape[0]
+    counted = torch.ones(batch, keys, dtype=torch.int32, device=call.device)
+    if call.key_padding_mask is not None:
+        counted = counted.masked_fill(call.key_padding_mask[:, :keys], 0)
+    rows = [x[:, :, :keys].float().masked_fill((counted == 0)[:, None, :, None], 0.0) for x in (call.key, call.value)]
+    if call.causal:
+        return rows[0].cumsum(2), rows[1].cumsum(2), counted.cumsum(1, dtype=torch.int32)
+    return rows[0].sum(2, keepdim=True), rows[1].sum(2, keepdim=True), counted.sum(1, keepdim=True, dtype=torch.int32)
+
+
+def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
+    _, arguments, sums = _list_inputs(call)
+    out, lse = empty_results(call)
+    _ops.list_attention_forward(*arguments, out, lse, *sums)
+    return out, lse
+
+
+def list_attention_backward(
+    call: ListCall, grad_out: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    call, arguments, sums = _list_inputs(call)
+    arguments = *arguments, native.rows(out), lse.contiguous()
+    grad_out, grads = native.rows(grad_out), native.new_gradients(call)
+    if 0 in call.query.shape[:3]:
+        return grads
+    rest: tuple[Tensor | None, Tensor | None] = (None, None)
+    if call.rest_term:
+        terms = [lse.new_empty((*lse.shape, x.shape[3])) for x in (call.query, call.value)]
+        _ops.list_rest_backward(*arguments, *sums, grad_out, grads[0], *terms)
+        rest = tuple(_per_key(call, x) for x in terms)  # type: ignore[assignment]
+    _ops.list_attention_backward(*arguments, grad_out, *rest, *grads)
+    return grads
+
+
+def _per_key(call: ListCall, terms: Tensor) -> Tensor:
+    """[B, Hk, n, D] of terms [B, H, L, D]: the sum of those of all queries that may see a key, or any key."""
+    terms = terms.unflatten(1, (call.key.shape[1], -1)).sum(2)
+    if not call.causal:
+        return terms.sum(2, keepdim=True)
+    # Keys after the last query get nothing.
+    missing = max(0, call.key.shape[2] - call.context_keys - terms.shape[2])
+    return torch.nn.functional.pad(terms.flip(2).cumsum(2).flip(2), (0, 0, 0, missing))

@@ -16,6 +16,14 @@ from reformer_kernels._calls import AttentionCall
 from ..test_random import LAYOUTS
 from .kernels import Emulator
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def described(case: Any) -> str:
+    """A dataclass with the fields that are not the default ones."""
+    given = {f.name: getattr(case, f.name) for f in fields(case) if getattr(case, f.name) != f.default}
+    return f"{type(case).__name__}({', '.join(f'{name}={value}' for name, value in given.items())})"
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -42,8 +50,7 @@ class Attention:
     device: str = "H100"
 
     def __str__(self) -> str:
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return f"Attention({', '.join(f'{name}={value}' for name, value in given.items())})"
+        return described(self)
 
     def call(self) -> AttentionCall:
         generator = torch.Generator().manual_seed(self.length)
@@ -81,7 +88,6 @@ class Attention:
                 testing.assert_matches_oracle(self.call(), self.dtype, forward, backward)
 
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 L2 = rk.AttentionRules(key_norm="l2", scale=None)
 PAPER, WITHIN = rk.AttentionRules.paper(), rk.AttentionRules(within_bucket=True)
 ONCE, BLIND = rk.AttentionRules(dedup="log_count"), rk.AttentionRules(mask_padded_queries=True)

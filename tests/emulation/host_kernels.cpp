@@ -76,24 +76,32 @@ void bucket_order(const py::array& buckets, const std::optional<py::array>& cu_s
 // The fields of AttentionParams that `given` has, by their names: arrays, numbers, and strings for `element`.
 rk::AttentionParams attention_params(const py::dict& given) {
   rk::AttentionParams p{};
-  const auto number = [&]<class T>(const char* name, T& field) { field = given[name].cast<T>(); };
+  const auto number = [&]<class T>(const char* name, T& field) {
+    if (given.contains(name)) field = given[name].cast<T>();
+  };
   const auto pointer = [&]<class T>(const char* name, T*& field) {
-    if (!given[name].is_none()) field = static_cast<T*>(const_cast<void*>(given[name].cast<py::array>().data()));
+    if (given.contains(name) && !given[name].is_none())
+      field = static_cast<T*>(const_cast<void*>(given[name].cast<py::array>().data()));
   };
   const auto rows_of = [&](const char* name, rk::Rows& field) {
     if (given.contains(name) && !given[name].is_none()) field = rows(given[name].cast<py::array>());
   };
   p.element = element_of(given["element"].cast<std::string>());
-  const py::array query = given["query"], value = given["value"];
+  const py::array query = given["query"], key_or_query = given[given["key"].is_none() ? "query" : "key"],
+                  value = given["value"];
   p.B = query.shape(0), p.H = query.shape(1), p.L = query.shape(2), p.D = query.shape(3), p.E = value.shape(3);
-  p.S = p.L, p.key_heads = value.shape(1);
+  p.S = key_or_query.shape(2), p.key_heads = value.shape(1), p.n_queries = p.L, p.n_sequences = 1;
   p.R = given["order"].is_none() ? 1 : given["order"].cast<py::array>().shape(2);
-  p.n_sequences = given["cu_seqlens"].is_none() ? 1 : given["cu_seqlens"].cast<py::array>().shape(0) - 1;
+  if (given.contains("key_lists")) p.list_length = given["key_lists"].cast<py::array>().shape(3);
+  if (given.contains("cu_seqlens") && !given["cu_seqlens"].is_none())
+    p.n_sequences = given["cu_seqlens"].cast<py::array>().shape(0) - 1;
   number("chunk_length", p.chunk_length), number("n_queries", p.n_queries);
   number("chunks_before", p.chunks_before), number("chunks_after", p.chunks_after), number("flags", p.flags);
   number("scale", p.scale), number("keep_factor", p.keep_factor), number("drop_threshold", p.drop_threshold);
+  number("context_keys", p.context_keys);
   pointer("dropout_seed", p.dropout_seed), pointer("order", p.order), pointer("buckets", p.buckets);
   pointer("padding", p.padding), pointer("cu_seqlens", p.cu_seqlens), pointer("self_only", p.self_only);
+  pointer("key_lists", p.key_lists);
   p.lse = given["lse"].cast<py::array>().mutable_data();
   rows_of("query", p.query), rows_of("key", p.key), rows_of("value", p.value), rows_of("out", p.out);
   rows_of("grad_out", p.grad_out), rows_of("grad_query", p.grad_query), rows_of("grad_key", p.grad_key);
@@ -109,6 +117,38 @@ void attention(const py::dict& given, bool backward, int64_t longest, py::array&
                const std::vector<int>& device) {
   const auto run = backward ? rk::cuda::attention_backward : rk::cuda::attention_forward;
   check(run(attention_params(given), longest, device_of(device), scratch.mutable_data(), nullptr));
+}
+
+rk::cuda::RestParams rest_params(const py::dict& given) {
+  rk::cuda::RestParams rest{};
+  const auto pointer = [&]<class T>(const char* name, T*& field, int64_t* count, int dimension) {
+    if (!given.contains(name) || given[name].is_none()) return;
+    const py::array array = given[name];
+    field = static_cast<T*>(const_cast<void*>(array.data()));
+    if (count) *count = array.shape(dimension);
+  };
+  pointer("key_sums", rest.key_sums, &rest.sum_rows, 2), pointer("value_sums", rest.value_sums, nullptr, 0);
+  pointer("counts", rest.counts, nullptr, 0), pointer("query_terms", rest.query_terms, nullptr, 0);
+  pointer("value_terms", rest.value_terms, nullptr, 0), pointer("key_grads", rest.key_grads, &rest.grad_rows, 2);
+  pointer("value_grads", rest.value_grads, nullptr, 0);
+  return rest;
+}
+
+int64_t list_scratch(const py::dict& given, const std::vector<int>& device) {
+  return rk::cuda::plan_list_scratch(attention_params(given), device_of(device)).bytes;
+}
+
+void list_attention_forward(const py::dict& given, const std::vector<int>& device) {
+  check(rk::cuda::list_attention_forward(attention_params(given), rest_params(given), device_of(device), nullptr));
+}
+
+void list_rest_backward(const py::dict& given) {
+  check(rk::cuda::list_rest_backward(attention_params(given), rest_params(given), nullptr));
+}
+
+void list_attention_backward(const py::dict& given, py::array& scratch, const std::vector<int>& device) {
+  check(rk::cuda::list_attention_backward(attention_params(given), rest_params(given), device_of(device),
+                                          scratch.mutable_data(), nullptr));
 }
 
 void gather_rows(const py::array& input, const py::array& index, py::array& out) {
@@ -151,6 +191,10 @@ void bind_kernels(py::module_& m) {
   m.def("bucket_order", &bucket_order);
   m.def("attention_scratch", &attention_scratch);
   m.def("attention", &attention);
+  m.def("list_scratch", &list_scratch);
+  m.def("list_attention_forward", &list_attention_forward);
+  m.def("list_rest_backward", &list_rest_backward);
+  m.def("list_attention_backward", &list_attention_backward);
   m.def("gather_rows", &gather_rows);
   m.def("hash_plan", &hash_plan);
   m.def("order_plan", &order_plan);

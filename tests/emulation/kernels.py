@@ -31,7 +31,7 @@ from .ptx.kernel import Counters, Kernel, VirtualRegion
 
 CSRC = build.ROOT / "csrc"
 HERE = Path(__file__).parent
-SOURCES = {name: CSRC / "kernels" / "cuda" / f"{name}.cu" for name in ("hash", "order", "attention", "gather")}
+SOURCES = {name: CSRC / "kernels" / "cuda" / f"{name}.cu" for name in ("hash", "order", "attention", "lists", "gather")}
 ARCHITECTURES = ("sm_80", "sm_90")
 # Multiprocessors, bytes of shared memory of a block and of a multiprocessor.
 DEVICES = {
@@ -134,11 +134,12 @@ class Emulator:
         self.run("gather", [read_only(rows), read_only(index), out])
         return out
 
-    def run(self, source: str, memory: Memory) -> None:
-        """Executes the launches that were recorded."""
-        path = self.csrc / SOURCES[source].relative_to(CSRC)
-        text = ptx(path, self.architecture, self.csrc)
+    def run(self, sources: str, memory: Memory) -> None:
+        """Executes the launches that were recorded, of kernels of these sources."""
+        paths = [self.csrc / SOURCES[source].relative_to(CSRC) for source in sources.split()]
+        texts = [ptx(path, self.architecture, self.csrc) for path in paths]
         for launch in host().take_recorded():
+            text = next(text for text in texts if f".entry {launch['name']}(" in text)
             kernel = _kernel(text, launch["name"])
             counters = kernel.launch(
                 launch["grid"], launch["threads"], launch["params"], memory, launch["shared_bytes"], **self.schedule
@@ -192,22 +193,57 @@ class EmulatedOps:
     def _chunk_attention(
         self, backward: bool, inputs: list[Any], longest: int, others: dict[str, Tensor], results: dict[str, Tensor]
     ) -> None:
-        given = self._attention(inputs, **others, **results)
+        given = arguments_of(CHUNK, inputs, **others, **results)
         scratch = torch.empty(host().attention_scratch(given, backward), dtype=torch.uint8)
         outputs = unwritten(*results.values(), scratch)
         host().attention(given, backward, longest, as_array(scratch), self._emulator.device)
         self._emulator.run("attention", memory_of(*inputs, *others.values()) + outputs)
 
-    def _attention(self, inputs: Sequence[Any], **others: Tensor) -> dict[str, Any]:
-        """The fields of AttentionParams by name, with arrays for tensors."""
-        names = (
-            "query", "key", "value", "order", "buckets", "padding", "cu_seqlens", "dropout_seed", "chunk_length",
-            "chunks_before", "chunks_after", "n_queries", "scale", "drop_threshold", "keep_factor", "flags",
-        )  # fmt: skip
-        fields = dict(zip(names, inputs, strict=True)) | others
-        return {"element": str(inputs[0].dtype)[6:]} | {
-            name: as_array(x) if isinstance(x, Tensor) else x for name, x in fields.items()
-        }
+    def list_attention_forward(self, *arguments: Any) -> None:
+        *inputs, out, lse, key_sums, value_sums, counts = arguments
+        given = arguments_of(LIST, inputs, out=out, lse=lse, key_sums=key_sums, value_sums=value_sums, counts=counts)
+        outputs = unwritten(out, lse)
+        host().list_attention_forward(given, self._emulator.device)
+        self._emulator.run("attention lists", memory_of(*inputs, key_sums, value_sums, counts) + outputs)
+
+    def list_rest_backward(self, *arguments: Any) -> None:
+        *inputs, out, lse, key_sums, value_sums, counts, grad_out, grad_query, query_terms, value_terms = arguments
+        others = {"out": out, "lse": lse, "key_sums": key_sums, "value_sums": value_sums, "counts": counts}
+        results = {"grad_query": grad_query, "query_terms": query_terms, "value_terms": value_terms}
+        given = arguments_of(LIST, inputs, **others, grad_out=grad_out, **results)
+        outputs = unwritten(*results.values())
+        host().list_rest_backward(given)
+        self._emulator.run("lists", memory_of(*inputs, *others.values(), grad_out) + outputs)
+
+    def list_attention_backward(self, *arguments: Any) -> None:
+        *inputs, out, lse, grad_out, key_grads, value_grads, grad_query, grad_key, grad_value = arguments
+        others = {"out": out, "lse": lse, "grad_out": grad_out, "key_grads": key_grads, "value_grads": value_grads}
+        grads = {"grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
+        given = arguments_of(LIST, inputs, **others, **grads)
+        scratch = torch.empty(host().list_scratch(given, self._emulator.device), dtype=torch.uint8)
+        # The pseudo-key has begun the gradient of the query.
+        outputs = unwritten(*([] if key_grads is not None else [grad_query]), grad_key, grad_value, scratch)
+        begun = [] if key_grads is None else [storage(grad_query, writeable=True)]
+        host().list_attention_backward(given, as_array(scratch), self._emulator.device)
+        self._emulator.run("attention order lists", memory_of(*inputs, *others.values()) + outputs + begun)
+
+
+CHUNK = (
+    "query", "key", "value", "order", "buckets", "padding", "cu_seqlens", "dropout_seed", "chunk_length",
+    "chunks_before", "chunks_after", "n_queries", "scale", "drop_threshold", "keep_factor", "flags",
+)  # fmt: skip
+LIST = (
+    "query", "key", "value", "order", "key_lists", "padding", "dropout_seed", "chunk_length", "context_keys", "scale",
+    "drop_threshold", "keep_factor", "flags",
+)  # fmt: skip
+
+
+def arguments_of(names: Sequence[str], inputs: Sequence[Any], **others: Tensor | None) -> dict[str, Any]:
+    """Fields of AttentionParams and RestParams by name, with arrays for tensors."""
+    fields = dict(zip(names, inputs, strict=True)) | others
+    return {"element": str(inputs[0].dtype)[6:]} | {
+        name: as_array(x) if isinstance(x, Tensor) else x for name, x in fields.items()
+    }
 
 
 def unwritten(*outputs: Tensor) -> list[np.ndarray]:

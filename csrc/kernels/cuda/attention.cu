@@ -39,6 +39,11 @@ AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan
   a.causal = p.has(kCausal), a.shared = p.shared(), a.l2 = p.has(kL2Norm), a.lead = plan.lead;
   a.bucket_aligned = p.has(kBucketAligned), a.within_bucket = p.has(kWithinBucket), a.dedup = p.has(kDedup);
   a.mask_padded_queries = p.has(kMaskPaddedQueries);
+  if (p.lists()) {
+    a.lists = p.key_lists, a.list_length = static_cast<int>(p.list_length),
+    a.context = static_cast<int>(p.context_keys);
+    a.list_slots = static_cast<int>(list_slots(p));
+  }
   const int64_t bytes = p.element == Element::kSame ? 4 : 2;
   a.aligned_rows = is_aligned(a.query, p.D, bytes) && is_aligned(a.key, p.D, bytes) && is_aligned(a.value, p.E, bytes);
   a.aligned_out = is_aligned(a.out, p.E, bytes);
@@ -47,7 +52,7 @@ AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan
 
 AttentionArguments backward_arguments(const AttentionParams& p, const AttentionPlan& plan, void* scratch) {
   AttentionArguments a = arguments(p, plan, scratch, true);
-  a.grad_out = p.grad_out;
+  a.grad_out = p.grad_out, a.grad_query_begun = p.has(kRest);
   a.grad_query = p.grad_query, a.grad_key = p.grad_key, a.grad_value = p.grad_value;
   const int64_t bytes = p.element == Element::kSame ? 4 : 2;
   a.aligned_rows = a.aligned_rows && is_aligned(a.grad_out, p.E, bytes);

@@ -23,9 +23,10 @@ struct KeyFacts {
   float factor[kAttentionRows];  // of scores in base 2
 };
 struct QueryFacts {
-  int row[kAttentionRows];                          // in the sequence, or kNobody for none
-  int limit[kAttentionRows];                        // it sees keys of positions below,
-  int excluded[kAttentionRows];                     // less this one,
+  int row[kAttentionRows];       // in the sequence, or kNobody for none
+  int limit[kAttentionRows];     // it sees keys of positions below,
+  int excluded[kAttentionRows];  // less `excluded_count` from this one on,
+  int excluded_count[kAttentionRows];
   int first[kAttentionRows], last[kAttentionRows];  // of the slots from the first on and before the last
   int slot[kAttentionRows];                         // wrapped
   QueryResidual residual[kAttentionRows];
@@ -41,17 +42,19 @@ struct Visits {
   int lead;                       // the one that is visited first, or none
   int inner_first, inner_behind;  // slots that every slot of the tile sees
 
-  // The block's first one from `own` on that has slots. back, ahead: chunks.
-  __device__ void take(const AttentionArguments& p, const AttentionSequence& sequence, int from, int back, int ahead) {
-    const AttentionTiles all(p.tile_chunk, sequence.length);
+  // The block's first one from `own` on that has slots.
+  template <bool OWNS_KEYS>
+  __device__ void take(const AttentionArguments& p, const AttentionSequence& sequence, int from) {
+    const bool of_lists = OWNS_KEYS && p.lists;
+    const AttentionTiles all(p.tile_chunk, of_lists ? sequence.list_rows() * p.list_slots : sequence.length);
     const int begins = static_cast<int>(blockIdx.x % p.blocks_per_sequence) * p.tiles_per_block;
     const int behind = min(begins + p.tiles_per_block, all.of_round);
     for (own = max(from, begins); own < behind && all.count(own) <= 0;) ++own;
     some = own < behind;
     if (!some) return;
     slot = p.round * sequence.length + all.start(own), count = all.count(own);
-    const Range of_first = sequence.around(p, slot, back, ahead);
-    const Range of_last = sequence.around(p, slot + count - 1, back, ahead);
+    const auto visited = [&](int at) { return OWNS_KEYS ? sequence.queries_of(p, at) : sequence.keys_of(p, at); };
+    const Range of_first = visited(slot), of_last = visited(slot + count - 1);
     first = floor_div(of_first.first, kAttentionRows);
     tiles = floor_div(of_last.behind - 1, kAttentionRows) + 1 - first;
     inner_first = of_last.first, inner_behind = of_first.behind;
@@ -87,6 +90,7 @@ template <class T, int STEPS, int OWN_TILES, class OwnFacts, class Facts>
 struct AttentionBlock {
   using Layout = TileLayout<T, STEPS>;
   static constexpr int kPerUnit = 16 / sizeof(T);
+  static constexpr bool kOwnsKeys = std::is_same_v<OwnFacts, KeyFacts>;
 
   const AttentionArguments& p;
   AttentionState& state;
@@ -146,17 +150,23 @@ struct AttentionBlock {
   __device__ void load_keys(unsigned char* keys, unsigned char* values, KeyFacts& facts, int slot, int count) const {
     const T* key = row_of<T>(p.key, sequence.b, sequence.key_head, sequence.offset);
     const T* value = row_of<T>(p.value, sequence.b, sequence.key_head, sequence.offset);
+    const int list_row = p.lists ? slot / p.list_slots : 0, place = slot - list_row * p.list_slots;
+    const int32_t* list = sequence.lists + int64_t{list_row} * p.list_length;
+    const auto row_at = [&](int row) {  // or -1
+      if (p.lists) return place + row < p.list_length ? list[place + row] : -1;
+      return sequence.position(slot + min(row, count - 1));
+    };
     each_unit([&](int row, int part) {
-      const int64_t at = sequence.position(slot + min(row, count - 1));
-      if (keys) load_unit(keys, row, part, key + at * p.key.stride_l, p.D);
-      load_unit(values, row, part, value + at * p.value.stride_l, p.E);
+      const int64_t at = row_at(row);
+      if (keys) load_unit(keys, row, part, at < 0 ? nullptr : key + at * p.key.stride_l, p.D);
+      load_unit(values, row, part, at < 0 ? nullptr : value + at * p.value.stride_l, p.E);
     });
     const int row = threadIdx.x;
     if (row >= kAttentionRows) return;
-    const int at = sequence.position(slot + min(row, count - 1));
-    const bool hidden = row >= count || is_padded(at);
+    const int at = row_at(row);
+    const bool hidden = row >= count || at < 0 || is_padded(at);
     facts.row[row] = at;
-    facts.position[row] = hidden ? kHidden : at >= sequence.n_queries ? kEveryone : at;
+    facts.position[row] = hidden ? kHidden : at >= sequence.everyone ? kEveryone : at;
   }
 
   // The same of queries, and of their incoming gradients where `grads` is one.
@@ -173,6 +183,7 @@ struct AttentionBlock {
     const int row = threadIdx.x;
     if (row >= kAttentionRows) return;
     const int at = row < count ? sequence.position(slot + row) : INT32_MAX;
+    const int wrapped = sequence.wrapped(slot + row);
     const bool some = at < sequence.n_queries;
     facts.row[row] = some ? at : kNobody;
     bool self_only = false;
@@ -185,12 +196,15 @@ struct AttentionBlock {
     const int limit = p.causal ? at + (!p.shared || self_only) : kHidden;
     const bool blind = !some || (p.mask_padded_queries && is_padded(at));
     facts.limit[row] = blind ? kNobody : limit;
-    facts.excluded[row] = p.shared && !self_only ? at : kNobody;
-    // Beyond the ring are only its turns.
-    const bool there = row < count && (!p.bucket_aligned || sequence.wrapped(slot + row) == slot + row);
-    const Range seen = there ? sequence.around(p, slot + row, sequence.before, sequence.after) : Range{0, 0};
+    facts.excluded[row] = at, facts.excluded_count[row] = p.shared && !self_only;
+    if (p.lists && some && wrapped >= sequence.length) {  // what the first round has shown
+      const Range shown = sequence.list_range(p, at / p.chunk_length);
+      facts.excluded[row] = shown.first, facts.excluded_count[row] = shown.behind - shown.first;
+    }
+    const bool there = row < count && (p.ring() || wrapped == slot + row);
+    const Range seen = there ? sequence.keys_of(p, slot + row) : Range{0, 0};
     facts.first[row] = seen.first, facts.last[row] = seen.behind;
-    facts.slot[row] = sequence.wrapped(slot + row);
+    facts.slot[row] = wrapped;
   }
 
   // 1 over the length of shared rows, as keys, in `facts.factor`; two threads a row. Between barriers.
@@ -218,12 +232,17 @@ struct AttentionBlock {
     const int column = threadIdx.x % kAttentionRows;
     for (int row = threadIdx.x / kAttentionRows; row < kAttentionRows; row += kAttentionThreads / kAttentionRows) {
       const int own = own_facts().row[row], other = facts(place).row[column];
-      const bool owns_keys = std::is_same_v<OwnFacts, KeyFacts>;
       const int own_at = own_slot + row, other_at = slot + column;
-      bias(row)[column] = owns_keys ? pair_bias(p, sequence, other, own, other_at, own_at)
+      bias(row)[column] = kOwnsKeys ? pair_bias(p, sequence, other, own, other_at, own_at)
                                     : pair_bias(p, sequence, own, other, own_at, other_at);
     }
     __syncthreads();
+  }
+
+  // Whether any row of the warp sees a slot of the visited tile from `slot` on. a, b: what the lane's two rows see.
+  __device__ static bool any_sees(Range a, Range b, int slot) {
+    const auto sees = [&](Range seen) { return slot < seen.behind && slot + kAttentionRows > seen.first; };
+    return __any_sync(~0u, sees(a) || sees(b));
   }
 
   // Whether dropout keeps the pair of the query at a wrapped slot and the key `at` slots from the first that it sees.
@@ -295,10 +314,9 @@ struct AttentionBlock {
   // Owns the block's tiles one after another. For each it calls begin(slot, count), which starts to load what is owned;
   // for each of `heads` heads and each tile visited load(slot, place) if it isn't there, arrived(place, fresh, first),
   // which says whether it wrote to shared memory, and compute(slot, place, first, visits); and end(slot, count).
-  // back, ahead: chunks that are visited.
   template <class Begin, class Load, class Arrived, class Compute, class End>
-  __device__ __forceinline__ void walk(int heads, int back, int ahead, Begin&& begin, Load&& load, Arrived&& arrived,
-                                       Compute&& compute, End&& end) const {
+  __device__ __forceinline__ void walk(int heads, Begin&& begin, Load&& load, Arrived&& arrived, Compute&& compute,
+                                       End&& end) const {
     int held[kAttentionPlaces];  // the tiles in the places
 #pragma unroll
     for (int i = 0; i < kAttentionPlaces; ++i) held[i] = kNobody;
@@ -311,13 +329,13 @@ struct AttentionBlock {
     };
 
     int awaited = kNobody;
-    if (threadIdx.x == 0) state.visits[0].take(p, sequence, 0, back, ahead);
+    if (threadIdx.x == 0) state.visits[0].template take<kOwnsKeys>(p, sequence, 0);
     for (int turn = 0;; turn ^= 1) {
       __syncthreads();  // all are done with what was owned
       const Visits& visits = state.visits[turn];
       if (!visits.some) break;
       begin(visits.slot, visits.count);
-      if (threadIdx.x == 0) state.visits[turn ^ 1].take(p, sequence, visits.own + 1, back, ahead);
+      if (threadIdx.x == 0) state.visits[turn ^ 1].template take<kOwnsKeys>(p, sequence, visits.own + 1);
       bool pending = true;
       for (int head = 0; head < heads; ++head) {
         if (heads > 1) {

@@ -11,6 +11,11 @@
 
 namespace rk::cuda {
 
+// Whether a key is below the limit of a query and not among those that it leaves out.
+__device__ __forceinline__ bool is_allowed(int key, int limit, int excluded, int excluded_count) {
+  return key < limit && static_cast<uint32_t>(key - excluded) >= static_cast<uint32_t>(excluded_count);
+}
+
 __device__ __forceinline__ float weight_of(float score, float factor, const QueryResidual& residual, float bias) {
   // One that sees only itself has exactly the weight 1 / times.
   return exp2_approximate((residual.self_only ? -residual.lse : fmaf(score, factor, -residual.lse)) + bias);
@@ -24,13 +29,13 @@ struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
   static constexpr int kColumns = 2 * STEPS, kAtOnce = 2;  // tiles of 8
 
   OwnRows<T, STEPS, true> queries, grads;
-  int position[2], limit[2], excluded[2], first[2], last[2], slot[2];
+  int position[2], limit[2], excluded[2], excluded_count[2], first[2], last[2], slot[2];
   QueryResidual residual[2];
   float grad[kColumns][4];
 
   __device__ void run() {
     Block::walk(
-        1, sequence.before, sequence.after,
+        1,
         [&](int slot, int count) {
           Block::load_queries(p.lead ? nullptr : Block::own_tile(0), Block::own_tile(1), Block::own_facts(), slot,
                               count);
@@ -58,6 +63,7 @@ struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
     for (int h = 0; h < 2; ++h) {
       const int row = warp * 16 + h * 8 + lane / 4;
       position[h] = facts.row[row], limit[h] = facts.limit[row], excluded[h] = facts.excluded[row];
+      excluded_count[h] = facts.excluded_count[row];
       first[h] = facts.first[row], last[h] = facts.last[row], slot[h] = facts.slot[row];
       residual[h] = facts.residual[row];
     }
@@ -72,6 +78,7 @@ struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
     const KeyFacts& facts = Block::facts(place);
     if (sequence.rules) Block::fill_bias(from, visits.slot, place);
     const bool all_see = visits.all_see(from);
+    if (!all_see && !Block::any_sees({first[0], last[0]}, {first[1], last[1]}, from)) return;
 #pragma unroll 1
     for (int block = 0; block < kAttentionRows; block += 8 * kAtOnce) {
       float s[kAtOnce][4] = {}, grad_weight[kAtOnce][4] = {};
@@ -89,7 +96,8 @@ struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
         for (int j = 0; j < 4; ++j) {
           const int h = j / 2, key = j % 2 ? keys.y : keys.x, at = from + column + j % 2;
           const float factor = j % 2 ? factors.y : factors.x;
-          const bool sees = key < limit[h] && key != excluded[h] && (all_see || (at >= first[h] && at < last[h]));
+          const bool sees = is_allowed(key, limit[h], excluded[h], excluded_count[h]) &&
+                            (all_see || (at >= first[h] && at < last[h]));
           const float bias = sequence.rules ? Block::bias(warp * 16 + h * 8 + lane / 4)[column + j % 2] : 0.f;
           const float weight = sees ? weight_of(s[n][j], factor, residual[h], bias) : 0.f;
           float grad_of = grad_weight[n][j];
@@ -105,7 +113,7 @@ struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       T* to = row_of<T>(p.grad_query, sequence.b, sequence.h, sequence.offset + max(position[h], 0));
-      const bool add = p.round > 0;
+      const bool add = p.round > 0 || p.grad_query_begun;
       Block::write_row(to, p.D, position[h] != kNobody, add, add ? 1.f : 0.f,
                        [&](int m, int j) { return grad[m][2 * h + j] * kLn2; });
     }
@@ -124,7 +132,7 @@ struct AttentionGradKeys : AttentionBlock<T, STEPS, 2, KeyFacts, QueryFacts> {
 
   __device__ void run() {
     Block::walk(
-        p.group, sequence.after, sequence.before,
+        p.lists ? 1 : p.group,
         [&](int from, int count) {
           Block::load_keys(p.lead ? nullptr : Block::own_tile(0), Block::own_tile(1), Block::own_facts(), from, count);
           commit_copies();
@@ -140,7 +148,7 @@ struct AttentionGradKeys : AttentionBlock<T, STEPS, 2, KeyFacts, QueryFacts> {
           if (first) begin(own_keys(place));
           visit(from, place, visits);
         },
-        [&](int, int count) { finish(count); });
+        [&](int from, int count) { finish(from, count); });
   }
 
   // The first visit is that of the tile whose rows the keys are, if there is one.
@@ -184,11 +192,12 @@ struct AttentionGradKeys : AttentionBlock<T, STEPS, 2, KeyFacts, QueryFacts> {
           const int column = block + n * 8 + lane % 4 * 2 + i;
           const QueryResidual residual = facts.residual[column];
           const int limit = facts.limit[column], excluded = facts.excluded[column], first = facts.first[column];
+          const int excluded_count = facts.excluded_count[column];
           const int last = facts.last[column];
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const int j = 2 * h + i;
-            const bool sees = position[h] < limit && position[h] != excluded &&
+            const bool sees = is_allowed(position[h], limit, excluded, excluded_count) &&
                               (all_see || (slot + 8 * h >= first && slot + 8 * h < last));
             const float bias = sequence.rules ? Block::bias(warp * 16 + h * 8 + lane / 4)[column] : 0.f;
             const float weight = sees ? weight_of(s[n][j], factor[h], residual, bias) : 0.f;
@@ -206,13 +215,17 @@ struct AttentionGradKeys : AttentionBlock<T, STEPS, 2, KeyFacts, QueryFacts> {
     }
   }
 
-  __device__ void finish(int count) {
+  __device__ void finish(int from, int count) {
     const bool later = p.round > 0;
     const auto own = [&](int h) { return warp * 16 + h * 8 + lane / 4; };
+    // Each place of a list has gradients of its own.
+    const int head = p.lists ? sequence.h : sequence.key_head;
+    const auto row_to = [&](int h) {
+      return p.lists ? from + own(h) : sequence.offset + Block::own_facts().row[own(h)];
+    };
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int at = Block::own_facts().row[own(h)];
-      T* to = row_of<T>(p.grad_value, sequence.b, sequence.key_head, sequence.offset + at);
+      T* to = row_of<T>(p.grad_value, sequence.b, head, row_to(h));
       Block::write_row(to, p.E, own(h) < count, later, later ? 1.f : 0.f,
                        [&](int m, int j) { return grad_value[m][2 * h + j]; });
     }
@@ -236,7 +249,7 @@ struct AttentionGradKeys : AttentionBlock<T, STEPS, 2, KeyFacts, QueryFacts> {
       const float scale = p.scale * inverse;
       const int at = Block::own_facts().row[own(h)];
       const Rows& rows = p.shared ? p.grad_query : p.grad_key;
-      T* to = row_of<T>(rows, sequence.b, sequence.key_head, sequence.offset + at);
+      T* to = row_of<T>(rows, sequence.b, head, row_to(h));
       // The other pass has written the gradients of queries.
       const bool more = later || (p.shared && at < sequence.n_queries);
       Block::write_row(to, p.D, own(h) < count, more, more ? 1.f : 0.f, [&](int m, int j) {
@@ -259,7 +272,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
 template <class T, int STEPS>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     attention_grad_keys_kernel(const __grid_constant__ AttentionArguments p) {
-  run<AttentionGradKeys<T, STEPS>>(p, p.H / p.group);
+  run<AttentionGradKeys<T, STEPS>>(p, p.lists ? p.H : p.H / p.group);
 }
 
 __device__ __forceinline__ float element_of(const void* row, int i, Element element) {
@@ -288,7 +301,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 8)
     return sum;
   };
   const float delta = dot(p.out, p.grad_out, p.E);
-  const bool self_only = p.self_only[number];
+  const bool self_only = p.self_only && p.self_only[number];
   float lse = p.lse[number] * kLog2e;
   if (lse == -INFINITY) lse = INFINITY;
   if (self_only) {

@@ -24,11 +24,12 @@ struct OnlySelf {
 
 // What a lane knows of one of its two query rows, and its softmax so far.
 struct QueryRow {
-  int position, limit, excluded, first, last, slot;
+  int position, limit, excluded, excluded_count, first, last, slot;
   float highest, total;
 
   __device__ void take(const QueryFacts& facts, int row) {
     position = facts.row[row], limit = facts.limit[row], excluded = facts.excluded[row];
+    excluded_count = facts.excluded_count[row];
     first = facts.first[row], last = facts.last[row], slot = facts.slot[row];
     highest = -INFINITY, total = 0.f;
   }
@@ -48,7 +49,7 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
   __device__ void run() {
     last_round = p.round == sequence.rounds - 1;
     Block::walk(
-        1, sequence.before, sequence.after,
+        1,
         [&](int slot, int count) {
           Block::load_queries(p.lead ? nullptr : Block::own_tile(0), nullptr, Block::own_facts(), slot, count);
           commit_copies();
@@ -79,7 +80,12 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
 
   // The keys from `slot` on.
   __device__ void attend(int slot, int place, const Visits& visits) {
+    if (sequence.rules) Block::fill_bias(slot, visits.slot, place);
+    const bool all_see = visits.all_see(slot);
+    if (!all_see && !Block::any_sees({rows[0].first, rows[0].last}, {rows[1].first, rows[1].last}, slot)) return;
     const KeyFacts& facts = Block::facts(place);
+    // Of a causal query the limit leaves out its own key.
+    const bool excludes = p.shared ? !p.causal : p.lists && p.round > 0;
     float s[kKeys][4] = {};
     multiply_rows(s, queries, Block::tile(place, 0), 0, warp, lane);
 #pragma unroll
@@ -92,16 +98,18 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
         s[n][2 * h] = key.x < rows[h].limit ? s[n][2 * h] * factor.x : -INFINITY;
         s[n][2 * h + 1] = key.y < rows[h].limit ? s[n][2 * h + 1] * factor.y : -INFINITY;
       }
-      if (p.shared && !p.causal) {  // of a causal query the limit leaves out its own key
+      if (excludes) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          if (key.x == rows[h].excluded) s[n][2 * h] = -INFINITY;
-          if (key.y == rows[h].excluded) s[n][2 * h + 1] = -INFINITY;
+          const auto is_excluded = [&](int at) {
+            return static_cast<uint32_t>(at - rows[h].excluded) < static_cast<uint32_t>(rows[h].excluded_count);
+          };
+          if (is_excluded(key.x)) s[n][2 * h] = -INFINITY;
+          if (is_excluded(key.y)) s[n][2 * h + 1] = -INFINITY;
         }
       }
     }
     if (sequence.rules) {
-      Block::fill_bias(slot, visits.slot, place);
 #pragma unroll
       for (int n = 0; n < kKeys; ++n)
 #pragma unroll
@@ -110,7 +118,7 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
           s[n][2 * h] += bias[0], s[n][2 * h + 1] += bias[1];
         }
     }
-    if (!visits.all_see(slot)) {
+    if (!all_see) {
 #pragma unroll
       for (int n = 0; n < kKeys; ++n)
 #pragma unroll
@@ -170,7 +178,7 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
       const float merged = above + log2f(sum);
       if (is_query && (some || more) && lane % 4 == 0) {
         p.lse[sequence.head_row + row.position] = last_round ? merged * kLn2 : merged;
-        if (last_round) p.self_only[sequence.head_row + row.position] = false;
+        if (last_round && p.self_only) p.self_only[sequence.head_row + row.position] = false;
       }
       T* to = row_of<T>(p.out, sequence.b, sequence.h, sequence.offset + max(row.position, 0));
       Block::write_row(to, p.E, is_query && some, more, before, [&](int m, int j) { return out[m][2 * h + j] * now; });
@@ -222,7 +230,7 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
     if (lane != 0) return;
     const float times = sequence.rules && p.dedup ? 1.f : static_cast<float>(own.times);
     p.lse[sequence.head_row + position] = own.times ? score + logf(times) : -INFINITY;
-    p.self_only[sequence.head_row + position] = own.times > 0;
+    if (p.self_only) p.self_only[sequence.head_row + position] = own.times > 0;
   }
 };
 

@@ -22,6 +22,7 @@ struct AttentionArguments {
   Rows out, grad_query, grad_key, grad_value;  // written
   const int32_t* order;                        // [B, H, R * L] or null
   const int32_t* buckets;                      // [B, H, R, L], where windows are made of them
+  const int32_t* lists;                        // [B, H, rows, list_length], instead of windows, or null
   const bool* padding;                         // [B, S] or null
   const int32_t* cu_seqlens;                   // [n_sequences + 1] or null
   int32_t* places;                             // [B, H, R, L] slots in a round
@@ -32,14 +33,18 @@ struct AttentionArguments {
   const int64_t* dropout_seed;  // or null
   int64_t heads;                // B * H
   int64_t n_sequences;
+  int list_length, list_slots, context;  // list_slots: of a row; as many rows as chunks in all rounds
   int L, S, n_queries, R, H, group, D, E, chunk_length, before, after;
   int round, tile_chunk, tiles_per_block, blocks_per_sequence, places_of_tiles;
   Element element;
   float scale, keep_factor;
   uint32_t drop_threshold;
   bool causal, shared, l2, dropout, bucket_aligned, within_bucket, dedup, mask_padded_queries;
+  bool grad_query_begun;           // by the pseudo-key of lists
   bool lead;                       // a tile that a block owns is one that it visits, too
   bool aligned_rows, aligned_out;  // 16 bytes at a time
+
+  __device__ bool ring() const { return !bucket_aligned && !lists; }
 };
 
 template <class T>
@@ -72,9 +77,10 @@ struct AttentionSequence {
   int length, turn;  // rows, and slots of all rounds
   int n_queries;     // of its rows, the first ones
   int chunks;        // of a round
+  int everyone;      // the first of the keys that every query sees
   int rounds, before, after;
   bool rules;  // of pairs
-  const int32_t *order, *places;
+  const int32_t *order, *places, *lists;
   const int4* windows;
 
   __device__ void take(const AttentionArguments& p, int64_t number, int heads) {
@@ -84,12 +90,13 @@ struct AttentionSequence {
     length = (p.cu_seqlens ? p.cu_seqlens[sequence + 1] : p.L) - offset;
     n_queries = p.n_queries - offset;
     // One window: the rounds would only repeat it.
-    const bool single = length <= p.chunk_length && !p.bucket_aligned;
+    const bool single = length <= p.chunk_length && p.ring();
     rounds = single ? 1 : p.R;
     before = single ? 0 : p.before, after = single ? 0 : p.after;
     rules = !single && (p.within_bucket || p.dedup);
     turn = rounds * length;
     chunks = (length + p.chunk_length - 1) / p.chunk_length;
+    everyone = p.lists ? p.S - p.context : n_queries;
     take_head(p, static_cast<int>(number / p.n_sequences % heads) * (p.H / heads), sequence);
   }
   __device__ void take_head(const AttentionArguments& p, int head, int64_t sequence) {
@@ -98,6 +105,7 @@ struct AttentionSequence {
     index = static_cast<uint32_t>(number * p.n_sequences + sequence);
     head_row = number * p.n_queries + offset;
     order = p.order ? p.order + (number * p.L + offset) * p.R : nullptr;
+    lists = p.lists ? p.lists + number * list_rows() * p.list_length : nullptr;
     places = p.places ? p.places + number * p.R * p.L + offset : nullptr;
     windows = p.windows ? p.windows + number * p.R * p.L + offset : nullptr;
   }
@@ -120,6 +128,33 @@ struct AttentionSequence {
     const int4 bits = windows[int64_t{round} * p.L + position];
     return {{bits.x, bits.y}, {bits.z, bits.w}};
   }
+  __device__ int64_t list_rows() const { return rounds * chunks; }
+
+  // The slots of keys that a query sees, and of queries that see a key.
+  __device__ Range keys_of(const AttentionArguments& p, int slot) const {
+    if (!p.lists) return around(p, slot, before, after);
+    const int first = chunk_of(slot, p.chunk_length) * p.list_slots;
+    return {first, first + p.list_length};
+  }
+  __device__ Range queries_of(const AttentionArguments& p, int slot) const {
+    if (!p.lists) return around(p, slot, after, before);
+    const int row = slot / p.list_slots;
+    return {begin_of(row, p.chunk_length), begin_of(row + 1, p.chunk_length)};
+  }
+  // The keys of a chunk's list, less the context, from the first to the last.
+  __device__ Range list_range(const AttentionArguments& p, int chunk) const {
+    const int32_t* list = lists + int64_t{chunk} * p.list_length;
+    int count = 0;
+    for (int high = p.list_length; count < high;) {  // a row ends with -1
+      const int middle = (count + high) / 2;
+      if (list[middle] >= 0)
+        count = middle + 1;
+      else
+        high = middle;
+    }
+    return count > p.context ? Range{list[p.context], list[count - 1] + 1} : Range{0, 0};
+  }
+
   // The slots of the chunk of `slot` and of those before and after it.
   __device__ Range around(const AttentionArguments& p, int slot, int back, int ahead) const {
     if (p.bucket_aligned) {

@@ -17,6 +17,29 @@ int bucket_order(const OrderParams& p, const Device& device, int32_t* scratch_or
 int attention_forward(const AttentionParams& p, int64_t longest, const Device& device, void* scratch, void* stream);
 int attention_backward(const AttentionParams& p, int64_t longest, const Device& device, void* scratch, void* stream);
 
+// The pseudo-key of attention to lists of keys: it stands for the keys that a query may see and did not.
+struct RestParams {
+  // Sums of the keys that the query at a position may see, or of those that all may see: [B, key heads, sum_rows, D]
+  // and E, and how many they are, [B, sum_rows].
+  const float *key_sums, *value_sums;
+  const int32_t* counts;
+  int64_t sum_rows;
+  // Backward: what each query gives to every key that it may see, [B, H, L, D] and E; and what each key, or all, gets,
+  // [B, key heads, grad_rows, D] and E.
+  float *query_terms, *value_terms;
+  const float *key_grads, *value_grads;
+  int64_t grad_rows;
+};
+
+int list_attention_forward(const AttentionParams& p, const RestParams& rest, const Device& device, void* stream);
+
+// Writes grad_query and the terms; list_attention_backward goes on from there.
+int list_rest_backward(const AttentionParams& p, const RestParams& rest, void* stream);
+
+// scratch: see plan_list_scratch.
+int list_attention_backward(const AttentionParams& p, const RestParams& rest, const Device& device, void* scratch,
+                            void* stream);
+
 // out[i, :] = input[index[i], :]. Pointers are 16-byte aligned; an index outside the input gives a row of zeros.
 struct GatherRows {
   const void* input;     // [input_rows, vectors] of 16 bytes

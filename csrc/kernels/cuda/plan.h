@@ -144,7 +144,7 @@ constexpr int kAttentionRows = 64;  // of a tile of queries or keys
 constexpr int kAttentionThreads = 128, kAttentionPlaces = 3, kAttentionMaxDim = 128, kAttentionMaxWalk = 8;
 constexpr int kAttentionMaxChunks = 1023;  // of a query's windows in all rounds: so often it may meet its own key
 
-constexpr int kKeyFactsBytes = 12 * kAttentionRows, kQueryFactsBytes = 40 * kAttentionRows;  // of a tile
+constexpr int kKeyFactsBytes = 12 * kAttentionRows, kQueryFactsBytes = 44 * kAttentionRows;  // of a tile
 constexpr int kResidualBytes = 16;                                                           // of a query
 constexpr int kBiasRow = kAttentionRows + 8;  // so that 8 rows, read 8 bytes at a time, meet few banks twice
 
@@ -181,6 +181,10 @@ struct AttentionPlan {
   int rounds = 0;  // launches
 };
 
+// Slots of a list of keys, and of all lists of a head.
+inline int64_t list_slots(const AttentionParams& p) { return ceil_div(p.list_length, kAttentionRows) * kAttentionRows; }
+inline int64_t list_places(const AttentionParams& p) { return p.R * ceil_div(p.L, p.chunk_length) * list_slots(p); }
+
 // longest: tokens of the longest sequence.
 inline AttentionPlan plan_attention(const AttentionParams& p, AttentionPart part, int64_t longest,
                                     const Device& device) {
@@ -205,16 +209,16 @@ inline AttentionPlan plan_attention(const AttentionParams& p, AttentionPart part
   while (plan.places > 1 && !fits(plan.places, 1)) --plan.places;
   plan.launch.shared_bytes = shared_bytes(plan.places);
   plan.launch.threads = kAttentionThreads;
-  const bool ring = !p.has(kBucketAligned);
-  plan.rounds = static_cast<int>(ring && longest <= p.chunk_length ? 1 : p.R);
-  plan.tile_chunk = ring ? static_cast<int>(p.chunk_length) : kAttentionRows;
-  const AttentionTiles tiles(plan.tile_chunk, static_cast<int>(longest));
+  const bool ring = !p.has(kBucketAligned) && !p.lists(), of_lists = p.lists() && keys;  // all rounds at once
+  plan.rounds = static_cast<int>((ring && longest <= p.chunk_length) || of_lists ? 1 : p.R);
+  plan.tile_chunk = p.has(kBucketAligned) || of_lists ? kAttentionRows : static_cast<int>(p.chunk_length);
+  const AttentionTiles tiles(plan.tile_chunk, static_cast<int>(of_lists ? list_places(p) : longest));
   // Where all rounds begin with a tile, and the tiles of a window stay.
   const int64_t window = (p.chunks_before + 1 + p.chunks_after) * p.chunk_length;
   plan.lead = ring && p.shared() && !p.cu_seqlens && tiles.span % kAttentionRows == 0 && p.L % kAttentionRows == 0 &&
               window + std::max<int64_t>(tiles.span - p.chunk_length, 0) <= plan.places * kAttentionRows;
   // Blocks walk as far as leaves several of them to every multiprocessor.
-  const int64_t sequences = p.B * (keys ? p.key_heads : p.H) * p.n_sequences;
+  const int64_t sequences = p.B * (keys && !of_lists ? p.key_heads : p.H) * p.n_sequences;
   const int64_t wanted = int64_t{device.multiprocessors} * 16, most = std::min(kAttentionMaxWalk, tiles.of_round);
   plan.tiles_per_block = static_cast<int>(std::clamp<int64_t>(tiles.of_round * sequences / wanted, 1, most));
   plan.blocks_per_sequence = static_cast<int>(ceil_div(tiles.of_round, plan.tiles_per_block));
@@ -235,6 +239,38 @@ inline AttentionScratch plan_attention_scratch(const AttentionParams& p, bool ba
   scratch.residuals = scratch.windows + 16 * tokens;
   scratch.places = scratch.residuals + (backward ? kResidualBytes * p.B * p.H * p.n_queries : 0);
   scratch.bytes = scratch.places + 4 * tokens;
+  return scratch;
+}
+
+// The sort of the places of lists by key; S: no key.
+inline OrderParams list_order(const AttentionParams& p) {
+  OrderParams order{};
+  order.rows = p.B * p.H, order.rounds = 1, order.L = order.longest = list_places(p);
+  order.n_buckets = p.S + 1, order.n_sequences = 1;
+  return order;
+}
+
+// The same for the backward of lists, which begins with the memory of the other.
+struct ListScratch {
+  int64_t place_keys = 0, place_values = 0, keys = 0, order = 0, other_order = 0, counts = 0, starts = 0, bytes = 0;
+  int64_t row = 0;  // elements of a row of a place
+};
+
+inline ListScratch plan_list_scratch(const AttentionParams& p, const Device& device) {
+  ListScratch scratch;
+  const int64_t places = p.B * p.H * list_places(p), bytes = p.element == Element::kSame ? 4 : 2;
+  const OrderPlan order = plan_order(list_order(p), device);
+  const auto take = [&](int64_t size) {
+    const int64_t begins = scratch.bytes;
+    scratch.bytes += ceil_div(size, 16) * 16;
+    return begins;
+  };
+  take(plan_attention_scratch(p, true).bytes);
+  scratch.row = ceil_div(std::max(p.D, p.E), 8) * 8;  // so that rows are aligned to 16 bytes
+  scratch.place_keys = take(places * scratch.row * bytes), scratch.place_values = take(places * scratch.row * bytes);
+  scratch.keys = take(4 * places), scratch.order = take(4 * places);
+  scratch.other_order = take(order.passes > 1 ? 4 * places : 0), scratch.counts = take(4 * order.counts());
+  scratch.starts = take(4 * p.B * p.H * (p.S + 2));
   return scratch;
 }
 

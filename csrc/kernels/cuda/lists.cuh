@@ -1,0 +1,184 @@
+// Attention to lists of keys: the gradients of the places of lists become those of keys, and the pseudo-key that stands
+// for all keys that a query did not see.
+#pragma once
+#include "kernels/cuda/attention_sequence.cuh"
+
+namespace rk::cuda {
+
+// Of all lists of a head, `places` slots; see AttentionSequence.
+struct ListArguments {
+  AttentionArguments attention;   // grad_query, grad_key and grad_value: of the tensors
+  Rows place_keys, place_values;  // gradients, [B, H, places, D] and E
+  int32_t* keys;                  // [B, H, places], S: none
+  const int32_t* order;           // [B, H, places]: by key
+  int32_t* starts;                // [B, H, S + 2] in that order
+  int64_t places;
+  // The pseudo-key, where there is one. Rows of sums are for each position, or one for all.
+  const float *key_sums, *value_sums;    // [B, key heads, sum_rows, D] and E, of the keys that count
+  const int32_t* counts;                 // [B, sum_rows]
+  float *query_terms, *value_terms;      // [B, H, L, D] and E: what each query gives to all keys that it may see
+  const float *key_grads, *value_grads;  // [B, key heads, grad_rows, D] and E: what each key gets of them
+  int sum_rows, grad_rows;
+};
+
+// The key of each place.
+__global__ void __launch_bounds__(kAttentionThreads) list_keys_kernel(const __grid_constant__ ListArguments p) {
+  const int64_t number = int64_t{blockIdx.x} * kAttentionThreads + threadIdx.x;
+  if (number >= p.attention.heads * p.places) return;
+  const int slots = p.attention.list_slots, length = p.attention.list_length;
+  const int64_t row = number / slots;
+  const int place = static_cast<int>(number % slots);
+  const int key = place < length ? p.attention.lists[row * length + place] : -1;
+  p.keys[number] = key < 0 ? p.attention.S : key;
+}
+
+// Where each key begins in the order.
+__global__ void __launch_bounds__(kAttentionThreads) list_starts_kernel(const __grid_constant__ ListArguments p) {
+  const int64_t number = int64_t{blockIdx.x} * kAttentionThreads + threadIdx.x;
+  const int64_t head = number / (p.places + 1), i = number % (p.places + 1);
+  if (head >= p.attention.heads) return;
+  const int32_t *keys = p.keys + head * p.places, *order = p.order + head * p.places;
+  const int before = i == 0 ? -1 : keys[order[i - 1]], key = i == p.places ? p.attention.S + 1 : keys[order[i]];
+  int32_t* starts = p.starts + head * (p.attention.S + 2);
+  for (int k = before + 1; k <= key; ++k) starts[k] = static_cast<int32_t>(i);
+}
+
+// The elements of a row of at most 128 that a lane has: pairs of neighbours.
+struct LaneRow {
+  static constexpr int kPairs = kAttentionMaxDim / (2 * kWarp);
+  float x[2 * kPairs];
+
+  // f(index in x, column)
+  template <class F>
+  __device__ static void each(int width, F&& f) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < 2 * kPairs; ++i)
+      if (const int d = i / 2 * 2 * kWarp + 2 * lane + i % 2; d < width) f(i, d);
+  }
+};
+
+// A warp for each key: the sum of the gradients of its places, in their order.
+template <class T>
+__global__ void __launch_bounds__(kAttentionThreads, 8) list_sum_kernel(const __grid_constant__ ListArguments p) {
+  const AttentionArguments& a = p.attention;
+  const int key_heads = a.H / a.group;
+  const int64_t number = int64_t{blockIdx.x} * (kAttentionThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t head = number / a.S, b = head / key_heads, key_head = head % key_heads;
+  const int key = static_cast<int>(number % a.S);
+  if (head >= a.heads / a.group) return;
+  const auto add_up = [&](const Rows& places, const float* grads, const Rows& to, int width) {
+    LaneRow sum{};
+    if (grads && key < a.S - a.context && !(a.padding && a.padding[b * a.S + key])) {
+      const float* row = grads + (head * p.grad_rows + min(key, p.grad_rows - 1)) * width;
+      LaneRow::each(width, [&](int i, int d) { sum.x[i] = row[d]; });
+    }
+    for (int64_t h = key_head * a.group; h < (key_head + 1) * a.group; ++h) {
+      const int64_t query_head = b * a.H + h;
+      const int32_t* starts = p.starts + query_head * (a.S + 2) + key;
+      const int32_t* order = p.order + query_head * p.places;
+      for (int i = starts[0]; i < starts[1]; ++i) {
+        const T* row = row_of<T>(places, b, h, order[i]);
+        LaneRow::each(width, [&](int j, int d) { sum.x[j] += to_float(row[d]); });
+      }
+    }
+    T* row = row_of<T>(to, b, key_head, key);
+    LaneRow::each(width, [&](int i, int d) { row[d] = from_float<T>(sum.x[i]); });
+  };
+  add_up(p.place_keys, p.key_grads, a.grad_key, a.D);
+  add_up(p.place_values, p.value_grads, a.grad_value, a.E);
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
+// The pseudo-key of a query, for a warp: its score (natural), or -infinity where the query saw every key.
+struct RestOfQuery {
+  int64_t head, row, sum_row;  // b * H + h; of [B, H, L]; of the sums
+  int b, h, position, visible;
+  float score;
+
+  template <class T>
+  __device__ void take(const ListArguments& p, int64_t number) {
+    const AttentionArguments& a = p.attention;
+    const int lane = threadIdx.x % kWarp;
+    head = number / a.L, b = static_cast<int>(head / a.H), h = static_cast<int>(head % a.H);
+    const int slot = static_cast<int>(number % a.L) + (a.R - 1) * a.L;
+    position = a.order ? a.order[head * a.R * a.L + slot] : slot;
+    row = head * a.L + position;
+    const int sum_index = min(position, p.sum_rows - 1);
+    sum_row = (int64_t{b} * (a.H / a.group) + h / a.group) * p.sum_rows + sum_index;
+    visible = p.counts[int64_t{b} * p.sum_rows + sum_index];
+    const int chunks = (a.L + a.chunk_length - 1) / a.chunk_length, limit = a.causal ? position : INT32_MAX;
+    int seen = 0, low = INT32_MAX, high = -1;  // of the first round's keys, less the context
+    for (int round = 0; round < a.R; ++round) {
+      const bool last = round == a.R - 1;  // the first of two has the order of positions
+      const int chunk = (last ? slot - round * a.L : position) / a.chunk_length;
+      const int32_t* list = a.lists + ((head * a.R + round) * chunks + chunk) * a.list_length;
+      for (int i = lane; i < a.list_length; i += kWarp) {
+        const int key = list[i];
+        if (key < 0 || key >= a.S - a.context) continue;
+        seen += key <= limit && !(round > 0 && key >= low && key <= high);
+        if (round == 0) low = min(low, key), high = max(high, key);
+      }
+      low = __reduce_min_sync(~0u, low), high = __reduce_max_sync(~0u, high);
+    }
+    const int unseen = visible - __reduce_add_sync(~0u, seen);
+    const T* query = row_of<T>(a.query, b, h, position);
+    const float* sums = p.key_sums + sum_row * a.D;
+    float product = 0.f;
+    LaneRow::each(a.D, [&](int, int d) { product = fmaf(to_float(query[d]), sums[d], product); });
+    score = unseen > 0 ? a.scale * (warp_sum(product) / visible) + logf(static_cast<float>(unseen)) : -INFINITY;
+  }
+};
+
+// A warp for each query: merges its pseudo-key into what its lists left.
+template <class T>
+__global__ void __launch_bounds__(kAttentionThreads, 8) rest_forward_kernel(const __grid_constant__ ListArguments p) {
+  const AttentionArguments& a = p.attention;
+  const int64_t number = int64_t{blockIdx.x} * (kAttentionThreads / kWarp) + threadIdx.x / kWarp;
+  if (number >= a.heads * a.L) return;
+  RestOfQuery q{};
+  q.take<T>(p, number);
+  if (q.score == -INFINITY) return;
+  const float lse = a.lse[q.row], top = fmaxf(lse, q.score);
+  const float both = top + logf(expf(lse - top) + expf(q.score - top));
+  const float before = expf(lse - both), weight = expf(q.score - both) / q.visible;
+  const float* sums = p.value_sums + q.sum_row * a.E;
+  T* out = row_of<T>(a.out, q.b, q.h, q.position);
+  LaneRow::each(a.E, [&](int, int d) { out[d] = from_float<T>(fmaf(to_float(out[d]), before, sums[d] * weight)); });
+  __syncwarp();  // all lanes have read it
+  if (threadIdx.x % kWarp == 0) a.lse[q.row] = both;
+}
+
+// The same backward: the gradient of the query, to which those of its lists are added, and its terms.
+template <class T>
+__global__ void __launch_bounds__(kAttentionThreads, 8) rest_backward_kernel(const __grid_constant__ ListArguments p) {
+  const AttentionArguments& a = p.attention;
+  const int64_t number = int64_t{blockIdx.x} * (kAttentionThreads / kWarp) + threadIdx.x / kWarp;
+  if (number >= a.heads * a.L) return;
+  RestOfQuery q{};
+  q.take<T>(p, number);
+  const float weight = q.score == -INFINITY ? 0.f : expf(q.score - a.lse[q.row]) / max(q.visible, 1);
+  const T *query = row_of<T>(a.query, q.b, q.h, q.position), *out = row_of<T>(a.out, q.b, q.h, q.position);
+  const T* grad_out = row_of<T>(a.grad_out, q.b, q.h, q.position);
+  const float *keys = p.key_sums + q.sum_row * a.D, *values = p.value_sums + q.sum_row * a.E;
+  float mean_product = 0.f, delta = 0.f;
+  LaneRow::each(a.E, [&](int, int d) {
+    const float grad = to_float(grad_out[d]);
+    mean_product = fmaf(grad, values[d], mean_product), delta = fmaf(grad, to_float(out[d]), delta);
+    p.value_terms[q.row * a.E + d] = weight * grad;
+  });
+  const float mean = warp_sum(mean_product) / max(q.visible, 1);
+  const float slope = weight * (mean - warp_sum(delta)) * a.scale;
+  T* grad_query = row_of<T>(a.grad_query, q.b, q.h, q.position);
+  LaneRow::each(a.D, [&](int, int d) {
+    grad_query[d] = from_float<T>(slope * keys[d]);
+    p.query_terms[q.row * a.D + d] = slope * to_float(query[d]);
+  });
+}
+
+}  // namespace rk::cuda

@@ -1,0 +1,96 @@
+"""Problems for the emulated kernels of attention to lists of keys, against the float64 oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reformer_kernels import testing
+from reformer_kernels._calls import ListCall
+from reformer_kernels.clustered import attend
+
+from ..test_random import LAYOUTS
+from .attention import DTYPES, described
+from .kernels import Emulator
+
+
+@dataclass(frozen=True)
+class Lists:
+    length: int
+    head_dim: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    keys: int | None = None  # None: as many as queries
+    value_dim: int | None = None  # None: that of the query
+    batch: int = 1
+    heads: int = 1
+    key_heads: int = 1
+    budget: int = 40
+    local: float = 0.25  # of the budget
+    chunk_length: int = 16
+    grouping: str = "position"
+    context: int = 0
+    rest: bool = True
+    causal: bool = False
+    padded: float = 0.0  # of all keys
+    dropout: float = 0.0
+    layout: str = "contiguous"
+    device: str = "H100"
+
+    def __str__(self) -> str:
+        return described(self)
+
+    def call(self) -> ListCall:
+        generator = torch.Generator().manual_seed(self.length)
+        size = (self.length if self.keys is None else self.keys) + self.context
+
+        def rows(heads: int, length: int, width: int) -> Tensor:
+            return LAYOUTS[self.layout](torch.randn(self.batch, heads, length, width, generator=generator))
+
+        options: dict[str, Any] = {
+            "budget": self.budget, "local_fraction": self.local, "chunk_length": self.chunk_length,
+            "grouping": self.grouping, "rest_term": self.rest, "causal": self.causal, "key_padding_mask": None,
+            "attn_mask": None, "scale": None, "dropout_p": self.dropout, "dropout_seed": torch.tensor([2**33 + 5]),
+            "hash_seed": 3, "context_keys": self.context,
+        }  # fmt: skip
+        if self.padded:
+            options["key_padding_mask"] = torch.rand(self.batch, size, generator=generator) < self.padded
+        query, key = rows(self.heads, self.length, self.head_dim), rows(self.key_heads, size, self.head_dim)
+        value = rows(self.key_heads, size, self.value_dim or self.head_dim)
+        return testing.capture(attend, query, key, value, op="list_attention", **options)
+
+    def check(self, emulator: Emulator) -> Tensor:
+        """All results in one tensor."""
+        with emulator.serving():
+            found = testing.assert_matches_oracle(self.call(), self.dtype, "cuda")
+        return torch.cat([x.flatten().double() for x in found.values()])
+
+    def check_crossed(self, emulator: Emulator) -> None:
+        """Residuals of either pass serve the other one of the CPU."""
+        with emulator.serving():
+            for forward, backward in (("cpu", "cuda"), ("cuda", "cpu")):
+                testing.assert_matches_oracle(self.call(), self.dtype, forward, backward)
+
+
+CASES = [
+    *(Lists(100, dim, dtype, causal=True) for dtype in DTYPES for dim in (32, 128)),
+    Lists(1),
+    Lists(1, causal=True, dtype=torch.float32, budget=1),
+    Lists(150, grouping="hash", causal=True, dropout=0.3),
+    Lists(150, dtype=torch.float32, grouping="hash", dropout=0.3, padded=0.3),
+    Lists(150, dtype=torch.float32, heads=4, key_heads=2, batch=2, padded=0.3, causal=True),
+    Lists(150, rest=False, budget=100, chunk_length=64),
+    Lists(150, dtype=torch.float32, chunk_length=20, context=5, causal=True, padded=0.2),
+    Lists(150, grouping="hash", context=70, value_dim=20, heads=2),
+    Lists(90, dtype=torch.float32, keys=130, causal=True),
+    Lists(130, dtype=torch.float32, keys=90, causal=True, budget=30),
+    Lists(130, keys=60, budget=100, chunk_length=100),
+    Lists(40, keys=0, context=3),
+    Lists(150, padded=1.0),
+    Lists(100, 48, layout="wider rows", heads=2, key_heads=2),
+    Lists(100, 48, torch.float16, layout="heads inside", batch=2),
+    Lists(100, 47, value_dim=33, causal=True),
+    Lists(200, 128, torch.float32, device="RTX"),
+]
