@@ -22,14 +22,27 @@ struct KeyFacts {
   int position[kAttentionRows];  // or kHidden or kEveryone
   float factor[kAttentionRows];  // of scores in base 2
 };
+struct __align__(16) Query {
+  int limit;                     // it sees keys of positions below,
+  int excluded, excluded_count;  // less so many from this one on,
+  int self_only;
+  float lse, delta;  // see QueryResidual
+  int first, seen;   // of the slots, so many from the first on
+  int row, slot;     // in the sequence, or kNobody for none; wrapped
+  int unused[2];
+
+  __device__ bool allows(int key) const {
+    return (key < limit) & (static_cast<uint32_t>(key - excluded) >= static_cast<uint32_t>(excluded_count));
+  }
+  __device__ Range slots() const { return {first, first + seen}; }
+  // Of the weight, base 2: one that sees only itself has exactly the weight 1 / times.
+  __device__ float exponent(float score, float factor, bool sees) const {
+    const float x = self_only ? -lse : fmaf(score, factor, -lse);
+    return sees ? x : -INFINITY;
+  }
+};
 struct QueryFacts {
-  int row[kAttentionRows];       // in the sequence, or kNobody for none
-  int limit[kAttentionRows];     // it sees keys of positions below,
-  int excluded[kAttentionRows];  // less `excluded_count` from this one on,
-  int excluded_count[kAttentionRows];
-  int first[kAttentionRows], last[kAttentionRows];  // of the slots from the first on and before the last
-  int slot[kAttentionRows];                         // wrapped
-  QueryResidual residual[kAttentionRows];
+  Query query[kAttentionRows];
 };
 static_assert(sizeof(KeyFacts) == kKeyFactsBytes && sizeof(QueryFacts) == kQueryFactsBytes);
 
@@ -116,30 +129,44 @@ struct AttentionBlock {
   }
   __device__ int place_of(int tile) const { return tile - floor_div(tile, p.places_of_tiles) * p.places_of_tiles; }
 
-  // A unit of row `row` of a tile becomes that of the tensor's row, or zero where `from` is null.
-  __device__ void load_unit(unsigned char* tile, int row, int part, const T* from, int width) const {
-    if (p.aligned_rows) {
-      const bool inside = from && part * kPerUnit < width;
-      copy_async(Layout::unit(tile, row, part),
-                 inside ? static_cast<const void*>(from + part * kPerUnit) : memory_any(), inside ? 16 : 0);
-    } else {
-      T* to = reinterpret_cast<T*>(Layout::unit(tile, row, part));
-      for (int i = 0; i < kPerUnit; ++i) {
-        const int d = part * kPerUnit + i;
-        to[i] = from && d < width ? from[d] : from_float<T>(0.f);
-      }
-    }
-  }
-  // An address that a copy of no bytes may name.
-  __device__ const void* memory_any() const { return p.query.data; }
+  // Rows of a tensor, for a tile (or none, where it is null); those from `behind` on, and -1, are zeros.
+  struct TileRows {
+    unsigned char* tile;
+    const T* rows;
+    int64_t stride;
+    int width, behind;
+  };
 
-  // Calls f(row, part) for the 16-byte units of a tile that are the thread's.
-  template <class F>
-  __device__ void each_unit(F&& f) const {
+  // Starts to load the rows row_at(0), row_at(1), ... of two tensors.
+  template <class RowAt>
+  __device__ void load_rows(const TileRows& a, const TileRows& b, RowAt&& row_at) const {
     constexpr int kRows = kAttentionThreads / Layout::kUnits;  // at a time
-    const int part = threadIdx.x % Layout::kUnits;
+    const int part = threadIdx.x % Layout::kUnits, column = part * kPerUnit;
+    const auto each = [&](auto&& load) {
 #pragma unroll 4
-    for (int row = 0; row < kAttentionRows; row += kRows) f(row + threadIdx.x / Layout::kUnits, part);
+      for (int row = threadIdx.x / Layout::kUnits; row < kAttentionRows; row += kRows) {
+        const int at = row_at(row);
+        if (a.tile) load(a, row, at);
+        if (b.tile) load(b, row, at);
+      }
+    };
+    const auto is_there = [](const TileRows& x, int at) {
+      return static_cast<uint32_t>(at) < static_cast<uint32_t>(x.behind);
+    };
+    if (p.aligned_rows) {
+      each([&](const TileRows& x, int row, int at) {  // an address of which no bytes are copied may be any
+        copy_async(Layout::unit(x.tile, row, part), x.rows + at * x.stride + column,
+                   is_there(x, at) && column < x.width ? 16 : 0);
+      });
+    } else {
+      each([&](const TileRows& x, int row, int at) {
+        T* to = reinterpret_cast<T*>(Layout::unit(x.tile, row, part));
+        for (int i = 0; i < kPerUnit; ++i) {
+          const bool inside = is_there(x, at) && column + i < x.width;
+          to[i] = inside ? x.rows[at * x.stride + column + i] : from_float<T>(0.f);
+        }
+      });
+    }
   }
 
   __device__ bool is_padded(int row) const {
@@ -148,19 +175,17 @@ struct AttentionBlock {
 
   // Starts to load the keys and values of `count` slots, beyond which there are none.
   __device__ void load_keys(unsigned char* keys, unsigned char* values, KeyFacts& facts, int slot, int count) const {
-    const T* key = row_of<T>(p.key, sequence.b, sequence.key_head, sequence.offset);
-    const T* value = row_of<T>(p.value, sequence.b, sequence.key_head, sequence.offset);
     const int list_row = p.lists ? slot / p.list_slots : 0, place = slot - list_row * p.list_slots;
     const int32_t* list = sequence.lists + int64_t{list_row} * p.list_length;
+    const int begin = sequence.wrapped(slot);
     const auto row_at = [&](int row) {  // or -1
       if (p.lists) return place + row < p.list_length ? list[place + row] : -1;
-      return sequence.position(slot + min(row, count - 1));
+      return sequence.position(begin + min(row, count - 1));
     };
-    each_unit([&](int row, int part) {
-      const int64_t at = row_at(row);
-      if (keys) load_unit(keys, row, part, at < 0 ? nullptr : key + at * p.key.stride_l, p.D);
-      load_unit(values, row, part, at < 0 ? nullptr : value + at * p.value.stride_l, p.E);
-    });
+    load_rows(
+        {keys, row_of<T>(p.key, sequence.b, sequence.key_head, sequence.offset), p.key.stride_l, p.D, INT32_MAX},
+        {values, row_of<T>(p.value, sequence.b, sequence.key_head, sequence.offset), p.value.stride_l, p.E, INT32_MAX},
+        row_at);
     const int row = threadIdx.x;
     if (row >= kAttentionRows) return;
     const int at = row_at(row);
@@ -172,39 +197,36 @@ struct AttentionBlock {
   // The same of queries, and of their incoming gradients where `grads` is one.
   __device__ void load_queries(unsigned char* queries, unsigned char* grads, QueryFacts& facts, int slot,
                                int count) const {
-    const T* query = row_of<T>(p.query, sequence.b, sequence.h, sequence.offset);
-    const T* grad = grads ? row_of<T>(p.grad_out, sequence.b, sequence.h, sequence.offset) : nullptr;
-    each_unit([&](int row, int part) {
-      const int64_t at = row < count ? sequence.position(slot + row) : INT32_MAX;
-      // Rows that are no queries may be keys.
-      if (queries) load_unit(queries, row, part, row < count ? query + at * p.query.stride_l : nullptr, p.D);
-      if (grads) load_unit(grads, row, part, at < sequence.n_queries ? grad + at * p.grad_out.stride_l : nullptr, p.E);
-    });
+    const int begin = sequence.wrapped(slot);
+    const auto row_at = [&](int row) { return row < count ? sequence.position(begin + row) : -1; };
+    // Rows that are no queries may be keys.
+    load_rows({queries, row_of<T>(p.query, sequence.b, sequence.h, sequence.offset), p.query.stride_l, p.D, INT32_MAX},
+              {grads, row_of<T>(p.grad_out, sequence.b, sequence.h, sequence.offset), p.grad_out.stride_l, p.E,
+               sequence.n_queries},
+              row_at);
     const int row = threadIdx.x;
     if (row >= kAttentionRows) return;
-    const int at = row < count ? sequence.position(slot + row) : INT32_MAX;
+    const int at = row_at(row);
     const int wrapped = sequence.wrapped(slot + row);
-    const bool some = at < sequence.n_queries;
-    facts.row[row] = some ? at : kNobody;
-    bool self_only = false;
-    if (grads) {
-      QueryResidual residual{INFINITY, 0.f, 0};
-      if (some) residual = p.residuals[sequence.head_row + at];
-      facts.residual[row] = residual, self_only = residual.self_only;
-    }
+    const bool some = at >= 0 && at < sequence.n_queries;
+    QueryResidual residual{INFINITY, 0.f, 0};
+    if (grads && some) residual = p.residuals[sequence.head_row + at];
+    const bool self_only = residual.self_only;
+    Query fact{.self_only = residual.self_only, .lse = residual.lse, .delta = residual.delta};
+    fact.row = some ? at : kNobody, fact.slot = wrapped;
     // A query that sees nothing else sees itself.
     const int limit = p.causal ? at + (!p.shared || self_only) : kHidden;
     const bool blind = !some || (p.mask_padded_queries && is_padded(at));
-    facts.limit[row] = blind ? kNobody : limit;
-    facts.excluded[row] = at, facts.excluded_count[row] = p.shared && !self_only;
+    fact.limit = blind ? kNobody : limit;
+    fact.excluded = at, fact.excluded_count = p.shared && !self_only;
     if (p.lists && some && wrapped >= sequence.length) {  // what the first round has shown
       const Range shown = sequence.list_range(p, at / p.chunk_length);
-      facts.excluded[row] = shown.first, facts.excluded_count[row] = shown.behind - shown.first;
+      fact.excluded = shown.first, fact.excluded_count = shown.behind - shown.first;
     }
     const bool there = row < count && (p.ring() || wrapped == slot + row);
     const Range seen = there ? sequence.keys_of(p, slot + row) : Range{0, 0};
-    facts.first[row] = seen.first, facts.last[row] = seen.behind;
-    facts.slot[row] = wrapped;
+    fact.first = seen.first, fact.seen = seen.behind - seen.first;
+    facts.query[row] = fact;
   }
 
   // 1 over the length of shared rows, as keys, in `facts.factor`; two threads a row. Between barriers.
@@ -226,12 +248,15 @@ struct AttentionBlock {
     if (half == 0) facts.factor[row] = p.scale * kLog2e / key_length(p, square);
   }
 
+  __device__ static int row_of_fact(const KeyFacts& facts, int i) { return facts.row[i]; }
+  __device__ static int row_of_fact(const QueryFacts& facts, int i) { return facts.query[i].row; }
+
   // Fills `bias` for the visited tile from `slot` on; own keys or own queries are in it with the others.
   __device__ void fill_bias(int slot, int own_slot, int place) const {
     __syncthreads();  // all are done with the tile before
     const int column = threadIdx.x % kAttentionRows;
     for (int row = threadIdx.x / kAttentionRows; row < kAttentionRows; row += kAttentionThreads / kAttentionRows) {
-      const int own = own_facts().row[row], other = facts(place).row[column];
+      const int own = row_of_fact(own_facts(), row), other = row_of_fact(facts(place), column);
       const int own_at = own_slot + row, other_at = slot + column;
       bias(row)[column] = kOwnsKeys ? pair_bias(p, sequence, other, own, other_at, own_at)
                                     : pair_bias(p, sequence, own, other, own_at, other_at);
@@ -253,11 +278,28 @@ struct AttentionBlock {
     return (at & 2 ? high : low) >= p.drop_threshold;
   }
 
+  // x += bias(n, j)
+  template <int N, class Bias>
+  __device__ static void add_bias(float (&x)[N][4], Bias&& bias) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[n][j] += bias(n, j);
+  }
+
+  // Scales what is kept, and drops the others.
+  template <int N>
+  __device__ void drop(float (&x)[N][4], uint32_t kept) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[n][j] = kept >> (4 * n + j) & 1 ? x[n][j] * p.keep_factor : 0.f;
+  }
+
   // A bit for each pair i of a lane that dropout keeps, x[i / 4][i % 4]; slot_of and at_of give of it what is_kept
   // takes. Rolled up, so that it takes few registers where they are scarce.
   template <int COUNT, class SlotOf, class AtOf>
   __device__ uint32_t kept_bits(SlotOf&& slot_of, AtOf&& at_of) const {
-    if (!p.dropout) return ~0u;
     uint32_t bits = 0;
 #pragma unroll 1
     for (int i = 0; i < COUNT; ++i) bits |= uint32_t{is_kept(slot_of(i), at_of(i))} << i;
@@ -270,18 +312,17 @@ struct AttentionBlock {
     constexpr int kColumns = 2 * STEPS;
     if constexpr (sizeof(T) == 2) {
       if (p.aligned_out) {
+        const bool any_adds = __any_sync(~0u, add);
 #pragma unroll
         for (int m = 0; m < kColumns; m += 4) {
           const int d = m * 8 + lane % 4 * 8;  // the lane's 8 columns after transposing
           const bool mine = write && d < width;
           uint32_t words[4] = {0, 0, 0, 0};
-          if (add) {  // the same for all lanes that share the row
-            if (mine) {
-              const uint4 old = *reinterpret_cast<const uint4*>(to + d);
-              words[0] = old.x, words[1] = old.y, words[2] = old.z, words[3] = old.w;
-            }
+          if (add && mine) {
+            const uint4 old = *reinterpret_cast<const uint4*>(to + d);
+            words[0] = old.x, words[1] = old.y, words[2] = old.z, words[3] = old.w;
           }
-          quad_transpose(words, lane);
+          if (any_adds) quad_transpose(words, lane);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const T* pair = reinterpret_cast<const T*>(&words[i]);

@@ -11,16 +11,6 @@
 
 namespace rk::cuda {
 
-// Whether a key is below the limit of a query and not among those that it leaves out.
-__device__ __forceinline__ bool is_allowed(int key, int limit, int excluded, int excluded_count) {
-  return key < limit && static_cast<uint32_t>(key - excluded) >= static_cast<uint32_t>(excluded_count);
-}
-
-__device__ __forceinline__ float weight_of(float score, float factor, const QueryResidual& residual, float bias) {
-  // One that sees only itself has exactly the weight 1 / times.
-  return exp2_approximate((residual.self_only ? -residual.lse : fmaf(score, factor, -residual.lse)) + bias);
-}
-
 // The queries that a warp owns: the gradient of their rows.
 template <class T, int STEPS>
 struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
@@ -29,8 +19,7 @@ struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
   static constexpr int kColumns = 2 * STEPS, kAtOnce = 2;  // tiles of 8
 
   OwnRows<T, STEPS, true> queries, grads;
-  int position[2], limit[2], excluded[2], excluded_count[2], first[2], last[2], slot[2];
-  QueryResidual residual[2];
+  Query rows[2];  // the lane's
   float grad[kColumns][4];
 
   __device__ void run() {
@@ -58,15 +47,8 @@ struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
   __device__ void begin(int place) {
     queries.take(p.lead ? Block::tile(place, 0) : Block::own_tile(0), warp, lane);
     grads.take(Block::own_tile(1), warp, lane);
-    const QueryFacts& facts = Block::own_facts();
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = warp * 16 + h * 8 + lane / 4;
-      position[h] = facts.row[row], limit[h] = facts.limit[row], excluded[h] = facts.excluded[row];
-      excluded_count[h] = facts.excluded_count[row];
-      first[h] = facts.first[row], last[h] = facts.last[row], slot[h] = facts.slot[row];
-      residual[h] = facts.residual[row];
-    }
+    for (int h = 0; h < 2; ++h) rows[h] = Block::own_facts().query[warp * 16 + h * 8 + lane / 4];
 #pragma unroll
     for (int m = 0; m < kColumns; ++m)
 #pragma unroll
@@ -78,33 +60,46 @@ struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
     const KeyFacts& facts = Block::facts(place);
     if (sequence.rules) Block::fill_bias(from, visits.slot, place);
     const bool all_see = visits.all_see(from);
-    if (!all_see && !Block::any_sees({first[0], last[0]}, {first[1], last[1]}, from)) return;
+    if (!all_see && !Block::any_sees(rows[0].slots(), rows[1].slots(), from)) return;
+    const uint32_t seen[2] = {all_see ? ~0u : rows[0].seen, all_see ? ~0u : rows[1].seen};
 #pragma unroll 1
     for (int block = 0; block < kAttentionRows; block += 8 * kAtOnce) {
-      float s[kAtOnce][4] = {}, grad_weight[kAtOnce][4] = {};
+      float s[kAtOnce][4] = {}, grad_weight[kAtOnce][4] = {}, factors[kAtOnce][2];
       multiply_rows(s, queries, Block::tile(place, 0), block, warp, lane);
       multiply_rows(grad_weight, grads, Block::tile(place, 1), block, warp, lane);
-      const uint32_t kept = Block::template kept_bits<4 * kAtOnce>(
-          [&](int i) { return i & 2 ? slot[1] : slot[0]; },
-          [&](int i) { return from + block + i / 4 * 8 + lane % 4 * 2 + i % 2 - (i & 2 ? first[1] : first[0]); });
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         const int column = block + n * 8 + lane % 4 * 2;
         const int2 keys = *reinterpret_cast<const int2*>(facts.position + column);
-        const float2 factors = *reinterpret_cast<const float2*>(facts.factor + column);
+        const float2 both = *reinterpret_cast<const float2*>(facts.factor + column);
+        factors[n][0] = both.x, factors[n][1] = both.y;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const int h = j / 2, key = j % 2 ? keys.y : keys.x, at = from + column + j % 2;
-          const float factor = j % 2 ? factors.y : factors.x;
-          const bool sees = is_allowed(key, limit[h], excluded[h], excluded_count[h]) &&
-                            (all_see || (at >= first[h] && at < last[h]));
-          const float bias = sequence.rules ? Block::bias(warp * 16 + h * 8 + lane / 4)[column + j % 2] : 0.f;
-          const float weight = sees ? weight_of(s[n][j], factor, residual[h], bias) : 0.f;
-          float grad_of = grad_weight[n][j];
-          if (p.dropout) grad_of *= kept >> (4 * n + j) & 1 ? p.keep_factor : 0.f;
-          s[n][j] = weight * (grad_of - residual[h].delta) * factor;
+          const Query& query = rows[j / 2];
+          const uint32_t at = from + column + j % 2 - query.first;
+          const bool sees = query.allows(j % 2 ? keys.y : keys.x) & (at < seen[j / 2]);
+          s[n][j] = query.exponent(s[n][j], factors[n][j % 2], sees);
         }
       }
+      if (sequence.rules)
+        Block::add_bias(s, [&](int n, int j) {
+          return Block::bias(warp * 16 + j / 2 * 8 + lane / 4)[block + n * 8 + lane % 4 * 2 + j % 2];
+        });
+      if (p.dropout) {
+        const uint32_t kept = Block::template kept_bits<4 * kAtOnce>(
+            [&](int i) { return i & 2 ? rows[1].slot : rows[0].slot; },
+            [&](int i) {
+              return from + block + i / 4 * 8 + lane % 4 * 2 + i % 2 - (i & 2 ? rows[1].first : rows[0].first);
+            });
+        Block::drop(grad_weight, kept);
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float weight = exp2_approximate(s[n][j]);
+          s[n][j] = weight * (grad_weight[n][j] - rows[j / 2].delta) * factors[n][j % 2];
+        }
       multiply_columns<T, STEPS>(grad, s, Block::tile(place, 0), block, lane);
     }
   }
@@ -112,9 +107,9 @@ struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
   __device__ void finish() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      T* to = row_of<T>(p.grad_query, sequence.b, sequence.h, sequence.offset + max(position[h], 0));
+      T* to = row_of<T>(p.grad_query, sequence.b, sequence.h, sequence.offset + max(rows[h].row, 0));
       const bool add = p.round > 0 || p.grad_query_begun;
-      Block::write_row(to, p.D, position[h] != kNobody, add, add ? 1.f : 0.f,
+      Block::write_row(to, p.D, rows[h].row != kNobody, add, add ? 1.f : 0.f,
                        [&](int m, int j) { return grad[m][2 * h + j] * kLn2; });
     }
   }
@@ -174,10 +169,9 @@ struct AttentionGradKeys : AttentionBlock<T, STEPS, 2, KeyFacts, QueryFacts> {
       multiply_rows(grad_weight, values, Block::tile(place, 1), block, warp, lane);
       const bool all_see = visits.all_see(from);
       const int slot = visits.slot + warp * 16 + lane / 4;  // of the first of the lane's rows
-      const auto query_of = [&](int i) { return block + i / 4 * 8 + lane % 4 * 2 + i % 2; };
-      const uint32_t kept =
-          Block::template kept_bits<4 * kAtOnce>([&](int i) { return facts.slot[query_of(i)]; },
-                                                 [&](int i) { return slot + (i & 2) * 4 - facts.first[query_of(i)]; });
+      const auto query_of = [&](int n, int j) -> const Query& {
+        return facts.query[block + n * 8 + lane % 4 * 2 + j % 2];
+      };
       int position[2];
       float factor[2];
 #pragma unroll
@@ -189,27 +183,34 @@ struct AttentionGradKeys : AttentionBlock<T, STEPS, 2, KeyFacts, QueryFacts> {
       for (int n = 0; n < kAtOnce; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int column = block + n * 8 + lane % 4 * 2 + i;
-          const QueryResidual residual = facts.residual[column];
-          const int limit = facts.limit[column], excluded = facts.excluded[column], first = facts.first[column];
-          const int excluded_count = facts.excluded_count[column];
-          const int last = facts.last[column];
+          const Query query = query_of(n, i);
+          const uint32_t seen = all_see ? ~0u : query.seen;
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int j = 2 * h + i;
-            const bool sees = is_allowed(position[h], limit, excluded, excluded_count) &&
-                              (all_see || (slot + 8 * h >= first && slot + 8 * h < last));
-            const float bias = sequence.rules ? Block::bias(warp * 16 + h * 8 + lane / 4)[column] : 0.f;
-            const float weight = sees ? weight_of(s[n][j], factor[h], residual, bias) : 0.f;
-            float grad_of = grad_weight[n][j];
-            s[n][j] = weight;
-            if (p.dropout) {
-              const float factor_of = kept >> (4 * n + j) & 1 ? p.keep_factor : 0.f;
-              grad_of *= factor_of, s[n][j] *= factor_of;
-            }
-            grad_weight[n][j] = weight * (grad_of - residual.delta);
+            const uint32_t at = slot + 8 * h - query.first;
+            float& x = s[n][2 * h + i];
+            x = query.exponent(x, factor[h], query.allows(position[h]) & (at < seen));
           }
         }
+      if (sequence.rules)
+        Block::add_bias(s, [&](int n, int j) {
+          return Block::bias(warp * 16 + j / 2 * 8 + lane / 4)[block + n * 8 + lane % 4 * 2 + j % 2];
+        });
+      uint32_t kept = ~0u;
+      if (p.dropout) {
+        kept = Block::template kept_bits<4 * kAtOnce>(
+            [&](int i) { return query_of(i / 4, i).slot; },
+            [&](int i) { return slot + (i & 2) * 4 - query_of(i / 4, i).first; });
+        Block::drop(grad_weight, kept);
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          s[n][j] = exp2_approximate(s[n][j]);
+          grad_weight[n][j] = s[n][j] * (grad_weight[n][j] - query_of(n, j).delta);
+        }
+      if (p.dropout) Block::drop(s, kept);
       multiply_columns<T, STEPS>(grad_value, s, Block::tile(place, 1), block, lane);
       multiply_columns<T, STEPS>(grad_key, grad_weight, Block::tile(place, 0), block, lane);
     }

@@ -22,17 +22,10 @@ struct OnlySelf {
   }
 };
 
-// What a lane knows of one of its two query rows, and its softmax so far.
+// One of a lane's two rows, and its softmax so far.
 struct QueryRow {
-  int position, limit, excluded, excluded_count, first, last, slot;
+  const Query* query;  // in shared memory
   float highest, total;
-
-  __device__ void take(const QueryFacts& facts, int row) {
-    position = facts.row[row], limit = facts.limit[row], excluded = facts.excluded[row];
-    excluded_count = facts.excluded_count[row];
-    first = facts.first[row], last = facts.last[row], slot = facts.slot[row];
-    highest = -INFINITY, total = 0.f;
-  }
 };
 
 template <class T, int STEPS>
@@ -71,7 +64,7 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
   __device__ void begin(int place) {
     queries.take(p.lead ? Block::tile(place, 0) : Block::own_tile(0), warp, lane);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) rows[h].take(Block::own_facts(), warp * 16 + h * 8 + lane / 4);
+    for (int h = 0; h < 2; ++h) rows[h] = {Block::own_facts().query + warp * 16 + h * 8 + lane / 4, -INFINITY, 0.f};
 #pragma unroll
     for (int m = 0; m < kColumns; ++m)
 #pragma unroll
@@ -82,7 +75,7 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
   __device__ void attend(int slot, int place, const Visits& visits) {
     if (sequence.rules) Block::fill_bias(slot, visits.slot, place);
     const bool all_see = visits.all_see(slot);
-    if (!all_see && !Block::any_sees({rows[0].first, rows[0].last}, {rows[1].first, rows[1].last}, slot)) return;
+    if (!all_see && !Block::any_sees(rows[0].query->slots(), rows[1].query->slots(), slot)) return;
     const KeyFacts& facts = Block::facts(place);
     // Of a causal query the limit leaves out its own key.
     const bool excludes = p.shared ? !p.causal : p.lists && p.round > 0;
@@ -95,36 +88,29 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
       const float2 factor = *reinterpret_cast<const float2*>(facts.factor + column);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        s[n][2 * h] = key.x < rows[h].limit ? s[n][2 * h] * factor.x : -INFINITY;
-        s[n][2 * h + 1] = key.y < rows[h].limit ? s[n][2 * h + 1] * factor.y : -INFINITY;
+        s[n][2 * h] = key.x < rows[h].query->limit ? s[n][2 * h] * factor.x : -INFINITY;
+        s[n][2 * h + 1] = key.y < rows[h].query->limit ? s[n][2 * h + 1] * factor.y : -INFINITY;
       }
       if (excludes) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const auto is_excluded = [&](int at) {
-            return static_cast<uint32_t>(at - rows[h].excluded) < static_cast<uint32_t>(rows[h].excluded_count);
-          };
-          if (is_excluded(key.x)) s[n][2 * h] = -INFINITY;
-          if (is_excluded(key.y)) s[n][2 * h + 1] = -INFINITY;
+          if (!rows[h].query->allows(key.x)) s[n][2 * h] = -INFINITY;
+          if (!rows[h].query->allows(key.y)) s[n][2 * h + 1] = -INFINITY;
         }
       }
     }
     if (sequence.rules) {
-#pragma unroll
-      for (int n = 0; n < kKeys; ++n)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float* bias = Block::bias(warp * 16 + h * 8 + lane / 4) + n * 8 + lane % 4 * 2;
-          s[n][2 * h] += bias[0], s[n][2 * h + 1] += bias[1];
-        }
+      Block::add_bias(
+          s, [&](int n, int j) { return Block::bias(warp * 16 + j / 2 * 8 + lane / 4)[n * 8 + lane % 4 * 2 + j % 2]; });
     }
     if (!all_see) {
 #pragma unroll
       for (int n = 0; n < kKeys; ++n)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const int at = slot + n * 8 + lane % 4 * 2 + j % 2;
-          if (at < rows[j / 2].first || at >= rows[j / 2].last) s[n][j] = -INFINITY;
+          const Query& query = *rows[j / 2].query;
+          const uint32_t at = slot + n * 8 + lane % 4 * 2 + j % 2 - query.first;
+          if (at >= static_cast<uint32_t>(query.seen)) s[n][j] = -INFINITY;
         }
     }
 #pragma unroll
@@ -146,12 +132,11 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
     }
     if (p.dropout) {
       const uint32_t kept = Block::template kept_bits<4 * kKeys>(
-          [&](int i) { return i & 2 ? rows[1].slot : rows[0].slot; },
-          [&](int i) { return slot + i / 4 * 8 + lane % 4 * 2 + i % 2 - (i & 2 ? rows[1].first : rows[0].first); });
-#pragma unroll
-      for (int n = 0; n < kKeys; ++n)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) s[n][j] = kept >> (4 * n + j) & 1 ? s[n][j] * p.keep_factor : 0.f;
+          [&](int i) { return i & 2 ? rows[1].query->slot : rows[0].query->slot; },
+          [&](int i) {
+            return slot + i / 4 * 8 + lane % 4 * 2 + i % 2 - (i & 2 ? rows[1].query->first : rows[0].query->first);
+          });
+      Block::drop(s, kept);
     }
     multiply_columns<T, STEPS>(out, s, Block::tile(place, 1), 0, lane);
   }
@@ -161,15 +146,15 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
     float states[2];  // what earlier rounds left
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const bool some = p.round > 0 && rows[h].position != kNobody;
-      states[h] = some ? p.lse[sequence.head_row + rows[h].position] : OnlySelf::nothing();
+      const bool some = p.round > 0 && rows[h].query->row != kNobody;
+      states[h] = some ? p.lse[sequence.head_row + rows[h].query->row] : OnlySelf::nothing();
     }
     __syncwarp();  // all lanes of a row have read it
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       QueryRow& row = rows[h];
       row.total = quad_sum(row.total);
-      const bool is_query = row.position != kNobody, some = !(row.total <= 0.f);  // or NaN
+      const bool is_query = row.query->row != kNobody, some = !(row.total <= 0.f);  // or NaN
       const bool more = !OnlySelf::is(states[h]);
       const float lse = some ? row.highest + log2f(row.total) : -INFINITY;
       const float above = more && !(lse > states[h]) ? states[h] : lse;
@@ -177,10 +162,10 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
       const float before = earlier / sum, now = some ? exp2f(lse - above) / (sum * row.total) : 0.f;
       const float merged = above + log2f(sum);
       if (is_query && (some || more) && lane % 4 == 0) {
-        p.lse[sequence.head_row + row.position] = last_round ? merged * kLn2 : merged;
-        if (last_round && p.self_only) p.self_only[sequence.head_row + row.position] = false;
+        p.lse[sequence.head_row + row.query->row] = last_round ? merged * kLn2 : merged;
+        if (last_round && p.self_only) p.self_only[sequence.head_row + row.query->row] = false;
       }
-      T* to = row_of<T>(p.out, sequence.b, sequence.h, sequence.offset + max(row.position, 0));
+      T* to = row_of<T>(p.out, sequence.b, sequence.h, sequence.offset + max(row.query->row, 0));
       Block::write_row(to, p.E, is_query && some, more, before, [&](int m, int j) { return out[m][2 * h + j] * now; });
     }
     count_own(states);
@@ -190,17 +175,19 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
   __device__ void count_own(const float (&states)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const bool is_query = rows[h].position != kNobody;
+      const bool is_query = rows[h].query->row != kNobody;
       const uint32_t wanted = __ballot_sync(~0u, is_query && rows[h].total <= 0.f && OnlySelf::is(states[h]));
       if (wanted == 0) continue;
       for (int owner = 0; owner < kWarp; owner += 4) {
         if ((wanted >> owner & 1) == 0) continue;
-        const int position = __shfl_sync(~0u, rows[h].position, owner), slot = __shfl_sync(~0u, rows[h].slot, owner);
-        const int first = __shfl_sync(~0u, rows[h].first, owner), last = __shfl_sync(~0u, rows[h].last, owner);
+        const int position = __shfl_sync(~0u, rows[h].query->row, owner),
+                  slot = __shfl_sync(~0u, rows[h].query->slot, owner);
+        const int first = __shfl_sync(~0u, rows[h].query->first, owner),
+                  seen = __shfl_sync(~0u, rows[h].query->seen, owner);
         OnlySelf own = OnlySelf::decode(__shfl_sync(~0u, states[h], owner));
         const bool padded = Block::is_padded(position);
         uint32_t times = 0, kept = 0;
-        for (int at = lane; p.shared && !padded && at < last - first; at += kWarp) {
+        for (int at = lane; p.shared && !padded && at < seen; at += kWarp) {
           if (sequence.position(first + at) != position) continue;
           if (sequence.rules && p.within_bucket && sequence.wrapped(first + at) / sequence.length != p.round) continue;
           times += 1, kept += !p.dropout || Block::is_kept(slot, at);

@@ -113,7 +113,7 @@ struct AttentionSequence {
   __device__ int wrapped(int slot) const {
     return slot >= 0 && slot < turn ? slot : slot - floor_div(slot, turn) * turn;
   }
-  // The row in the sequence of a slot.
+  // The row in the sequence of a slot. Slots of a tile that begins with a wrapped one are seldom beyond the ring.
   __device__ int position(int slot) const { return order ? order[wrapped(slot)] : wrapped(slot); }
   __device__ int chunk_of(int slot, int chunk_length) const {
     const int round = floor_div(slot, length);

@@ -144,7 +144,7 @@ constexpr int kAttentionRows = 64;  // of a tile of queries or keys
 constexpr int kAttentionThreads = 128, kAttentionPlaces = 3, kAttentionMaxDim = 128, kAttentionMaxWalk = 8;
 constexpr int kAttentionMaxChunks = 1023;  // of a query's windows in all rounds: so often it may meet its own key
 
-constexpr int kKeyFactsBytes = 12 * kAttentionRows, kQueryFactsBytes = 44 * kAttentionRows;  // of a tile
+constexpr int kKeyFactsBytes = 12 * kAttentionRows, kQueryFactsBytes = 48 * kAttentionRows;  // of a tile
 constexpr int kResidualBytes = 16;                                                           // of a query
 constexpr int kBiasRow = kAttentionRows + 8;  // so that 8 rows, read 8 bytes at a time, meet few banks twice
 
