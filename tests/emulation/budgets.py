@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
-from . import build
-from .cases import Hash, Order
+from . import attention, build, lists
+from .attention import Attention
+from .cases import Case, Hash, Order
 from .kernels import ARCHITECTURES, CSRC, SOURCES, Emulator, Launched
 
+COMPILED = ("hash", "order", "attention", "lists")  # sources of kernels with budgets
 FILE = build.ROOT / "benchmarks" / "budgets.json"
 SECTORS, WAVEFRONTS = 1.15, 1.05  # of the ideal, at most
 # Two multiprocessors, so that few tokens give blocks as much to do as many tokens give those of a whole GPU.
@@ -28,34 +30,48 @@ DEVICES = {"sm_80": (2, 166912, 167936), "sm_90": (2, 232448, 233472)}
 
 @dataclass(frozen=True)
 class Problem:
-    case: Hash | Order
-    unit: str  # what costs are given for
-    bytes: float = float("inf")  # of global memory, at most, per key
+    name: str
+    case: Case
+    unit: str  # what costs are given for,
+    units: float  # and how many there are
+    tokens: int  # what bytes are given for
+    bytes: float = float("inf")  # of global memory, at most, per token
     sectors: float = SECTORS
     wavefronts: float = WAVEFRONTS
-
-    @property
-    def name(self) -> str:
-        c = self.case
-        if isinstance(c, Hash):
-            return f"hash, {str(c.dtype)[6:]}, D {c.head_dim}, R {c.rounds}, factors {c.factors}"
-        return f"order, L {c.length}, {c.n_buckets} buckets"
-
-    def units(self, emulator: Emulator) -> tuple[float, int]:
-        """How many there are, and of what ``bytes`` is for."""
-        c = self.case
-        return c.length / 32 if isinstance(c, Hash) else c.length * c.plan(emulator.device)["passes"], c.length
+    kernels: str = ""  # that are counted, a regular expression
 
 
 def _hash(
     dtype: torch.dtype, head_dim: int, factors: tuple[int, ...] = (64, 32), rounds: int = 4, length: int = 4096
 ) -> Problem:
-    return Problem(Hash(length, head_dim, factors, dtype, rounds=rounds), "32 tokens")
+    name = f"hash, {str(dtype)[6:]}, D {head_dim}, R {rounds}, factors {factors}"
+    return Problem(name, Hash(length, head_dim, factors, dtype, rounds=rounds), "32 tokens", length / 32, length)
 
 
-def _order(length: int, n_buckets: int, bytes: float, sectors: float = SECTORS) -> Problem:
+def _order(length: int, n_buckets: int, bytes: float, passes: int = 1, sectors: float = SECTORS) -> Problem:
     # Counters and places are wherever the keys say, so banks conflict.
-    return Problem(Order(length, n_buckets), "key and digit", bytes, sectors, wavefronts=2)
+    return Problem(
+        f"order, L {length}, {n_buckets} buckets", Order(length, n_buckets), "key and digit", length * passes, length,
+        bytes, sectors, wavefronts=2,
+    )  # fmt: skip
+
+
+def _attention(
+    length: int, head_dim: int, chunk_length: int, dtype: torch.dtype, forward: float = float("inf"),
+    backward: float = float("inf"),
+) -> Iterator[Problem]:  # fmt: skip
+    """Causal, 4 rounds, one chunk back; both passes are run for the costs of each."""
+    rounds = 4
+    case = Attention(
+        length, head_dim, dtype, rounds=rounds, n_buckets=length // chunk_length, chunk_length=chunk_length, causal=True
+    )
+    name = f"{str(dtype)[6:]}, L {length}, D {head_dim}, C {chunk_length}, R {rounds}"
+    tokens = length * rounds
+    for part, kernels, bytes in (("forward", "forward", forward), ("backward", "residual|grad", backward)):
+        yield Problem(
+            f"attention {part}, {name}", case, "64 tokens of a round", tokens / 64, tokens, bytes,
+            kernels=f"attention_({kernels})",
+        )  # fmt: skip
 
 
 PROBLEMS = [
@@ -73,7 +89,12 @@ PROBLEMS = [
     # part writes runs of 32 keys, which begin and end within a sector.
     _order(98304, 512, bytes=12 + 5 * 4 * 512 / 16384 + 4 * 8 / 32),
     # Keys of the second digit are wherever the first one put them: each of the two readings takes a sector.
-    _order(98304, 8192, bytes=12 + 4 * (2 + 2) + 2 * 32 + 3, sectors=2.2),
+    _order(98304, 8192, bytes=12 + 4 * (2 + 2) + 2 * 32 + 3, passes=2, sectors=2.2),
+    # 1.2 times what the stages of a pass would move if each were one kernel: 599 and 1,549 bytes.
+    *_attention(8192, 64, 64, torch.bfloat16, forward=719, backward=1859),
+    *_attention(4096, 128, 256, torch.bfloat16),
+    *_attention(2048, 64, 128, torch.bfloat16),
+    *_attention(2048, 64, 64, torch.float32),
 ]
 
 
@@ -127,15 +148,14 @@ def _compiled(source: str, architecture: str, launched: dict[str, Launched]) -> 
 
 
 def _executed(problem: Problem, emulator: Emulator) -> dict[str, Any]:
-    problem.case.check(emulator)
-    units, tokens = problem.units(emulator)
-    total = lambda name: sum(getattr(launch.counters, name) for launch in emulator.launched)  # noqa: E731
+    counted = [launch.counters for launch in emulator.launched if re.search(problem.kernels, launch.name)]
+    total = lambda name: sum(getattr(counters, name) for counters in counted)  # noqa: E731
     return {
         "unit": problem.unit,
-        "warp_instructions": round(total("warp_instructions") / units, 3),
-        "mma": round(total("mma") / units, 3),
-        "wavefronts": round(total("shared_wavefronts") / units, 3),
-        "bytes": round(32 * total("global_sectors") / tokens, 3),
+        "warp_instructions": round(total("warp_instructions") / problem.units, 3),
+        "mma": round(total("mma") / problem.units, 3),
+        "wavefronts": round(total("shared_wavefronts") / problem.units, 3),
+        "bytes": round(32 * total("global_sectors") / problem.tokens, 3),
         "sectors_by_ideal": round(total("global_sectors") / total("ideal_sectors"), 4),
         "wavefronts_by_ideal": round(total("shared_wavefronts") / total("ideal_wavefronts"), 4),
     }
@@ -145,12 +165,20 @@ def measure(architecture: str) -> dict[str, dict[str, Any]]:
     """{"kernels": {kernel: costs}, "problems": {problem: costs}}; of a problem per unit, but bytes per token or key."""
     launched: dict[str, Launched] = {}
     problems = {}
+    emulators: dict[Case, Emulator] = {}  # both passes of a case are run at once
     for problem in PROBLEMS:
-        emulator = Emulator(architecture, device=DEVICES[architecture])
-        problems[problem.name] = _executed(problem, emulator)
+        if problem.case not in emulators:
+            emulators[problem.case] = Emulator(architecture, device=DEVICES[architecture])
+            problem.case.check(emulators[problem.case])
+        problems[problem.name] = _executed(problem, emulators[problem.case])
+    # Of kernels that no problem has, what their smallest case launches.
+    others = [Emulator(architecture, device=DEVICES[architecture]) for _ in (attention, lists)]
+    for emulator, cases in zip(others, (attention.CASES, lists.CASES), strict=True):
+        for case in cases:
+            case.check(emulator)
+    for emulator in (*others, *emulators.values()):
         launched |= {launch.name: launch for launch in emulator.launched}
-    sources = ("hash", "order")
-    kernels = dict(sorted(item for source in sources for item in _compiled(source, architecture, launched)))
+    kernels = dict(sorted(item for source in COMPILED for item in _compiled(source, architecture, launched)))
     return {"kernels": kernels, "problems": problems}
 
 

@@ -41,9 +41,10 @@ DEVICES = {
     # No GPU: little shared memory, and few blocks, so that each has several tiles of tokens.
     "one": (1, 61440, 61440),
     "little": (4, 80000, 81920),
+    "single": (1, 232448, 233472),  # the same with much
 }
 
-UNWRITTEN = 0xF7  # as a byte; so as numbers none that a kernel computes
+UNWRITTEN = 0xF7, 0xFF  # as a byte: integers that no kernel computes, and NaN
 
 Memory = Sequence[np.ndarray | VirtualRegion]
 
@@ -247,10 +248,10 @@ def arguments_of(names: Sequence[str], inputs: Sequence[Any], **others: Tensor |
 
 
 def unwritten(*outputs: Tensor) -> list[np.ndarray]:
-    """Memory of outputs, all of which is set to what no kernel writes."""
+    """Memory of outputs (and of scratch, bytes), all of which is set to what no kernel writes."""
     memory = [storage(x, writeable=True) for x in outputs]
-    for whole in memory:
-        whole[:] = UNWRITTEN
+    for x, whole in zip(outputs, memory, strict=True):
+        whole[:] = UNWRITTEN[x.is_floating_point() or x.dtype == torch.uint8]
     return memory
 
 

@@ -38,6 +38,7 @@ class Lists:
     dropout: float = 0.0
     layout: str = "contiguous"
     device: str = "H100"
+    backends: tuple[str, str] = ("cuda", "cuda")  # of the forward and the backward
 
     def __str__(self) -> str:
         return described(self)
@@ -64,7 +65,7 @@ class Lists:
     def check(self, emulator: Emulator) -> Tensor:
         """All results in one tensor."""
         with emulator.serving():
-            found = testing.assert_matches_oracle(self.call(), self.dtype, "cuda")
+            found = testing.assert_matches_oracle(self.call(), self.dtype, *self.backends)
         return torch.cat([x.flatten().double() for x in found.values()])
 
     def check_crossed(self, emulator: Emulator) -> None:

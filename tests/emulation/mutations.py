@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import attention_mutations
 from .cases import Case, Close, EachItsOwn, Gather, Hash, NotFinite, Order, OutOfRange, Ties
 
 BFLOAT16, FLOAT16, FLOAT32 = (f"hash_kernel<{t}, 4>" for t in ("rk::cuda::bf16", "rk::cuda::fp16", "float"))
@@ -40,6 +41,7 @@ PROBLEMS: dict[str, tuple[tuple[str, ...], Case]] = {
     "packed parts": ((COUNT, RANK), Order(33000, 2049, rounds=2, bounds=(0, 100, 33000), device="little")),
     "out of range": ((WHOLE,), OutOfRange()),
     "gather": ((), Gather()),
+    **attention_mutations.PROBLEMS,
 }  # fmt: skip
 
 
@@ -259,8 +261,5 @@ GATHER = [
     ("only the first columns", "gather", "wrong", "column < g.vectors; column", "column < p.columns; column"),
 ]  # fmt: skip
 
-MUTATIONS = [
-    Mutation(file, *row)
-    for file, rows in (("hash.cuh", HASH), ("order.cuh", ORDER), ("gather.cu", GATHER))
-    for row in rows
-]
+FILES = {"hash.cuh": HASH, "order.cuh": ORDER, "gather.cu": GATHER} | attention_mutations.FILES
+MUTATIONS = [Mutation(file, *row) for file, rows in FILES.items() for row in rows]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .budgets import FILE, PROBLEMS, Resources, measure, nvcc_release, occupancy, readable
+from .budgets import COMPILED, FILE, PROBLEMS, Resources, measure, nvcc_release, occupancy, readable
 from .kernels import ARCHITECTURES, DEVICES, SOURCES, entries, needs_nvcc
 
 pytestmark = needs_nvcc()
@@ -16,7 +16,7 @@ pytestmark = needs_nvcc()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_costs(architecture: str) -> None:
     now = measure(architecture)
-    compiled = {readable(name) for source in ("hash", "order") for name in entries(SOURCES[source], architecture)}
+    compiled = {readable(name) for source in COMPILED for name in entries(SOURCES[source], architecture)}
     assert set(now["kernels"]) == compiled
     assert_limits(now)
     budget = json.loads(FILE.read_text())

@@ -15,14 +15,22 @@ pytestmark = needs_nvcc()
 
 # An instance that is asked for is compiled like one that a launcher takes, but nvcc has less to do.
 INSTANCE = "template __global__ void rk::cuda::{}(const __grid_constant__ rk::cuda::{}Arguments);\n"
+# Of each source with templates: the first words of their names, and the headers that have them.
+TEMPLATES = {
+    "hash": ("hash", ("hash",)),
+    "order": ("order", ("order",)),
+    "attention": ("attention", ("attention_forward", "attention_backward")),
+    "lists": (("list", "rest"), ("lists",)),
+}
 
 
 def copy_of_csrc(folder: Path, instances: tuple[str, ...]) -> Path:
     """Sources of the kernels, where those of a template have only these instances."""
     shutil.copytree(CSRC, folder)
-    for name in ("hash", "order"):
-        wanted = [i for i in instances if i.startswith(name)]
-        lines = [f'#include "kernels/cuda/{name}.cuh"\n', *(INSTANCE.format(i, name.capitalize()) for i in wanted)]
+    for name, (words, headers) in TEMPLATES.items():
+        arguments = name.capitalize().removesuffix("s")
+        lines = [f'#include "kernels/cuda/{header}.cuh"\n' for header in headers]
+        lines += [INSTANCE.format(i, arguments) for i in instances if i.startswith(words)]
         (folder / "kernels" / "cuda" / f"{name}.cu").write_text("".join(lines))
     return folder
 
