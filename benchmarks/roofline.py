@@ -1,9 +1,9 @@
 """``python -m benchmarks.roofline``: how long each CUDA op should take, and why. Predictions, not measurements.
 
-A time at least is the longest of: bytes by bandwidth, tensor-core FLOP, exponentials, and instructions by the issue
-slots of the multiprocessors that have a block. Instructions are those of PTX that the emulator counted, in
-``benchmarks/budgets.json``. The predicted time is that over the share of this limit that kernels reached on an H200
-(``benchmarks/results``).
+A time at least is the longest of: bytes by bandwidth of memory and of L2, tensor-core FLOP, exponentials, and
+instructions by the issue slots of the multiprocessors that have a block. Instructions (of PTX) and bytes of L2 are what
+the emulator counted, in ``benchmarks/budgets.json``. The predicted time is that over the share of this limit that
+kernels reached on an H200 (``benchmarks/results``).
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ class Gpu:
     gather: float  # bytes/s, of rows of 128 bytes
     tensor: float  # FLOP/s of mma.sync
     exponentials: float  # 1/s
+    cache: float  # bytes/s of L2
     clock: float  # Hz
     plan: tuple[int, int, int] = (132, 232448, 233472)  # multiprocessors, shared bytes of a block and of one of them
 
 
 GPUS = {
-    # Measured: benchmarks/results/h200-2026-11-26.md.
-    "H200": Gpu(copy=4.218e12, gather=3.876e12, tensor=633e12, exponentials=4.15e12, clock=1.98e9),
+    # Measured: benchmarks/results/h200-2026-11-26.md. Of L2: a kernel that moved 3.1 TB/s was at 61%.
+    "H200": Gpu(copy=4.218e12, gather=3.876e12, tensor=633e12, exponentials=4.15e12, cache=5.1e12, clock=1.98e9),
     # The same chip with HBM3 of 3.35 TB/s where the H200 has 4.8: bandwidths in that proportion.
-    "H100": Gpu(copy=2.944e12, gather=2.705e12, tensor=633e12, exponentials=4.15e12, clock=1.98e9),
+    "H100": Gpu(copy=2.944e12, gather=2.705e12, tensor=633e12, exponentials=4.15e12, cache=5.1e12, clock=1.98e9),
 }
 
 
@@ -77,6 +78,7 @@ class Cost:
     flop: float = 0
     exponentials: float = 0
     instructions: float = 0  # of warps
+    cached_bytes: float = 0  # between multiprocessors and L2
     blocks: int = 10**9
 
     def limits(self, gpu: Gpu) -> dict[str, float]:
@@ -85,6 +87,7 @@ class Cost:
         return {
             "gather" if self.gathered else "memory": self.bytes / (gpu.gather if self.gathered else gpu.copy),
             "tensor cores": self.flop / gpu.tensor,
+            "L2": self.cached_bytes / gpu.cache,
             "exponentials": self.exponentials / gpu.exponentials,
             "instructions": self.instructions / issue,
         }
@@ -113,19 +116,27 @@ def sort_cost(s: Shape, gpu: Gpu) -> Cost:
 
 
 def attention_cost(s: Shape, backward: bool) -> Cost:
-    """Causal, one chunk back."""
-    row, pairs = s.head_dim * ELEMENT, 2 * s.chunk_length
+    """Causal, one chunk back. ``bytes``: what the kernels must move if a walk reads every row once."""
+    row, residual, pairs = s.head_dim * ELEMENT, 16, 2 * s.chunk_length
+    in_place = (2 * s.rounds - 1) / s.rounds  # the first round writes, others add
     if backward:
-        # delta; rows of query, value and incoming gradient, and a part of each gradient; the sum of the parts.
-        sums = 2 * row * (1 + 1 / s.rounds) if s.rounds > 1 else 0
-        moved = (2 * row + 4) / s.rounds + (4 + 3 * row + 8 + 2 * row) + sums
+        residuals = (2 * row + 4 + 1 + residual) / s.rounds
+        queries = 4 + 2 * row + row + residual + row * in_place  # query and value, incoming gradient, grad_query
+        keys = 4 + 2 * row + row + residual + row * in_place + 2 * row  # the same, and grad_query is added to
+        moved = residuals + queries + keys
     else:
-        # Rows of query and value; the output, which the first round writes and others add to.
-        moved = 4 + 2 * row + (row + 4) * (2 * s.rounds - 1) / s.rounds
+        moved = 4 + 2 * row + (row + 4) * in_place
+    work = _emulated("backward" if backward else "forward", s)
     return Cost(
-        s.rows * moved, 0.56 if backward else 0.63, gathered=True, exponentials=s.rows * pairs,
-        flop=s.rows * pairs * s.head_dim * (10 if backward else 4),
+        s.rows * moved, 0.56 if backward else 0.63, gathered=True, exponentials=s.rows * pairs * (2 if backward else 1),
+        flop=s.rows * pairs * s.head_dim * (14 if backward else 4), cached_bytes=s.rows * work["bytes"],
+        instructions=s.rows / 64 * work["warp_instructions"],
     )  # fmt: skip
+
+
+def _emulated(part: str, s: Shape) -> dict[str, float]:
+    begins, ends = f"attention {part}, bfloat16", f"D {s.head_dim}, C {s.chunk_length}, R 4"
+    return next(work for name, work in BUDGETS.items() if name.startswith(begins) and name.endswith(ends))
 
 
 OPS: dict[str, Callable[[Shape, Gpu], Cost]] = {
@@ -165,7 +176,7 @@ def main() -> None:
     gpu = parser.parse_args().gpu
     if error := cuda.library().get("error"):
         raise SystemExit(f"The launch plans are in the CUDA library, which is missing: {error}")
-    print(f"Predicted for one {gpu}, bfloat16, batch 1, causal, one chunk back. Attention: kernels that are to come.\n")
+    print(f"Predicted for one {gpu}, bfloat16, batch 1, causal, one chunk back.\n")
     header = ["shape", "op", "bytes per token, head and round", "limit", "at least us", "predicted us"]
     print(table(header, rows(GPUS[gpu])))
 

@@ -172,7 +172,7 @@ def assert_matches_oracle(
         n_queries = call.n_queries if isinstance(call, AttentionCall) else call.query.shape[2]
         shape = (*call.query.shape[:2], n_queries, call.value.shape[3])
         grad_out = torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    grad_out = grad_out.to(dtype).double()
+    grad_out = grad_out.to(call.device, dtype).double()
     oracle = results(exact, "reference", "reference", grad_out)
     same_dtype = results(call, "reference", "reference", grad_out)
     actual = results(call, forward, backward or forward, grad_out)

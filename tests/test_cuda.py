@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import reformer_kernels as rk
+from reformer_kernels import testing
 
+from .emulation import attention, lists
 from .kernel_oracles import assert_hashes, stable_order
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -187,6 +189,51 @@ def test_order_kernel_of_buckets_out_of_range() -> None:
     buckets = torch.tensor([[[[3, -1, 2, 7, 2**31 - 1, 0]]]], dtype=torch.int32, device="cuda")
     order = torch.ops.reformer_kernels.bucket_order(buckets, None, 4, "cuda")
     assert order.flatten().tolist() == [5, 2, 0, 1, 3, 4]
+
+
+# ---- attention kernels
+
+
+def on_gpu(call: Any) -> Any:
+    """The call with its tensors on the GPU, less those that the host reads."""
+    return call._replace(
+        **{
+            name: x.cuda()
+            for name, x in call._asdict().items()
+            if isinstance(x, Tensor) and name not in ("cu_seqlens", "dropout_seed")
+        }
+    )
+
+
+@pytest.mark.parametrize("case", [*attention.CASES, *lists.CASES], ids=str)
+def test_attention_kernels(case: attention.Attention | lists.Lists) -> None:
+    testing.assert_matches_oracle(on_gpu(case.call()), case.dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", attention.DTYPES)
+@pytest.mark.parametrize(("head_dim", "chunk_length"), [(64, 64), (64, 16), (128, 256), (32, 100)])
+def test_attention_kernels_on_many_blocks(head_dim: int, chunk_length: int, dtype: torch.dtype) -> None:
+    case = attention.Attention(4096, head_dim, dtype, heads=4, causal=True, chunk_length=chunk_length, n_buckets=64)
+    call = on_gpu(case.call())
+    first = testing.assert_matches_oracle(call, dtype, "cuda")
+    again = testing.assert_matches_oracle(call, dtype, "cuda")
+    assert all(torch.equal(x, again[name]) for name, x in first.items())
+
+
+def test_attention_in_a_cuda_graph() -> None:
+    q, v = (torch.randn(1, 2, 3000, 64, device="cuda").bfloat16() for _ in range(2))
+    run = lambda: rk.lsh_attention(q, v, causal=True, backend="cuda")  # noqa: E731
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    assert torch.equal(out, run())
+
+
+# ---- launching
 
 
 def test_kernels_in_a_cuda_graph() -> None:

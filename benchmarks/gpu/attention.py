@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,12 +31,8 @@ UNFUSED_LENGTH = 2**14  # those peers take long and much memory beyond
 
 
 def _peers(case: Case, device: str) -> Iterator[tuple[str, Callable[[], Attention]]]:
-    yield (
-        "ours",
-        lambda: (
-            lambda q, v: rk.lsh_attention(q, v, causal=True, n_hashes=case.n_hashes, chunk_length=case.chunk_length)
-        ),
-    )
+    ours = functools.partial(rk.lsh_attention, causal=True, n_hashes=case.n_hashes, chunk_length=case.chunk_length)
+    yield "ours", lambda: ours
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         yield f"SDPA, {backend.name}", lambda backend=backend: _sdpa(backend)
     if case.length <= UNFUSED_LENGTH:

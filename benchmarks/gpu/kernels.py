@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 import reformer_kernels as rk
+from reformer_kernels._calls import AttentionCall
+from reformer_kernels.backends import cuda
 
 from .. import roofline
 from .timing import Row, median_ms, median_ms_in_graph
@@ -53,29 +55,58 @@ def _with_gradients(function: Callable[..., Any], inputs: list[Any], device: str
 
 
 def kernels() -> list[Row]:
-    """Hash and sort of the shapes that matter, against the time in which a copy moves what they must read and write."""
+    """Kernels of the shapes that matter, beside the time in which a copy moves what they must read and write."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
     copied_bytes_per_ms = 2 * source.numel() / median_ms(source.clone)
+    del source
     gpu = next((rates for name, rates in roofline.GPUS.items() if name in torch.cuda.get_device_name()), None)
-    predicted = lambda op: {"predicted us": round(1e6 * roofline.predict(op, shape, gpu).seconds, 1)} if gpu else {}  # noqa: E731
-    rows: list[Row] = []
-    for shape in roofline.SHAPES:
-        heads, head_dim, factors, rounds = shape.heads, shape.head_dim, shape.factors, shape.rounds
-        for dtype in (torch.bfloat16, torch.float32):
-            x = torch.randn(1, heads, shape.length, head_dim, device="cuda").to(dtype)
-            rotations = rk.random_rotations(0, heads, head_dim, rounds, factors).cuda()
-            hashed = functools.partial(rk.hash_buckets, x, rotations, factors, backend="cuda")
-            keys = shape.rows
-            moved = x.numel() * x.element_size() + 4 * keys
-            flop = 2 * keys * head_dim * (sum(factors) // 2)
-            ms = median_ms_in_graph(hashed)
-            row = {"kernel": f"hash, {dtype}".replace("torch.", ""), "shape": shape.name, "us": round(ms * 1e3, 1)}
-            row |= {"floor us": round(moved / copied_bytes_per_ms * 1e3, 1), "TFLOP/s": round(flop / ms / 1e9, 1)}
-            rows.append(row | (predicted("hash") if dtype == torch.bfloat16 else {}))
-        buckets, total = hashed(), math.prod(factors)
-        ms = median_ms_in_graph(functools.partial(rk.bucket_order, buckets, total, backend="cuda"))
-        row = {"kernel": "order", "shape": shape.name, "us": round(ms * 1e3, 1), "Gkey/s": round(keys / ms / 1e6, 2)}
-        rows.append(row | {"floor us": round(8 * keys / copied_bytes_per_ms * 1e3, 1)} | predicted("sort"))
-        ms = median_ms(lambda buckets=buckets: torch.sort(buckets, dim=-1, stable=True))
-        rows.append({"kernel": "torch.sort", "shape": shape.name, "us": round(ms * 1e3, 1)})
-    return rows
+
+    def timed(
+        kernel: str, shape: roofline.Shape, ms: float, moved: float, op: str | None = None, **rates: float
+    ) -> Row:
+        row: Row = {"kernel": kernel, "shape": shape.name, "us": round(ms * 1e3, 1)}
+        row["floor us"] = round(moved / copied_bytes_per_ms * 1e3, 1)
+        if gpu and op:
+            row["predicted us"] = round(1e6 * roofline.predict(op, shape, gpu).seconds, 1)
+        return row | {name: round(rate, 2) for name, rate in rates.items()}
+
+    return [row for shape in roofline.SHAPES for part in (_sort, _attention) for row in part(shape, timed)]
+
+
+def _sort(shape: roofline.Shape, timed: Callable[..., Row]) -> Iterator[Row]:
+    heads, head_dim, factors, rounds = shape.heads, shape.head_dim, shape.factors, shape.rounds
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(1, heads, shape.length, head_dim, device="cuda").to(dtype)
+        rotations = rk.random_rotations(0, heads, head_dim, rounds, factors).cuda()
+        hashed = functools.partial(rk.hash_buckets, x, rotations, factors, backend="cuda")
+        moved = x.numel() * x.element_size() + 4 * shape.rows
+        flop = 2 * shape.rows * head_dim * (sum(factors) // 2)
+        ms, op = median_ms_in_graph(hashed), "hash" if dtype == torch.bfloat16 else None
+        yield timed(f"hash, {str(dtype)[6:]}", shape, ms, moved, op, **{"TFLOP/s": flop / ms / 1e9})
+    buckets, total = hashed(), math.prod(factors)
+    ms = median_ms_in_graph(functools.partial(rk.bucket_order, buckets, total, backend="cuda"))
+    yield timed("order", shape, ms, 8 * shape.rows, "sort", **{"Gkey/s": shape.rows / ms / 1e6})
+    ms = median_ms(functools.partial(torch.sort, buckets, dim=-1, stable=True))
+    yield timed("torch.sort", shape, ms, 8 * shape.rows)
+
+
+def _attention(shape: roofline.Shape, timed: Callable[..., Row]) -> Iterator[Row]:
+    """The kernels alone: rows are hashed and sorted before."""
+    rows = [torch.randn(1, shape.heads, shape.length, shape.head_dim, device="cuda").bfloat16() for _ in range(3)]
+    rotations = rk.random_rotations(0, shape.heads, shape.head_dim, shape.rounds, shape.factors).cuda()
+    buckets = rk.hash_buckets(rows[0], rotations, shape.factors, backend="cuda")
+    order = rk.bucket_order(buckets, math.prod(shape.factors), backend="cuda")
+    call = AttentionCall(
+        rows[0], None, rows[1], order, None, None, None, None, None, shape.chunk_length, 1, 0, True, None, 1.0, 0.0,
+        "ring", rk.AttentionRules().key, "cuda",
+    )  # fmt: skip
+    results = cuda.chunk_attention(call)
+    passes = {
+        "forward": functools.partial(cuda.chunk_attention, call),
+        "backward": functools.partial(cuda.chunk_attention_backward, call, rows[2], *results),
+    }
+    for name, run in passes.items():
+        op = f"attention, {name}"
+        cost = roofline.attention_cost(shape, name == "backward")
+        ms = median_ms_in_graph(run)
+        yield timed(op, shape, ms, cost.bytes, op, **{"TFLOP/s": cost.flop / ms / 1e9})

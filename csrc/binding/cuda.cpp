@@ -240,13 +240,14 @@ std::vector<int64_t> order_plan(std::vector<int64_t> shape, int64_t n_sequences,
           plan.tiles,          plan.sorters};
 }
 
-// The same of plan_attention, for rows of query [B, H, L, D] with a width E of values, key heads (0: shared keys), and
-// a window [chunk length, chunks before, chunks after], for a part: 0 the forward pass, 1 and 2 the gradients of
-// queries and of keys. Grid, threads, shared bytes, steps, places for tiles, whether a tile that is owned is visited,
-// tiles of a block, launches.
+// The same of plan_attention, for rows of query [B, H, L, D] with a width E of values, key heads (0: shared keys), a
+// window [chunk length, chunks before, chunks after] or lists of a length (else 0), flags, and a part: 0 the forward
+// pass, 1 and 2 the gradients of queries and of keys. Grid, threads, shared bytes, steps, places for tiles, whether a
+// tile that is owned is visited, tiles of a block, launches.
 std::vector<int64_t> attention_plan(std::vector<int64_t> shape, int64_t E, int64_t key_heads, int64_t R,
-                                    int64_t element_size, std::vector<int64_t> window, int64_t n_sequences,
-                                    int64_t longest, int64_t part, std::vector<int64_t> device) {
+                                    int64_t element_size, std::vector<int64_t> window, int64_t list_length,
+                                    int64_t flags, int64_t n_sequences, int64_t longest, int64_t part,
+                                    std::vector<int64_t> device) {
   require(shape.size() == 4, "shape must have 4 numbers, got ", shape.size());
   require(window.size() == 3 && window[0] >= 1, "window must have 3 numbers, the first a chunk length");
   require(part >= 0 && part <= 2, "part must be between 0 and 2, got ", part);
@@ -255,7 +256,7 @@ std::vector<int64_t> attention_plan(std::vector<int64_t> shape, int64_t E, int64
   p.key_heads = key_heads ? key_heads : p.H, p.key.data = key_heads ? const_cast<char*>(&kNoRows) : nullptr;
   p.element = element_size == 2 ? rk::Element::kBFloat16 : rk::Element::kSame;
   p.chunk_length = std::min(window[0], std::max<int64_t>(1, p.L));
-  p.chunks_before = window[1], p.chunks_after = window[2];
+  p.chunks_before = window[1], p.chunks_after = window[2], p.list_length = list_length, p.flags = flags;
   const rk::cuda::AttentionPlan plan =
       rk::cuda::plan_attention(p, static_cast<rk::cuda::AttentionPart>(part), longest, device_of(device));
   return {plan.launch.grid[0], plan.launch.threads, plan.launch.shared_bytes, plan.steps,
@@ -325,7 +326,7 @@ STABLE_TORCH_LIBRARY(reformer_kernels_cuda, m) {
   m.def("order_plan(int[] shape, int n_sequences, int longest, int n_buckets, int[] device) -> int[]");
   m.def(
       "attention_plan(int[] shape, int width, int key_heads, int rounds, int element_size, int[] window, "
-      "int n_sequences, int longest, int part, int[] device) -> int[]");
+      "int list_length, int flags, int n_sequences, int longest, int part, int[] device) -> int[]");
   m.def("build_info() -> str");
 }
 

@@ -40,7 +40,9 @@ def not_supported_reasons(call: Call) -> list[str]:
         return [f"tensors are on {call.device}, not on a GPU"]
     reasons = kernel_reasons(call)
     if error := library().get("error"):
-        reasons.insert(0, f"the CUDA library: {error}")
+        return [f"the CUDA library: {error}", *reasons]
+    if torch.cuda.is_available():
+        reasons += memory_reasons(call, device_numbers(call))
     return reasons
 
 
@@ -91,17 +93,48 @@ def _attention_reasons(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def describe(call: Call, device: tuple[int, int, int] | None = None) -> str:
+Device = tuple[int, int, int]  # multiprocessors, bytes of shared memory of a block and of a multiprocessor
+PARTS = ("forward", "gradients of queries", "gradients of keys")
+
+
+def device_numbers(call: Call) -> Device:
+    found: Any = torch.cuda.get_device_properties(call.device)
+    return found.multi_processor_count, found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor
+
+
+def memory_reasons(call: Call, device: Device) -> list[str]:
+    """Whether a kernel needs more shared memory than a device has."""
+    if not isinstance(call, AttentionCall | ListCall):
+        return []
+    most = max(_attention_plan(call, part, device)[2] for part in range(len(PARTS)))
+    if most <= device[1]:
+        return []
+    return [f"the kernels need {most} bytes of shared memory for these rows, and the GPU has {device[1]}"]
+
+
+def _attention_plan(call: AttentionCall | ListCall, part: int, device: Device) -> list[int]:
+    flags = native.chunk_flags(call) if isinstance(call, AttentionCall) else native.list_flags(call)
+    window = (call.chunk_length, 0, 0)
+    lists, sequences, longest = 0, 1, call.query.shape[2]
+    if isinstance(call, AttentionCall):
+        window = (call.chunk_length, call.chunks_before, call.chunks_after)
+        sequences, longest = _sequences(call), call.longest
+    else:
+        lists = call.key_lists.shape[3]
+    return _ops.attention_plan(
+        call.query.shape, call.value.shape[3], 0 if call.key is None else call.key.shape[1],
+        1 if call.order is None else call.order.shape[2], call.query.element_size(), window, lists, flags,
+        sequences, longest, part, device,
+    )  # fmt: skip
+
+
+def describe(call: Call, device: Device | None = None) -> str:
     """The launches of a call that is served.
 
     Args:
-        device: multiprocessors, bytes of shared memory of a block and of a multiprocessor; None: of the call's GPU.
+        device: None: the call's GPU.
     """
-    if device is None:
-        found: Any = torch.cuda.get_device_properties(call.device)
-        device = (
-            found.multi_processor_count, found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor,
-        )  # fmt: skip
+    device = device or device_numbers(call)
     if isinstance(call, HashCall):
         rounds = call.n_hashes if call.rotations is None else call.rotations.shape[3]
         plan = _ops.hash_plan(call.x.shape, rounds, call.x.element_size(), call.factors, device)
@@ -112,19 +145,10 @@ def describe(call: Call, device: tuple[int, int, int] | None = None) -> str:
     if isinstance(call, OrderCall):
         plan = _ops.order_plan(call.buckets.shape, _sequences(call), call.longest, call.n_buckets, device)
         return _named(plan, "passes", "base", "keys of a block", "blocks of a sequence", "sorting warps")
-    assert isinstance(call, AttentionCall)
-    parts = []
-    for part, name in enumerate(("forward", "gradients of queries", "gradients of keys")):
-        plan = _ops.attention_plan(
-            call.query.shape, call.value.shape[3], 0 if call.key is None else call.key.shape[1],
-            1 if call.order is None else call.order.shape[2], call.query.element_size(),
-            (call.chunk_length, call.chunks_before, call.chunks_after), _sequences(call), call.longest, part, device,
-        )  # fmt: skip
-        named = _named(
-            plan, "depth / 16", "tiles in shared memory", "own ones among them", "tiles of a block", "rounds"
-        )
-        parts.append(f"{name}: {named}")
-    return "; ".join(parts)
+    assert isinstance(call, AttentionCall | ListCall)
+    names = ("depth / 16", "tiles in shared memory", "own ones among them", "tiles of a block", "rounds")
+    plans = (_named(_attention_plan(call, part, device), *names) for part in range(len(PARTS)))
+    return "; ".join(f"{name}: {plan}" for name, plan in zip(PARTS, plans, strict=True))
 
 
 def _named(plan: list[int], *names: str) -> str:

@@ -122,7 +122,6 @@ def _mask(call: AttentionCall | SelectCall | ListCall) -> Tensor | None:
 
 def chunk_arguments(call: AttentionCall) -> tuple[Any, ...]:
     """What forward and backward of this library and the CUDA one take first."""
-    rules = call.rules
     return (
         rows(call.query),
         None if call.key is None else rows(call.key),
@@ -138,15 +137,24 @@ def chunk_arguments(call: AttentionCall) -> tuple[Any, ...]:
         call.n_queries,
         call.scale,
         *_dropout(call),
-        _flags(
-            causal=call.causal,
-            l2_norm=rules.key_norm == "l2",
-            mask_padded_queries=rules.mask_padded_queries,
-            within_bucket=rules.within_bucket and call.key is None,
-            dedup=rules.dedup == "log_count",
-            bucket_aligned=call.alignment == "bucket",
-        ),
+        chunk_flags(call),
     )
+
+
+def chunk_flags(call: AttentionCall) -> int:
+    rules = call.rules
+    return _flags(
+        causal=call.causal,
+        l2_norm=rules.key_norm == "l2",
+        mask_padded_queries=rules.mask_padded_queries,
+        within_bucket=rules.within_bucket and call.key is None,
+        dedup=rules.dedup == "log_count",
+        bucket_aligned=call.alignment == "bucket",
+    )
+
+
+def list_flags(call: ListCall) -> int:
+    return _flags(causal=call.causal, rest=call.rest_term)
 
 
 def _dropout(call: AttentionCall | ListCall) -> tuple[int, float]:
@@ -199,7 +207,7 @@ def list_arguments(call: ListCall) -> tuple[Any, ...]:
     return (
         rows(call.query), rows(call.key), rows(call.value), contiguous(call.order), call.key_lists.contiguous(),
         contiguous(call.key_padding_mask), call.dropout_seed, call.chunk_length, call.context_keys, call.scale,
-        *_dropout(call), _flags(causal=call.causal, rest=call.rest_term),
+        *_dropout(call), list_flags(call),
     )  # fmt: skip
 
 
