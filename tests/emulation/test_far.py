@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 
 import reformer_kernels as rk
+from reformer_kernels import testing
+from reformer_kernels.backends import cuda
 
 from ..kernel_oracles import assert_hashes, stable_order
-from .kernels import ARCHITECTURES, DEVICES, Emulator, host, needs_nvcc, read_only
+from .attention import Attention
+from .kernels import (
+    ARCHITECTURES,
+    CHUNK,
+    DEVICES,
+    Emulator,
+    arguments_of,
+    as_array,
+    host,
+    memory_of,
+    needs_nvcc,
+    read_only,
+)  # fmt: skip
 from .ptx.kernel import VirtualRegion
 
 pytestmark = needs_nvcc()
@@ -80,6 +96,103 @@ def test_order_of_more_than_2_to_the_31_buckets(architecture: str) -> None:
         found = torch.from_numpy(order.read(4 * row * length, np.int32, length))
         assert torch.equal(found, stable_order(numbers[None, None, None]).flatten())
     assert order.touched_bytes < 2**22
+
+
+def spread(x: torch.Tensor, base: int, strides: tuple[int, ...], writeable: bool = False) -> _Far:
+    """x [B, H, L, D] with rows that are that many elements apart; where nothing else is."""
+    size = x.element_size()
+    region = VirtualRegion(base, size * sum(s * n for s, n in zip(strides, x.shape, strict=False)))
+    if not writeable:
+        for index in np.ndindex(*x.shape[:3]):
+            region.write(size * sum(i * s for i, s in zip(index, strides, strict=True)), as_array(x[index]))
+    region.writeable = writeable
+    kind = {2: "<u2", 4: "<f4"}[size]
+    return _Far(region, array_at(base, kind, tuple(x.shape), [*(size * s for s in strides), size]))
+
+
+def gathered(far: _Far, like: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """What was written there, as a tensor."""
+    size, numbers = like.element_size(), like.shape[3]
+    found = torch.empty(like.shape, dtype=like.dtype)
+    for index in np.ndindex(*like.shape[:3]):
+        row = far.region.read(size * sum(i * s for i, s in zip(index, strides, strict=True)), np.uint8, size * numbers)
+        found[index] = torch.from_numpy(row.copy()).view(like.dtype)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_of_rows_that_are_2_to_the_31_elements_apart(dtype: torch.dtype) -> None:
+    """The same bits as of rows that lie together."""
+    strides = (2**36 + 64, 2**34 + 128, 2**31 + 192)
+    call = testing.convert(Attention(70, 32, batch=2, heads=2, chunk_length=16, causal=True).call(), dtype)
+    machine = Emulator()
+    grad_out = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with machine.serving():
+        results = cuda.chunk_attention(call)
+        expected = results[0], *cuda.chunk_attention_backward(call, grad_out, *results)[::2]
+        *inputs, longest = cuda._inputs(call)
+    names = ("query", "value", "grad_out", "out", "grad_query", "grad_value")
+    tensors = call.query, call.value, grad_out, *expected
+    far = {
+        name: spread(x, BASE << i, strides, writeable=i > 2)
+        for i, (name, x) in enumerate(zip(names, tensors, strict=True))
+    }
+    given = arguments_of(CHUNK, inputs, lse=torch.empty_like(results[1]), self_only=torch.empty_like(results[2]))
+    given |= {name: x.array for name, x in far.items()}
+    others = memory_of(*inputs[3:])
+    for backward in (False, True):
+        scratch = np.zeros(host().attention_scratch(given, backward), np.uint8)
+        host().attention(given, backward, longest, scratch, machine.device)
+        memory = [*others, *(x.region for x in far.values()), given["lse"], given["self_only"], scratch]
+        machine.run("attention", memory)
+    for name, x in zip(names[3:], expected, strict=True):
+        assert torch.equal(gathered(far[name], x, strides), x), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_of_more_than_2_to_the_31_tokens(architecture: str) -> None:
+    """The first and the last of 2^24 + 1 heads, which share their rows."""
+    heads, length, head_dim = 2**24 + 1, 128, 32
+    call = testing.convert(Attention(length, head_dim, rounds=1, heads=2, causal=True).call(), torch.bfloat16)
+    call = call._replace(
+        query=call.query[:, :1].expand(call.query.shape), value=call.value[:, :1].expand(call.value.shape)
+    )
+    machine = Emulator(architecture)
+    with machine.serving():
+        expected = cuda.chunk_attention(call)
+        *inputs, longest = cuda._inputs(call)
+    shapes = {"order": ("<i4", 4), "out": ("<u2", 2 * head_dim), "lse": ("<f4", 4), "self_only": ("|b1", 1)}
+    regions = {
+        name: VirtualRegion(BASE << i, heads * length * size) for i, (name, (_, size)) in enumerate(shapes.items())
+    }
+    assert call.order is not None
+    for head, at in ((0, 0), (1, heads - 1)):
+        regions["order"].write(4 * at * length, call.order[0, head, 0].numpy())
+    regions["order"].writeable = False
+    wide = {
+        name: x.expand(1, heads, length, head_dim)
+        for name, x in (("query", call.query[:, :1]), ("value", call.value[:, :1]))
+    }
+    given = arguments_of(CHUNK, inputs) | {name: as_array(x[:, :1]) for name, x in wide.items()}
+    for name, x in wide.items():
+        given[name] = np.broadcast_to(given[name], x.shape)
+    dims = {"order": (1, heads, 1, length), "out": (1, heads, length, head_dim)}
+    for name, (kind, _) in shapes.items():
+        given[name] = array_at(regions[name].base, kind, dims.get(name, (1, heads, length)))
+    host().attention(given, False, longest, np.zeros(0, np.uint8), machine.device)
+    machine = Emulator(architecture, {"blocks": [0, heads - 1]})
+    machine.run("attention", [*memory_of(call.query, call.value), *regions.values()])
+    for head, at in ((0, 0), (1, heads - 1)):
+        row = regions["out"].read(2 * head_dim * at * length, np.int16, head_dim * length)
+        assert torch.equal(torch.from_numpy(row.copy()).view(torch.bfloat16).view(length, -1), expected[0][0, head])
+        lse = regions["lse"].read(4 * at * length, np.float32, length)
+        assert torch.equal(torch.from_numpy(lse.copy()), expected[1][0, head])
+
+
+@dataclass(frozen=True)
+class _Far:
+    region: VirtualRegion
+    array: np.ndarray
 
 
 class _Array:
