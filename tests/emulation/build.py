@@ -19,7 +19,8 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulation"
 COMPILER = os.environ.get("CXX", "g++")
-BASE_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden")
+# Device code looks at memory as several types.
+BASE_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing")
 
 
 class CompileError(RuntimeError):

@@ -1,6 +1,6 @@
 // The kernels with their own launchers, without Python, for sanitizers: all orders, buffers of exact sizes.
 //
-//   host_kernels_main [hash|order|gather]    or else all of them; exit status: see host_drivers.h
+//   host_kernels_main [hash|order|attention|lists|gather]    or else all of them; exit status: see host_drivers.h
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -15,6 +15,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "host_attention_checks.h"
 #include "host_drivers.h"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/kernels.h"
@@ -243,6 +244,8 @@ int main(int argc, char** argv) {
     add_hash<fp16>(checks, "float16", {.L = 33, .D = 64, .H = 2, .R = 1, .shared = true});
   }
   if (wanted("order")) add_order(checks);
+  if (wanted("attention")) rk::host::add_attention(checks);
+  if (wanted("lists")) rk::host::add_lists(checks);
   if (wanted("gather")) add_gather(checks);
   return rk::host::run_checks(checks);
 }

@@ -19,7 +19,9 @@ import pytest
 import torch
 
 from tests.emulation import build, kernels
+from tests.emulation.attention import PAPER, Attention
 from tests.emulation.cases import Case, Hash, Order
+from tests.emulation.lists import Lists
 
 HERE = Path(__file__).resolve().parent
 RUNTIME = tuple(HERE / f"host_{part}.cpp" for part in ("block", "fibers", "launch"))
@@ -354,6 +356,9 @@ class Host(kernels.Emulator):
         Hash(140, 64, dtype=torch.float32, layout="B L H D"),
         Order(1000, 65, heads=2, rounds=2),
         Order(700, 20000, rounds=2, bounds=(0, 1, 1, 400, 700)),
+        Attention(70, 32, chunk_length=32, causal=True, dropout=0.2),
+        Attention(70, 40, torch.float32, rules=PAPER, n_buckets=4, chunk_length=16, after=1),
+        Lists(70, 32, causal=True, grouping="hash"),
     ],
     ids=str,
 )
@@ -378,8 +383,14 @@ ONE_MORE = INSIDE.replace("token <", "token <=")
         ("address", "hash", f"{INSIDE}copy_async(", f"{ONE_MORE}copy_async(", "heap-buffer-overflow"),
         ("address", "hash", f"{INSIDE}reinterpret_cast", f"{ONE_MORE}reinterpret_cast", "heap-buffer-overflow"),
         ("thread", "order", "__syncthreads();\n\n  int32_t* of_tile", "int32_t* of_tile", "data race"),
+        ("address", "attention", "const bool mine = write && d < width;", "const bool mine = write;", "overflow"),
     ],
-    ids=["a row too many is copied", "a row too many is read", "counters are used before they are complete"],
+    ids=[
+        "a row too many is copied",
+        "a row too many is read",
+        "counters are used before they are complete",
+        "columns beyond the row are written",
+    ],
 )
 def test_sanitizers_report_a_fault_of_a_kernel(
     tmp_path: Path, sanitizer: str, source: str, text: str, becomes: str, report: str
@@ -392,4 +403,4 @@ def test_sanitizers_report_a_fault_of_a_kernel(
     path.write_text(original.replace(text, becomes))
     code, output = run_driver(sanitizer, "host_kernels_main", source, csrc, TSAN_OPTIONS="halt_on_error=1")
     assert code != 0
-    assert is_reported(report, f"{source}_kernel", output), output
+    assert is_reported(report, f"{source}_", output), output

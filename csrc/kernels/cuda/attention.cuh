@@ -32,7 +32,8 @@ struct __align__(16) Query {
   int unused[2];
 
   __device__ bool allows(int key) const {
-    return (key < limit) & (static_cast<uint32_t>(key - excluded) >= static_cast<uint32_t>(excluded_count));
+    const uint32_t at = static_cast<uint32_t>(key) - static_cast<uint32_t>(excluded);
+    return (key < limit) & (at >= static_cast<uint32_t>(excluded_count));
   }
   __device__ Range slots() const { return {first, first + seen}; }
   // Of the weight, base 2: one that sees only itself has exactly the weight 1 / times.
