@@ -19,14 +19,35 @@ from .kernels import Emulator
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def described(case: Any) -> str:
-    """A dataclass with the fields that are not the default ones."""
-    given = {f.name: getattr(case, f.name) for f in fields(case) if getattr(case, f.name) != f.default}
-    return f"{type(case).__name__}({', '.join(f'{name}={value}' for name, value in given.items())})"
+class OracleCase:
+    """A dataclass with a dtype and backends, whose call is checked against the float64 oracle."""
+
+    dtype: torch.dtype
+    backends: tuple[str, str]
+
+    def __str__(self) -> str:
+        """The fields that are not the default ones."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in given.items())})"
+
+    def call(self) -> Any:
+        raise NotImplementedError
+
+    def check(self, emulator: Emulator) -> Tensor:
+        """All results in one tensor."""
+        with emulator.serving():
+            found = testing.assert_matches_oracle(self.call(), self.dtype, *self.backends)
+        return torch.cat([x.flatten().double() for x in found.values()])
+
+    def check_crossed(self, emulator: Emulator) -> None:
+        """Residuals of either pass serve the other one of the CPU."""
+        with emulator.serving():
+            for forward, backward in (("cpu", "cuda"), ("cuda", "cpu")):
+                testing.assert_matches_oracle(self.call(), self.dtype, forward, backward)
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(OracleCase):
     length: int
     head_dim: int = 64
     dtype: torch.dtype = torch.bfloat16
@@ -50,9 +71,6 @@ class Attention:
     device: str = "H100"
     backends: tuple[str, str] = ("cuda", "cuda")  # of the forward and the backward
 
-    def __str__(self) -> str:
-        return described(self)
-
     def call(self) -> AttentionCall:
         generator = torch.Generator().manual_seed(self.length)
         width, own, heads = self.value_dim or self.head_dim, self.heads, self.key_heads or self.heads
@@ -75,18 +93,6 @@ class Attention:
             "alignment": self.alignment, "num_queries": self.num_queries, "cu_seqlens": cu_seqlens,
         }  # fmt: skip
         return testing.capture(rk.lsh_attention, rows(own, self.head_dim), rows(own, width), **options)
-
-    def check(self, emulator: Emulator) -> Tensor:
-        """All results in one tensor."""
-        with emulator.serving():
-            found = testing.assert_matches_oracle(self.call(), self.dtype, *self.backends)
-        return torch.cat([x.flatten().double() for x in found.values()])
-
-    def check_crossed(self, emulator: Emulator) -> None:
-        """Residuals of either pass serve the other one of the CPU."""
-        with emulator.serving():
-            for forward, backward in (("cpu", "cuda"), ("cuda", "cpu")):
-                testing.assert_matches_oracle(self.call(), self.dtype, forward, backward)
 
 
 L2 = rk.AttentionRules(key_norm="l2", scale=None)

@@ -13,12 +13,11 @@ from reformer_kernels._calls import ListCall
 from reformer_kernels.clustered import attend
 
 from ..test_random import LAYOUTS
-from .attention import DTYPES, described
-from .kernels import Emulator
+from .attention import DTYPES, OracleCase
 
 
 @dataclass(frozen=True)
-class Lists:
+class Lists(OracleCase):
     length: int
     head_dim: int = 64
     dtype: torch.dtype = torch.bfloat16
@@ -40,9 +39,6 @@ class Lists:
     device: str = "H100"
     backends: tuple[str, str] = ("cuda", "cuda")  # of the forward and the backward
 
-    def __str__(self) -> str:
-        return described(self)
-
     def call(self) -> ListCall:
         generator = torch.Generator().manual_seed(self.length)
         size = (self.length if self.keys is None else self.keys) + self.context
@@ -61,18 +57,6 @@ class Lists:
         query, key = rows(self.heads, self.length, self.head_dim), rows(self.key_heads, size, self.head_dim)
         value = rows(self.key_heads, size, self.value_dim or self.head_dim)
         return testing.capture(attend, query, key, value, op="list_attention", **options)
-
-    def check(self, emulator: Emulator) -> Tensor:
-        """All results in one tensor."""
-        with emulator.serving():
-            found = testing.assert_matches_oracle(self.call(), self.dtype, *self.backends)
-        return torch.cat([x.flatten().double() for x in found.values()])
-
-    def check_crossed(self, emulator: Emulator) -> None:
-        """Residuals of either pass serve the other one of the CPU."""
-        with emulator.serving():
-            for forward, backward in (("cpu", "cuda"), ("cuda", "cpu")):
-                testing.assert_matches_oracle(self.call(), self.dtype, forward, backward)
 
 
 CASES = [
