@@ -1,10 +1,13 @@
-"""What the hash and sort kernels of any device must compute, in float64 or exactly."""
+"""What the kernels of any device that compute integers must compute, in float64 or exactly."""
 
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from reformer_kernels._calls import SelectCall
+from reformer_kernels.backends import reference, reference_lists
 
 
 def assert_hashes(
@@ -48,3 +51,53 @@ def stable_order(buckets: Tensor, bounds: Sequence[int] | None = None) -> Tensor
         for start, end in pairwise(bounds)
     ]
     return torch.cat(parts, dim=-1).to(torch.int32).view(buckets.shape)
+
+
+def assert_best(call: SelectCall, lists: Tensor) -> None:
+    """Each list has its local window, and no key that was left out weighs more than the least of those taken, but for
+    rounding.
+
+    Args:
+        lists: int32 [B, H, R * chunks, W], as the kernel wrote it for the call.
+
+    Raises:
+        AssertionError: a list is not the context, then rising keys, then -1; has too few keys, or not the best.
+    """
+    exact = call._replace(query=call.query.double(), key=call.key.double())
+    score = reference_lists.selection_scores(exact)
+    wanted = reference.select_keys(exact)
+    size, n = call.key.shape[2], score.shape[2]
+    rounds = lists.unflatten(2, (-1, n))
+    for i, expected in enumerate(wanted.unflatten(2, (-1, n)).unbind(2)):
+        context = call.context_keys if i == 0 else 0
+        found = rounds[:, :, i].long()
+        assert ((found >= -1) & (found < size)).all()
+        assert torch.equal(found >= 0, expected >= 0)
+        assert torch.equal(found[..., :context], expected[..., :context].long())
+        keys = found[..., context:]
+        assert ((keys[..., 1:] > keys[..., :-1]) | (keys[..., 1:] < 0)).all()
+    if size == call.context_keys:
+        return  # there are no others
+    # With two rounds the first is a window, with one the window is among the keys.
+    if rounds.shape[2] == 2:
+        assert torch.equal(rounds[:, :, 0], wanted.unflatten(2, (-1, n))[:, :, 0])
+    last = rounds[:, :, -1].long()
+    taken = torch.zeros(*score.shape[:3], size + 1, dtype=torch.bool)
+    taken = taken.scatter(3, torch.where(last < 0, size, last), True)[..., : score.shape[3]]
+    if rounds.shape[2] == 1:
+        keys = torch.arange(size - call.context_keys)
+        windows = reference_lists.local_windows(call)
+        window = ((keys >= windows[:, :1]) & (keys < windows[:, 1:])).expand_as(taken)
+        if call.key_padding_mask is not None:
+            window = window & ~call.key_padding_mask[:, None, None, : len(keys)]
+        assert (taken | ~window).all()
+        score = score.masked_fill(window, 0.0)
+    least = score.masked_fill(~taken | (score == 0), float("inf")).amin(dim=-1)
+    best_left = score.masked_fill(taken, 0.0).amax(dim=-1)
+    # A weight is an exponential: its relative error is the absolute one of a score, a sum of D products. Of a mean the
+    # two half types that stand for it leave out less than 2^-17.
+    largest = abs(call.scale) * call.query.double().norm(dim=-1).max() * call.key.double().norm(dim=-1).max()
+    rounding = torch.finfo(torch.float32).eps * (call.query.shape[3] + 8)
+    if call.query.element_size() == 2:
+        rounding += 2**-17
+    assert bool((best_left * (1 - 2 * rounding * (1 + largest)) <= least).all())

@@ -14,6 +14,7 @@ from reformer_kernels import clustered, testing
 from reformer_kernels._calls import SelectCall
 from reformer_kernels.backends import native, reference, reference_lists
 
+from .kernel_oracles import assert_best
 from .naive import clustered_attention as naive_clustered_attention
 from .rounding import assert_equal_to_rounding
 from .test_random import LAYOUTS
@@ -333,24 +334,6 @@ def select_call(
 def test_the_kernel_chooses_what_the_oracle_chooses(mode: str, length: int, size: int, context: int) -> None:
     call = select_call(length, size, torch.float64, modes(length, size)[mode], context)
     assert torch.equal(native.select_keys(call), reference.select_keys(call))
-
-
-def assert_best(call: SelectCall, lists: Tensor) -> None:
-    """No key that was left out has a score above the least of those taken, but for rounding."""
-    exact = call._replace(query=call.query.double(), key=call.key.double())
-    score = reference_lists.selection_scores(exact)
-    lists = lists[:, :, -score.shape[2] :].long()
-    taken = torch.zeros(*score.shape[:3], call.key.shape[2] + 1, dtype=torch.bool)
-    taken = taken.scatter(3, torch.where(lists < 0, call.key.shape[2], lists), True)[..., : score.shape[3]]
-    assert bool((taken.sum(-1) == (lists >= 0).sum(-1)).all())  # no key twice
-    wanted = reference.select_keys(exact)[:, :, -score.shape[2] :]
-    assert torch.equal((lists >= 0).sum(-1), (wanted >= 0).sum(-1))
-    least = score.masked_fill(~taken | (score == 0), float("inf")).amin(dim=-1)
-    best_left = score.masked_fill(taken, 0.0).amax(dim=-1)
-    # A weight is an exponential: its relative error is the absolute one of a score, a sum of D products.
-    largest = abs(call.scale) * call.query.double().norm(dim=-1).max() * call.key.double().norm(dim=-1).max()
-    slack = torch.finfo(torch.float32).eps * (call.query.shape[3] + 8) * (1 + largest)
-    assert bool((best_left * (1 - 2 * slack) <= least).all())
 
 
 @pytest.mark.usefixtures("isa")

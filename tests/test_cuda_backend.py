@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reformer_kernels as rk
 from benchmarks import roofline
-from reformer_kernels._calls import AttentionCall, HashCall, ListCall, OrderCall
+from reformer_kernels._calls import AttentionCall, HashCall, ListCall, OrderCall, SelectCall
 from reformer_kernels.backends import cuda
 
 RULES = rk.AttentionRules()
@@ -133,6 +133,31 @@ def test_it_refuses_lists_with_reasons() -> None:
     ]  # fmt: skip
     described = cuda.describe(list_call(), H100)
     assert "forward: blocks 256, threads 128" in described and "gradients of keys: blocks" in described
+
+
+def select_call(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, **options: Any) -> SelectCall:
+    rows = lambda heads: torch.empty(2, heads, 1000, head_dim, dtype=dtype, device="cuda")  # noqa: E731
+    call = SelectCall(rows(8), rows(2), None, None, None, None, 16, 96, 0.25, 0, True, 0.125, "")
+    return call._replace(**options)
+
+
+@needs_library
+def test_it_refuses_selections_with_reasons() -> None:
+    assert cuda.not_supported_reasons(select_call()) == []
+    assert cuda.not_supported_reasons(select_call(head_dim=129, dtype=torch.float64)) == [
+        "the dtype is float64; the kernels take float32, bfloat16 and float16",
+        "the head size is 129; the kernels take up to 128",
+    ]
+    assert cuda.describe(select_call(), H100) == (
+        "depth / 16 4, blocks of keys 0, chosen ones 0; "
+        "weights of keys: blocks 64, blocks at a time 64, candidates 1024, shared bytes 33280"
+    )
+    long = cuda.describe(select_call(key=torch.empty(2, 2, 2**20, 64, device="cuda")), H100)
+    assert long == (
+        "depth / 16 4, blocks of keys 16384, chosen ones 64; "
+        "weights of blocks of keys: blocks 64, blocks at a time 64, candidates 16384, shared bytes 49664; "
+        "weights of keys: blocks 1008, blocks at a time 1008, candidates 4096, shared bytes 20992"
+    )
 
 
 @needs_library

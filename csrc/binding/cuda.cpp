@@ -207,6 +207,17 @@ void list_attention_backward(RK_LIST_PARAMETERS, Tensor grad_out, OptionalTensor
   });
 }
 
+void select_keys(RK_SELECT_PARAMETERS) {
+  constexpr char kName[] = "select_keys";
+  check_one_device(kName, {&query, &key, pointer(order), pointer(query_padding), pointer(padding), &lists});
+  const Selection s = selection(RK_SELECT_ARGUMENTS);
+  check_rows(kName, s.a);
+  on_device_of(kName, query, [&](const rk::cuda::Device&, void* stream) {
+    const Tensor scratch = bytes_like(query, rk::cuda::plan_select(s.p).bytes);
+    return rk::cuda::select_keys(s.p, scratch.mutable_data_ptr(), stream);
+  });
+}
+
 rk::cuda::Device device_of(const std::vector<int64_t>& device) {
   require(device.size() == 3, "device must have 3 numbers, got ", device.size());
   return {static_cast<int>(device[0]), static_cast<int>(device[1]), static_cast<int>(device[2])};
@@ -261,6 +272,27 @@ std::vector<int64_t> attention_plan(std::vector<int64_t> shape, int64_t E, int64
       rk::cuda::plan_attention(p, static_cast<rk::cuda::AttentionPart>(part), longest, device_of(device));
   return {plan.launch.grid[0], plan.launch.threads, plan.launch.shared_bytes, plan.steps,
           plan.places,         plan.lead,           plan.tiles_per_block,     plan.rounds};
+}
+
+// The same of plan_select, for queries [B, H, L, D] and S keys of other heads, of which some are context: steps, blocks
+// of keys and those that a chunk chooses, then of the passes (over blocks, over keys) blocks of threads, those at a
+// time, candidates and shared bytes, and scratch bytes in all.
+std::vector<int64_t> select_plan(std::vector<int64_t> shape, int64_t S, int64_t key_heads, int64_t context_keys,
+                                 int64_t element_size, int64_t chunk_length, int64_t budget) {
+  require(shape.size() == 4, "shape must have 4 numbers, got ", shape.size());
+  require(chunk_length >= 1, "chunk_length must be positive, got ", chunk_length);
+  rk::SelectParams select{};
+  rk::AttentionParams& p = select.attention;
+  p.B = shape[0], p.H = shape[1], p.L = shape[2], p.D = shape[3], p.S = S, p.key_heads = key_heads;
+  p.context_keys = context_keys, select.budget = budget;
+  p.element = element_size == 2 ? rk::Element::kBFloat16 : rk::Element::kSame;
+  p.chunk_length = std::min(chunk_length, std::max<int64_t>(1, p.L));
+  const rk::cuda::SelectPlan plan = rk::cuda::plan_select(select);
+  std::vector<int64_t> numbers{plan.steps, plan.blocks, plan.chosen};
+  for (const rk::cuda::SelectPass& pass : {plan.of_blocks, plan.of_keys})
+    for (const int64_t x : {pass.units, pass.slice, pass.candidates, int64_t{pass.shared_bytes}}) numbers.push_back(x);
+  numbers.push_back(plan.bytes);
+  return numbers;
 }
 
 bool is_aligned(const Tensor& tensor) {
@@ -321,12 +353,16 @@ STABLE_TORCH_LIBRARY(reformer_kernels_cuda, m) {
          "Tensor out, Tensor lse, Tensor grad_out, Tensor? key_grads, Tensor? value_grads, Tensor(a!) grad_query, "
          "Tensor(b!) grad_key, Tensor(c!) grad_value) -> ()")
             .c_str());
+  m.def("select_keys(" RK_SELECT_SCHEMA "Tensor(a!) lists) -> ()");
   m.def("gather_rows(Tensor input, Tensor index, Tensor(a!) out) -> ()");
   m.def("hash_plan(int[] shape, int rounds, int element_size, int[] factors, int[] device) -> int[]");
   m.def("order_plan(int[] shape, int n_sequences, int longest, int n_buckets, int[] device) -> int[]");
   m.def(
       "attention_plan(int[] shape, int width, int key_heads, int rounds, int element_size, int[] window, "
       "int list_length, int flags, int n_sequences, int longest, int part, int[] device) -> int[]");
+  m.def(
+      "select_plan(int[] shape, int keys, int key_heads, int context_keys, int element_size, int chunk_length, "
+      "int budget) -> int[]");
   m.def("build_info() -> str");
 }
 
@@ -338,6 +374,7 @@ STABLE_TORCH_LIBRARY_IMPL(reformer_kernels_cuda, CUDA, m) {
   m.impl("list_attention_forward", TORCH_BOX(&list_attention_forward));
   m.impl("list_rest_backward", TORCH_BOX(&list_rest_backward));
   m.impl("list_attention_backward", TORCH_BOX(&list_attention_backward));
+  m.impl("select_keys", TORCH_BOX(&select_keys));
   m.impl("gather_rows", TORCH_BOX(&gather_rows));
 }
 
@@ -346,5 +383,6 @@ STABLE_TORCH_LIBRARY_IMPL(reformer_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("hash_plan", TORCH_BOX(&hash_plan));
   m.impl("order_plan", TORCH_BOX(&order_plan));
   m.impl("attention_plan", TORCH_BOX(&attention_plan));
+  m.impl("select_plan", TORCH_BOX(&select_plan));
   m.impl("build_info", TORCH_BOX(&build_info));
 }

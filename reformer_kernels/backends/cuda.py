@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, empty_results
+from .._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall, empty_results
 from ..rules import CHOICES
 from . import native
 
@@ -57,10 +57,8 @@ def kernel_reasons(call: Call) -> list[str]:
         return []
     if isinstance(call, AttentionCall):
         return _attention_reasons(call)
-    if isinstance(call, ListCall):
-        reasons = _row_reasons(call.query, call.value)
-        return reasons if call.attn_mask is None else [*reasons, NO_MASK]
-    return [f"this version has no CUDA kernels for {call.op}"]
+    reasons = _row_reasons(call.query, call.value if isinstance(call, ListCall) else call.key)
+    return reasons if call.attn_mask is None else [*reasons, NO_MASK]
 
 
 def _row_reasons(*rows: Tensor) -> list[str]:
@@ -95,6 +93,7 @@ def _attention_reasons(call: AttentionCall) -> list[str]:
 
 Device = tuple[int, int, int]  # multiprocessors, bytes of shared memory of a block and of a multiprocessor
 PARTS = ("forward", "gradients of queries", "gradients of keys")
+LAUNCH = ("blocks", "threads", "shared bytes")  # what plans begin with
 
 
 def device_numbers(call: Call) -> Device:
@@ -139,20 +138,28 @@ def describe(call: Call, device: Device | None = None) -> str:
         rounds = call.n_hashes if call.rotations is None else call.rotations.shape[3]
         plan = _ops.hash_plan(call.x.shape, rounds, call.x.element_size(), call.factors, device)
         return _named(
-            plan, "depth / 16", "column tiles of a round", "rounds of a block", "column tiles in shared memory",
-            "tokens of a block",
+            plan, *LAUNCH, "depth / 16", "column tiles of a round", "rounds of a block",
+            "column tiles in shared memory", "tokens of a block",
         )  # fmt: skip
     if isinstance(call, OrderCall):
         plan = _ops.order_plan(call.buckets.shape, _sequences(call), call.longest, call.n_buckets, device)
-        return _named(plan, "passes", "base", "keys of a block", "blocks of a sequence", "sorting warps")
-    assert isinstance(call, AttentionCall | ListCall)
-    names = ("depth / 16", "tiles in shared memory", "own ones among them", "tiles of a block", "rounds")
+        return _named(plan, *LAUNCH, "passes", "base", "keys of a block", "blocks of a sequence", "sorting warps")
+    if isinstance(call, SelectCall):
+        plan = _ops.select_plan(
+            call.query.shape, call.key.shape[2], call.key.shape[1], call.context_keys, call.query.element_size(),
+            call.chunk_length, call.budget,
+        )  # fmt: skip
+        step = ("blocks", "blocks at a time", "candidates", "shared bytes")
+        steps = [f"weights of keys: {_named(plan[7:11], *step)}"]
+        if plan[1]:
+            steps.insert(0, f"weights of blocks of keys: {_named(plan[3:7], *step)}")
+        return f"{_named(plan[:3], 'depth / 16', 'blocks of keys', 'chosen ones')}; {'; '.join(steps)}"
+    names = (*LAUNCH, "depth / 16", "tiles in shared memory", "own ones among them", "tiles of a block", "rounds")
     plans = (_named(_attention_plan(call, part, device), *names) for part in range(len(PARTS)))
     return "; ".join(f"{name}: {plan}" for name, plan in zip(PARTS, plans, strict=True))
 
 
 def _named(plan: list[int], *names: str) -> str:
-    names = ("blocks", "threads", "shared bytes", *names)
     return ", ".join(f"{name} {value}" for name, value in zip(names, plan, strict=True))
 
 
@@ -204,6 +211,12 @@ def chunk_attention_backward(
         *_inputs(call), native.rows(grad_out), native.rows(out), lse.contiguous(), self_only.contiguous(), *grads
     )
     return grads
+
+
+def select_keys(call: SelectCall) -> Tensor:
+    lists = torch.empty(call.lists_shape, dtype=torch.int32, device=call.device)
+    _ops.select_keys(*native.select_arguments(call), lists)
+    return lists
 
 
 def _list_inputs(call: ListCall) -> tuple[ListCall, tuple[Any, ...], tuple[Tensor | None, ...]]:

@@ -19,6 +19,12 @@ from .kernels import Emulator
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def describe(case: Any) -> str:
+    """The fields of a dataclass that are not the default ones."""
+    given = {f.name: getattr(case, f.name) for f in fields(case) if getattr(case, f.name) != f.default}
+    return f"{type(case).__name__}({', '.join(f'{name}={value}' for name, value in given.items())})"
+
+
 class OracleCase:
     """A dataclass with a dtype and backends, whose call is checked against the float64 oracle."""
 
@@ -26,9 +32,7 @@ class OracleCase:
     backends: tuple[str, str]
 
     def __str__(self) -> str:
-        """The fields that are not the default ones."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}  # type: ignore[arg-type]
-        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in given.items())})"
+        return describe(self)
 
     def call(self) -> Any:
         raise NotImplementedError

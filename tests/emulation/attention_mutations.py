@@ -122,10 +122,6 @@ FILES: dict[str, list[tuple[str, str, str, str, str]]] = {
         ("what no round has written is added to", "forward, bfloat16", "wrong", "if (add && mine)", "if (mine)"),
         ("columns beyond the row are written", "forward, 24 columns", "global race",
          "const bool mine = write && d < width;", "const bool mine = write;"),
-        ("columns beyond the row are loaded", "forward, 24 columns", "out of bounds",
-         "is_there(x, at) && column < x.width ? 16 : 0", "is_there(x, at) ? 16 : 0"),
-        ("elements beyond the row are loaded", "forward, 30 columns", "out of bounds",
-         "is_there(x, at) && column + i < x.width;", "is_there(x, at);"),
         ("a lone query has the weight of its score", "backward, alone", "wrong",
          "self_only ? -lse : fmaf(score, factor, -lse)", "fmaf(score, factor, -lse)"),
         ("a query sees what its window has not", "backward, plain", "wrong",
@@ -137,6 +133,12 @@ FILES: dict[str, list[tuple[str, str, str, str, str]]] = {
          "    }\n    __syncthreads();\n  }\n\n  // Whether any row", "    }\n  }\n\n  // Whether any row"),
         ("a warp skips a tile that one of its rows sees", "forward, alone", "wrong",
          "__any_sync(~0u, sees(a) || sees(b))", "__all_sync(~0u, sees(a) && sees(b))"),
+    ],
+    "tiles.cuh": [
+        ("columns beyond the row are loaded", "forward, 24 columns", "out of bounds",
+         "is_there(x, at) && column < x.width ? 16 : 0", "is_there(x, at) ? 16 : 0"),
+        ("elements beyond the row are loaded", "forward, 30 columns", "out of bounds",
+         "is_there(x, at) && column + i < x.width;", "is_there(x, at);"),
     ],
     "attention_sequence.cuh": [
         ("a chunk less before", "forward, plain", "wrong",

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from . import attention, build, lists
+from . import attention, build, lists, select
 from .attention import Attention
-from .cases import Case, Hash, Order
+from .cases import Case, Hash, Order, launch_all
 from .kernels import ARCHITECTURES, CSRC, SOURCES, Emulator, Launched
 
-COMPILED = ("hash", "order", "attention", "lists")  # sources of kernels with budgets
+COMPILED = ("hash", "order", "attention", "lists", "select")  # sources of kernels with budgets
 FILE = build.ROOT / "benchmarks" / "budgets.json"
 SECTORS, WAVEFRONTS = 1.15, 1.05  # of the ideal, at most
 # Two multiprocessors, so that few tokens give blocks as much to do as many tokens give those of a whole GPU.
@@ -74,6 +74,13 @@ def _attention(
         )  # fmt: skip
 
 
+def _select(length: int, keys: int, dtype: torch.dtype, budget: int = 256) -> Problem:
+    """Chunks of 64 queries, which see all keys."""
+    case = select.Select(length, 64, dtype, keys=keys, budget=budget, chunk_length=64)
+    name = f"select, {str(dtype)[6:]}, L {length}, S {keys}, D 64, C 64, budget {budget}"
+    return Problem(name, case, "16 chunks by 64 keys", length / 64 / 16 * keys / 64, length)
+
+
 PROBLEMS = [
     *(_hash(dtype, dim) for dtype in (torch.bfloat16, torch.float16, torch.float32) for dim in (32, 64, 128)),
     # Those of the shapes for which times are predicted.
@@ -95,6 +102,9 @@ PROBLEMS = [
     *_attention(4096, 128, 256, torch.bfloat16),
     *_attention(2048, 64, 128, torch.bfloat16),
     *_attention(2048, 64, 64, torch.float32),
+    _select(2048, 2048, torch.bfloat16),
+    _select(1024, 2048, torch.float32),
+    _select(1024, 20000, torch.bfloat16),
 ]
 
 
@@ -171,12 +181,11 @@ def measure(architecture: str) -> dict[str, dict[str, Any]]:
             emulators[problem.case] = Emulator(architecture, device=DEVICES[architecture])
             problem.case.check(emulators[problem.case])
         problems[problem.name] = _executed(problem, emulators[problem.case])
-    # Of kernels that no problem has, what their smallest case launches.
-    others = [Emulator(architecture, device=DEVICES[architecture]) for _ in (attention, lists)]
-    for emulator, cases in zip(others, (attention.CASES, lists.CASES), strict=True):
-        for case in cases:
-            case.check(emulator)
-    for emulator in (*others, *emulators.values()):
+    # Of kernels that no problem has, what a case launches.
+    others = Emulator(architecture, device=DEVICES[architecture])
+    for source, cases in {"attention": attention.CASES, "lists": lists.CASES, "select": select.CASES}.items():
+        launch_all(source, cases, others)
+    for emulator in (others, *emulators.values()):
         launched |= {launch.name: launch for launch in emulator.launched}
     kernels = dict(sorted(item for source in COMPILED for item in _compiled(source, architecture, launched)))
     return {"kernels": kernels, "problems": problems}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch import Tensor
 import reformer_kernels as rk
 
 from ..kernel_oracles import assert_hashes, stable_order
-from .kernels import DEVICES, Emulator, host
+from .kernels import DEVICES, SOURCES, Emulator, entries, host
 
 
 @dataclass(frozen=True)
@@ -174,3 +175,16 @@ class Case(Protocol):
 
 def emulator(architecture: str, schedule: dict[str, Any], case: Case) -> Emulator:
     return Emulator(architecture, schedule, DEVICES[case.device])
+
+
+def launch_all(source: str, cases: Iterable[Case], emulator: Emulator) -> None:
+    """Runs cases until they have launched all kernels of a source.
+
+    Raises:
+        AssertionError: they do not.
+    """
+    rest = iter(cases)
+    while missing := entries(SOURCES[source], emulator.architecture) - {x.name for x in emulator.launched}:
+        case = next(rest, None)
+        assert case, f"no case launches {missing}"
+        case.check(emulator)

@@ -88,10 +88,6 @@ bool attention_is_right(const AttentionProblem& problem, Element element) {
 
   const cuda::Device device{2, 232448, 233472};
   settings().shared_limit = device.shared_bytes_per_block - cuda::kReservedShared;
-  const auto scratch = [](int64_t bytes) {  // of exactly so many, aligned to 16
-    return std::unique_ptr<char, void (*)(void*)>(static_cast<char*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16)),
-                                                  std::free);
-  };
   std::vector<int32_t> lists;
   std::vector<float> key_sums(x.key_heads * D), value_sums(x.key_heads * D), query_terms(H * L * D),
       value_terms(H * L * D);
@@ -126,10 +122,10 @@ bool attention_is_right(const AttentionProblem& problem, Element element) {
       const int64_t to = i / L / D / p.group() * D + i % D;
       key_grads[to] += query_terms[i], value_grads[to] += value_terms[i];
     }
-    const auto memory = scratch(cuda::plan_list_scratch(p, device).bytes);
+    const auto memory = scratch_memory(cuda::plan_list_scratch(p, device).bytes);
     if (!error) error = cuda::list_attention_backward(p, rest, device, memory.get(), nullptr);
   } else {
-    const auto memory = scratch(std::max<int64_t>(16, cuda::plan_attention_scratch(p, true).bytes));
+    const auto memory = scratch_memory(std::max<int64_t>(16, cuda::plan_attention_scratch(p, true).bytes));
     error = cuda::attention_forward(p, longest, device, memory.get(), nullptr);
     if (!error) error = cuda::attention_backward(p, longest, device, memory.get(), nullptr);
   }
@@ -159,13 +155,6 @@ void add_attention(std::vector<Check>& checks, const std::string& name, Element 
   checks.push_back({name + " " + std::to_string(problem.L) + "x" + std::to_string(problem.D),
                     [problem, element] { return attention_is_right<T>(problem, element); }, true, true});
 }
-
-// ThreadSanitizer takes seconds for a few blocks.
-#ifdef __SANITIZE_THREAD__
-constexpr bool kFew = true;
-#else
-constexpr bool kFew = false;
-#endif
 
 inline void add_attention(std::vector<Check>& checks) {
   add_attention<cuda::bf16>(checks, "attention bfloat16", Element::kBFloat16,

@@ -1,7 +1,10 @@
 // What the programs without Python share: checks on every schedule, and the exit status.
 #pragma once
+#include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -15,6 +18,18 @@ struct Check {
   bool copies = true;  // asynchronous ones, which are late or early
   bool large = false;  // so only in a random order
 };
+
+// ThreadSanitizer takes seconds for a few blocks.
+#ifdef __SANITIZE_THREAD__
+constexpr bool kFew = true;
+#else
+constexpr bool kFew = false;
+#endif
+
+// Of exactly so many bytes, aligned to 16.
+inline std::unique_ptr<char, void (*)(void*)> scratch_memory(int64_t bytes) {
+  return {static_cast<char*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16)), [](void* memory) { std::free(memory); }};
+}
 
 // Exit status: 0 right, 1 a wrong result, 2 a KernelError, which ends all.
 inline int run_checks(const std::vector<Check>& checks) {

@@ -87,10 +87,10 @@ rk::AttentionParams attention_params(const py::dict& given) {
     if (given.contains(name) && !given[name].is_none()) field = rows(given[name].cast<py::array>());
   };
   p.element = element_of(given["element"].cast<std::string>());
-  const py::array query = given["query"], key_or_query = given[given["key"].is_none() ? "query" : "key"],
-                  value = given["value"];
-  p.B = query.shape(0), p.H = query.shape(1), p.L = query.shape(2), p.D = query.shape(3), p.E = value.shape(3);
-  p.S = key_or_query.shape(2), p.key_heads = value.shape(1), p.n_queries = p.L, p.n_sequences = 1;
+  const py::array query = given["query"], key_or_query = given[given["key"].is_none() ? "query" : "key"];
+  const py::array value_or_key = given.contains("value") ? py::array(given["value"]) : key_or_query;
+  p.B = query.shape(0), p.H = query.shape(1), p.L = query.shape(2), p.D = query.shape(3), p.E = value_or_key.shape(3);
+  p.S = key_or_query.shape(2), p.key_heads = value_or_key.shape(1), p.n_queries = p.L, p.n_sequences = 1;
   p.R = given["order"].is_none() ? 1 : given["order"].cast<py::array>().shape(2);
   if (given.contains("key_lists")) p.list_length = given["key_lists"].cast<py::array>().shape(3);
   if (given.contains("cu_seqlens") && !given["cu_seqlens"].is_none())
@@ -102,7 +102,7 @@ rk::AttentionParams attention_params(const py::dict& given) {
   pointer("dropout_seed", p.dropout_seed), pointer("order", p.order), pointer("buckets", p.buckets);
   pointer("padding", p.padding), pointer("cu_seqlens", p.cu_seqlens), pointer("self_only", p.self_only);
   pointer("key_lists", p.key_lists);
-  p.lse = given["lse"].cast<py::array>().mutable_data();
+  if (given.contains("lse")) p.lse = given["lse"].cast<py::array>().mutable_data();
   rows_of("query", p.query), rows_of("key", p.key), rows_of("value", p.value), rows_of("out", p.out);
   rows_of("grad_out", p.grad_out), rows_of("grad_query", p.grad_query), rows_of("grad_key", p.grad_key);
   rows_of("grad_value", p.grad_value);
@@ -151,6 +151,25 @@ void list_attention_backward(const py::dict& given, py::array& scratch, const st
                                           scratch.mutable_data(), nullptr));
 }
 
+rk::SelectParams select_params(const py::dict& given) {
+  rk::SelectParams select{};
+  select.attention = attention_params(given);
+  select.budget = std::min<int64_t>(given["budget"].cast<int64_t>(), INT32_MAX);
+  select.local = given["local"].cast<int64_t>();
+  if (!given["query_padding"].is_none())
+    select.query_padding = static_cast<const bool*>(given["query_padding"].cast<py::array>().data());
+  py::array lists = given["lists"];
+  select.lists = static_cast<int32_t*>(lists.mutable_data());
+  select.attention.list_length = lists.shape(3);
+  return select;
+}
+
+int64_t select_scratch(const py::dict& given) { return rk::cuda::plan_select(select_params(given)).bytes; }
+
+void select_keys(const py::dict& given, py::array& scratch) {
+  check(rk::cuda::select_keys(select_params(given), scratch.mutable_data(), nullptr));
+}
+
 void gather_rows(const py::array& input, const py::array& index, py::array& out) {
   rk::cuda::GatherRows p{};
   p.input = input.data(), p.index = static_cast<const int32_t*>(index.data()), p.out = out.mutable_data();
@@ -195,6 +214,8 @@ void bind_kernels(py::module_& m) {
   m.def("list_attention_forward", &list_attention_forward);
   m.def("list_rest_backward", &list_rest_backward);
   m.def("list_attention_backward", &list_attention_backward);
+  m.def("select_scratch", &select_scratch);
+  m.def("select_keys", &select_keys);
   m.def("gather_rows", &gather_rows);
   m.def("hash_plan", &hash_plan);
   m.def("order_plan", &order_plan);

@@ -1,6 +1,6 @@
 // The kernels with their own launchers, without Python, for sanitizers: all orders, buffers of exact sizes.
 //
-//   host_kernels_main [hash|order|attention|lists|gather]    or else all of them; exit status: see host_drivers.h
+//   host_kernels_main [hash|order|attention|lists|select|gather]   or else all of them; exit status: see host_drivers.h
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -17,6 +17,7 @@
 
 #include "host_attention_checks.h"
 #include "host_drivers.h"
+#include "host_select_checks.h"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/kernels.h"
 
@@ -246,6 +247,7 @@ int main(int argc, char** argv) {
   if (wanted("order")) add_order(checks);
   if (wanted("attention")) rk::host::add_attention(checks);
   if (wanted("lists")) rk::host::add_lists(checks);
+  if (wanted("select")) rk::host::add_select(checks);
   if (wanted("gather")) add_gather(checks);
   return rk::host::run_checks(checks);
 }

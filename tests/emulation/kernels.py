@@ -31,7 +31,10 @@ from .ptx.kernel import Counters, Kernel, VirtualRegion
 
 CSRC = build.ROOT / "csrc"
 HERE = Path(__file__).parent
-SOURCES = {name: CSRC / "kernels" / "cuda" / f"{name}.cu" for name in ("hash", "order", "attention", "lists", "gather")}
+SOURCES = {
+    name: CSRC / "kernels" / "cuda" / f"{name}.cu"
+    for name in ("hash", "order", "attention", "lists", "select", "gather")
+}
 ARCHITECTURES = ("sm_80", "sm_90")
 # Multiprocessors, bytes of shared memory of a block and of a multiprocessor.
 DEVICES = {
@@ -228,6 +231,14 @@ class EmulatedOps:
         host().list_attention_backward(given, as_array(scratch), self._emulator.device)
         self._emulator.run("attention order lists", memory_of(*inputs, *others.values()) + outputs + begun)
 
+    def select_keys(self, *arguments: Any) -> None:
+        *inputs, lists = arguments
+        given = arguments_of(SELECT, inputs, lists=lists)
+        scratch = torch.empty(host().select_scratch(given), dtype=torch.uint8)
+        outputs = unwritten(lists, scratch)
+        host().select_keys(given, as_array(scratch))
+        self._emulator.run("select", memory_of(*inputs) + outputs)
+
 
 CHUNK = (
     "query", "key", "value", "order", "buckets", "padding", "cu_seqlens", "dropout_seed", "chunk_length",
@@ -236,6 +247,11 @@ CHUNK = (
 LIST = (
     "query", "key", "value", "order", "key_lists", "padding", "dropout_seed", "chunk_length", "context_keys", "scale",
     "drop_threshold", "keep_factor", "flags",
+)  # fmt: skip
+
+SELECT = (
+    "query", "key", "order", "query_padding", "padding", "chunk_length", "budget", "local", "context_keys", "scale",
+    "flags",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import attention_mutations
+from . import attention_mutations, select_mutations
 from .cases import Case, Close, EachItsOwn, Gather, Hash, NotFinite, Order, OutOfRange, Ties
 
 BFLOAT16, FLOAT16, FLOAT32 = (f"hash_kernel<{t}, 4>" for t in ("rk::cuda::bf16", "rk::cuda::fp16", "float"))
@@ -42,6 +42,7 @@ PROBLEMS: dict[str, tuple[tuple[str, ...], Case]] = {
     "out of range": ((WHOLE,), OutOfRange()),
     "gather": ((), Gather()),
     **attention_mutations.PROBLEMS,
+    **select_mutations.PROBLEMS,
 }  # fmt: skip
 
 
@@ -169,10 +170,6 @@ ORDER = [
      "- tile.counters[i];\n    __syncthreads();", "- tile.counters[i];"),
     ("places are read before they are complete", "order", "uninitialised",
      "    });\n  }\n  __syncthreads();", "    });\n  }"),
-    ("sums of warps are overwritten while others read them", "many buckets", "shared race",
-     "  __syncthreads();  // the sums of an earlier call were read\n", ""),
-    ("sums of warps are read before they are written", "order", "uninitialised",
-     "sums[warp] = inclusive;\n  __syncthreads();", "sums[warp] = inclusive;"),
     ("a counter changes while others read it", "order", "shared race", "- 1));\n      __syncwarp();", "- 1));"),
     ("a counter is read before it changed", "order", "shared race",
      "      }\n      __syncwarp();\n    });", "      }\n    });"),
@@ -194,10 +191,6 @@ ORDER = [
      "int16_t* counters = reinterpret_cast<int16_t*>(tile.counters) + warp * 2 * tile.pairs;"),
     ("what went before is not carried", "many buckets", "shared race",
      "    low = carry + scan.before;\n    carry += scan.total;", "    low = carry + scan.before;"),
-    ("sum before a warp", "order", "out of bounds", "(warp + kWarp - 1) % kWarp", "warp"),
-    ("the first warp begins with the last sum", "order", "out of bounds", "warp ? before_warp : 0", "before_warp"),
-    ("sums that no warp has", "order", "uninitialised", "lane < warps ? sums[lane] : 0", "sums[lane]"),
-    ("a sum wraps around", "order", "out of bounds", "if (lane >= step) inclusive", "inclusive"),
     ("keys beyond the last are counted", "order", "uninitialised",
      "if (!inside) return;\n      atomicAdd", "atomicAdd"),
     ("keys beyond the last are placed", "order", "shared race",
@@ -251,6 +244,16 @@ ORDER = [
     ("slots of the digit of a place", "parts", "global race",
      "tile.slots()[tile.digits()[key]] + i : i", "tile.slots()[tile.digits()[i]] + i : i"),
 ]  # fmt: skip
+SCAN = [
+    ("sums of warps are overwritten while others read them", "many buckets", "shared race",
+     "  __syncthreads();  // the sums of an earlier call were read\n", ""),
+    ("sums of warps are read before they are written", "order", "uninitialised",
+     "sums[warp] = inclusive;\n  __syncthreads();", "sums[warp] = inclusive;"),
+    ("sum before a warp", "order", "out of bounds", "(warp + kWarp - 1) % kWarp", "warp"),
+    ("the first warp begins with the last sum", "order", "out of bounds", "warp ? before_warp : 0", "before_warp"),
+    ("sums that no warp has", "order", "uninitialised", "lane < warps ? sums[lane] : 0", "sums[lane]"),
+    ("a sum wraps around", "order", "out of bounds", "if (lane >= step) inclusive", "inclusive"),
+]  # fmt: skip
 GATHER = [
     ("negative rows", "gather", "out of bounds", "source >= 0 && source", "source"),
     ("rows beyond the input", "gather", "out of bounds", "source >= 0 && source < g.input_rows", "source >= 0"),
@@ -261,5 +264,9 @@ GATHER = [
     ("only the first columns", "gather", "wrong", "column < g.vectors; column", "column < p.columns; column"),
 ]  # fmt: skip
 
-FILES = {"hash.cuh": HASH, "order.cuh": ORDER, "gather.cu": GATHER} | attention_mutations.FILES
+FILES = (
+    {"hash.cuh": HASH, "order.cuh": ORDER, "scan.cuh": SCAN, "gather.cu": GATHER}
+    | attention_mutations.FILES
+    | select_mutations.FILES
+)
 MUTATIONS = [Mutation(file, *row) for file, rows in FILES.items() for row in rows]

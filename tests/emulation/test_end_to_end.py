@@ -68,6 +68,32 @@ def test_local_attention() -> None:
     assert_like_the_reference(with_gradients(rk.local_attention, *rows, causal=True, chunk_length=32))
 
 
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"grouping": "hash", "dropout_p": 0.2, "dropout_seed": torch.tensor([7])}], ids=str
+)
+def test_clustered_attention(options: dict[str, Any]) -> None:
+    """Keys are chosen by kernels, too."""
+    rows = [random(1, heads, L, 32, seed=heads) for heads in (4, 2, 2)]
+    options = {"budget": 40, "chunk_length": 16, **options}
+    assert_like_the_reference(with_gradients(rk.clustered_attention, *rows, **options))
+
+
+def test_multihead_attention() -> None:
+    """A stack that was written for nn.MultiheadAttention, over other keys, some of which are padding."""
+    torch.manual_seed(0)
+    attention = rk.LSHMultiheadAttention(E, 2, batch_first=True, budget=40)
+    padded = torch.arange(L) >= L - 20
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        own = attention.to(dtype)
+        query, other = (random(1, n, E, seed=n).float().to(dtype) for n in (60, L))
+        out, _ = own(query, other, other, key_padding_mask=padded[None], need_weights=False)
+        grads = torch.autograd.grad(out.square().sum(), list(own.parameters()))
+        return [x.detach().double() for x in (out, *grads)]
+
+    assert_like_the_reference(run)
+
+
 class Model(nn.Module):
     """Reversible layers of both kinds of attention, whose queries are hashed by the kernels, too."""
 

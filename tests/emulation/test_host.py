@@ -22,6 +22,7 @@ from tests.emulation import build, kernels
 from tests.emulation.attention import PAPER, Attention
 from tests.emulation.cases import Case, Hash, Order
 from tests.emulation.lists import Lists
+from tests.emulation.select import Select
 
 HERE = Path(__file__).resolve().parent
 RUNTIME = tuple(HERE / f"host_{part}.cpp" for part in ("block", "fibers", "launch"))
@@ -359,6 +360,7 @@ class Host(kernels.Emulator):
         Attention(70, 32, chunk_length=32, causal=True, dropout=0.2),
         Attention(70, 40, torch.float32, rules=PAPER, n_buckets=4, chunk_length=16, after=1),
         Lists(70, 32, causal=True, grouping="hash"),
+        Select(70, 32, padded=0.3),
     ],
     ids=str,
 )
@@ -383,12 +385,14 @@ ONE_MORE = INSIDE.replace("token <", "token <=")
         ("address", "hash", f"{INSIDE}copy_async(", f"{ONE_MORE}copy_async(", "heap-buffer-overflow"),
         ("address", "hash", f"{INSIDE}reinterpret_cast", f"{ONE_MORE}reinterpret_cast", "heap-buffer-overflow"),
         ("thread", "order", "__syncthreads();\n\n  int32_t* of_tile", "int32_t* of_tile", "data race"),
+        ("thread", "select", "__syncwarp();  // all members are written", "", "data race"),
         ("address", "attention", "const bool mine = write && d < width;", "const bool mine = write;", "overflow"),
     ],
     ids=[
         "a row too many is copied",
         "a row too many is read",
         "counters are used before they are complete",
+        "members are read before they are written",
         "columns beyond the row are written",
     ],
 )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
-from . import attention, lists
+from . import attention, lists, select
 from .attention import DTYPES, PAPER, Attention
-from .cases import Case, Hash, Order, emulator
-from .kernels import ARCHITECTURES, DEVICES, SOURCES, Emulator, entries, needs_nvcc
+from .cases import Case, Hash, Order, emulator, launch_all
+from .kernels import ARCHITECTURES, SOURCES, Emulator, needs_nvcc
 from .lists import Lists
 from .mutations import PROBLEMS
 from .ptx.kernel import SCHEDULES
@@ -44,6 +43,7 @@ CASES: list[Case] = [
     Order(50000, 3000, rounds=2, bounds=(0, 100, 50000), device="RTX"),  # a whole one does not fit
     *attention.CASES,
     *lists.CASES,
+    *select.CASES,
     *(case for _, case in PROBLEMS.values()),
 ]
 
@@ -109,8 +109,4 @@ def test_every_instance_is_run(architecture: str, source: str) -> None:
     machine = Emulator(architecture)
     if source == "gather":
         machine.gather_rows(np.zeros((4, 16), np.uint8), np.zeros(3, np.int32))
-    for case in CASES:
-        if type(case).__name__.lower() == source:
-            case.check(replace(machine, device=DEVICES[case.device]))
-    missing = entries(SOURCES[source], architecture) - {launch.name for launch in machine.launched}
-    assert not missing
+    launch_all(source, (case for case in CASES if type(case).__name__.lower() == source), machine)

@@ -6,13 +6,6 @@
 namespace rk::cuda {
 namespace {
 
-// Whether rows can be moved 16 bytes at a time.
-bool is_aligned(const Rows& rows, int64_t width, int64_t bytes) {
-  const auto fits = [&](int64_t elements) { return elements * bytes % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && fits(rows.stride_b) && fits(rows.stride_h) &&
-         fits(rows.stride_l) && fits(width);
-}
-
 AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan, void* memory, bool backward) {
   AttentionArguments a{};
   const AttentionScratch scratch = plan_attention_scratch(p, backward);

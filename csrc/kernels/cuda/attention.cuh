@@ -130,46 +130,6 @@ struct AttentionBlock {
   }
   __device__ int place_of(int tile) const { return tile - floor_div(tile, p.places_of_tiles) * p.places_of_tiles; }
 
-  // Rows of a tensor, for a tile (or none, where it is null); those from `behind` on, and -1, are zeros.
-  struct TileRows {
-    unsigned char* tile;
-    const T* rows;
-    int64_t stride;
-    int width, behind;
-  };
-
-  // Starts to load the rows row_at(0), row_at(1), ... of two tensors.
-  template <class RowAt>
-  __device__ void load_rows(const TileRows& a, const TileRows& b, RowAt&& row_at) const {
-    constexpr int kRows = kAttentionThreads / Layout::kUnits;  // at a time
-    const int part = threadIdx.x % Layout::kUnits, column = part * kPerUnit;
-    const auto each = [&](auto&& load) {
-#pragma unroll 4
-      for (int row = threadIdx.x / Layout::kUnits; row < kAttentionRows; row += kRows) {
-        const int at = row_at(row);
-        if (a.tile) load(a, row, at);
-        if (b.tile) load(b, row, at);
-      }
-    };
-    const auto is_there = [](const TileRows& x, int at) {
-      return static_cast<uint32_t>(at) < static_cast<uint32_t>(x.behind);
-    };
-    if (p.aligned_rows) {
-      each([&](const TileRows& x, int row, int at) {  // an address of which no bytes are copied may be any
-        copy_async(Layout::unit(x.tile, row, part), x.rows + at * x.stride + column,
-                   is_there(x, at) && column < x.width ? 16 : 0);
-      });
-    } else {
-      each([&](const TileRows& x, int row, int at) {
-        T* to = reinterpret_cast<T*>(Layout::unit(x.tile, row, part));
-        for (int i = 0; i < kPerUnit; ++i) {
-          const bool inside = is_there(x, at) && column + i < x.width;
-          to[i] = inside ? x.rows[at * x.stride + column + i] : from_float<T>(0.f);
-        }
-      });
-    }
-  }
-
   __device__ bool is_padded(int row) const {
     return p.padding && p.padding[int64_t{sequence.b} * p.S + sequence.offset + row];
   }
@@ -183,7 +143,8 @@ struct AttentionBlock {
       if (p.lists) return place + row < p.list_length ? list[place + row] : -1;
       return sequence.position(begin + min(row, count - 1));
     };
-    load_rows(
+    load_tiles<STEPS, T>(
+        p.aligned_rows,
         {keys, row_of<T>(p.key, sequence.b, sequence.key_head, sequence.offset), p.key.stride_l, p.D, INT32_MAX},
         {values, row_of<T>(p.value, sequence.b, sequence.key_head, sequence.offset), p.value.stride_l, p.E, INT32_MAX},
         row_at);
@@ -201,10 +162,12 @@ struct AttentionBlock {
     const int begin = sequence.wrapped(slot);
     const auto row_at = [&](int row) { return row < count ? sequence.position(begin + row) : -1; };
     // Rows that are no queries may be keys.
-    load_rows({queries, row_of<T>(p.query, sequence.b, sequence.h, sequence.offset), p.query.stride_l, p.D, INT32_MAX},
-              {grads, row_of<T>(p.grad_out, sequence.b, sequence.h, sequence.offset), p.grad_out.stride_l, p.E,
-               sequence.n_queries},
-              row_at);
+    load_tiles<STEPS, T>(
+        p.aligned_rows,
+        {queries, row_of<T>(p.query, sequence.b, sequence.h, sequence.offset), p.query.stride_l, p.D, INT32_MAX},
+        {grads, row_of<T>(p.grad_out, sequence.b, sequence.h, sequence.offset), p.grad_out.stride_l, p.E,
+         sequence.n_queries},
+        row_at);
     const int row = threadIdx.x;
     if (row >= kAttentionRows) return;
     const int at = row_at(row);

@@ -3,8 +3,7 @@
 // Sorted slots of all rounds of a sequence form a ring. In "unrolled" numbers, of which the ring's length is a turn, a
 // query sees a run of slots: its chunk and those before and after.
 #pragma once
-#include "kernels/cuda/device.cuh"
-#include "kernels/cuda/plan.h"
+#include "kernels/cuda/rows.cuh"
 
 namespace rk::cuda {
 
@@ -14,8 +13,6 @@ struct __align__(16) QueryResidual {
   float delta;  // outgoing row . incoming gradient
   int self_only;
 };
-
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 struct AttentionArguments {
   Rows query, key, value, grad_out;            // key of shared rows: the query's
@@ -47,21 +44,11 @@ struct AttentionArguments {
   __device__ bool ring() const { return !bucket_aligned && !lists; }
 };
 
-template <class T>
-__device__ __forceinline__ T* row_of(const Rows& rows, int64_t b, int64_t h, int64_t l) {
-  return static_cast<T*>(rows.data) + b * rows.stride_b + h * rows.stride_h + l * rows.stride_l;
-}
-
 __device__ __forceinline__ int floor_div(int a, int b) { return a / b - (a % b < 0); }
 
 constexpr int kHidden = INT32_MAX;  // the position of a key that nobody may see
 constexpr int kEveryone = -1;       // ... that everybody may see
 constexpr int kNobody = INT32_MIN;  // of no key
-
-// Slots [first, behind), unrolled.
-struct Range {
-  int first, behind;
-};
 
 // What a query sees in a round, and the slots, wrapped, of those in its bucket.
 struct Window {

@@ -40,6 +40,9 @@ int list_rest_backward(const AttentionParams& p, const RestParams& rest, void* s
 int list_attention_backward(const AttentionParams& p, const RestParams& rest, const Device& device, void* scratch,
                             void* stream);
 
+// scratch: see plan_select.
+int select_keys(const SelectParams& p, void* scratch, void* stream);
+
 // out[i, :] = input[index[i], :]. Pointers are 16-byte aligned; an index outside the input gives a row of zeros.
 struct GatherRows {
   const void* input;     // [input_rows, vectors] of 16 bytes

@@ -43,21 +43,6 @@ __global__ void __launch_bounds__(kAttentionThreads) list_starts_kernel(const __
   for (int k = before + 1; k <= key; ++k) starts[k] = static_cast<int32_t>(i);
 }
 
-// The elements of a row of at most 128 that a lane has: pairs of neighbours.
-struct LaneRow {
-  static constexpr int kPairs = kAttentionMaxDim / (2 * kWarp);
-  float x[2 * kPairs];
-
-  // f(index in x, column)
-  template <class F>
-  __device__ static void each(int width, F&& f) {
-    const int lane = threadIdx.x % kWarp;
-#pragma unroll
-    for (int i = 0; i < 2 * kPairs; ++i)
-      if (const int d = i / 2 * 2 * kWarp + 2 * lane + i % 2; d < width) f(i, d);
-  }
-};
-
 // A warp for each key: the sum of the gradients of its places, in their order.
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads, 8) list_sum_kernel(const __grid_constant__ ListArguments p) {
@@ -87,12 +72,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 8) list_sum_kernel(const __
   };
   add_up(p.place_keys, p.key_grads, a.grad_key, a.D);
   add_up(p.place_values, p.value_grads, a.grad_value, a.E);
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
 }
 
 // The pseudo-key of a query, for a warp: its score (natural), or -infinity where the query saw every key.

@@ -6,8 +6,7 @@
 // sorts a segment (a sequence in a round of a head) of up to 64K keys. Of longer ones several blocks count a part each,
 // one block a segment adds up, and the first ones hand out. More buckets than fit are sorted digit by digit.
 #pragma once
-#include "kernels/cuda/device.cuh"
-#include "kernels/cuda/plan.h"
+#include "kernels/cuda/scan.cuh"
 
 namespace rk::cuda {
 
@@ -35,33 +34,6 @@ __device__ __forceinline__ OrderSegment order_segment(const OrderArguments& p, i
   const int64_t length = p.cu_seqlens ? p.cu_seqlens[sequence + 1] - begin : p.L;
   const int64_t row = row_round / p.rounds, round = row_round % p.rounds;
   return {row_round * p.L + begin, row * p.rounds * p.L + p.rounds * begin + round * length, static_cast<int>(length)};
-}
-
-// The sum over the threads before this one, and over all.
-struct Scan {
-  int before, total;
-};
-
-// Every thread of the block calls it. sums: one of each warp.
-__device__ __forceinline__ Scan scan_block(int value, int* sums) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  int inclusive = value;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int other = __shfl_up_sync(~0u, inclusive, step);
-    if (lane >= step) inclusive += other;
-  }
-  __syncthreads();  // the sums of an earlier call were read
-  if (lane == kWarp - 1) sums[warp] = inclusive;
-  __syncthreads();
-  int of_warps = lane < warps ? sums[lane] : 0;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int other = __shfl_up_sync(~0u, of_warps, step);
-    if (lane >= step) of_warps += other;
-  }
-  const int before_warp = __shfl_sync(~0u, of_warps, (warp + kWarp - 1) % kWarp);
-  return {inclusive - value + (warp ? before_warp : 0), __shfl_sync(~0u, of_warps, kWarp - 1)};
 }
 
 enum class OrderPart { kAll, kCount, kRank };  // of the work on a tile

@@ -13,6 +13,13 @@ constexpr int kReservedShared = 4096;  // at least what a block holds beside its
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether rows can be moved 16 bytes at a time.
+inline bool is_aligned(const Rows& rows, int64_t width, int64_t bytes) {
+  const auto fits = [&](int64_t elements) { return elements * bytes % 16 == 0; };
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && fits(rows.stride_b) && fits(rows.stride_h) &&
+         fits(rows.stride_l) && fits(width);
+}
+
 // ---- hash
 
 constexpr int kHashMaxWarps = 8;  // of a block; each has 32 rows
@@ -272,6 +279,74 @@ inline ListScratch plan_list_scratch(const AttentionParams& p, const Device& dev
   scratch.other_order = take(order.passes > 1 ? 4 * places : 0), scratch.counts = take(4 * order.counts());
   scratch.starts = take(4 * p.B * p.H * (p.S + 2));
   return scratch;
+}
+
+// ---- the choice of keys
+
+constexpr int kSelectSubgroups = 4;                // of a chunk; one mean query stands for each
+constexpr int64_t kSelectExactKeys = 16384;        // up to so many keys each is looked at; else blocks of them first,
+constexpr int kSelectBlock = kAttentionRows;       // of so many keys,
+constexpr int64_t kSelectBlocks = 64;              // of which so many are chosen, or twice what the budget fills
+constexpr int kSelectChunks = 16;                  // of a block of threads, whose keys are the same
+constexpr int64_t kSelectTotalsBytes = 256 << 20;  // of scratch memory, at most, if it is enough for a block
+
+// What is weighed and chosen from: keys, or blocks of them.
+struct SelectPass {
+  int64_t candidates = 0;  // of a chunk, whole tiles
+  int chunks = 0;          // of a block of threads
+  int64_t units = 0;       // blocks of threads
+  int64_t slice = 0;       // units at a time
+  int shared_bytes = 0;
+};
+
+struct SelectPlan {
+  int steps = 0;                    // template argument: the head size is padded to 16 * steps
+  int64_t keys = 0, chunks = 0;     // without the context; of a head
+  int64_t subgroup = 0, width = 0;  // queries of a sub-group; of a row of means
+  int64_t blocks = 0, chosen = 0;   // blocks of keys and how many a chunk chooses, where it is done in two steps
+  SelectPass of_blocks, of_keys;
+  // Where the parts of scratch memory begin, in bytes, and what there is of it in all.
+  int64_t members = 0, facts = 0, means = 0, block_means = 0, block_sizes = 0, chosen_blocks = 0, totals = 0, bytes = 0;
+};
+
+inline SelectPlan plan_select(const SelectParams& select) {
+  const AttentionParams& p = select.attention;
+  SelectPlan plan;
+  const int64_t heads = p.B * p.H;
+  plan.steps = p.D <= 64 ? 4 : 8;
+  plan.keys = p.S - p.context_keys, plan.chunks = ceil_div(p.L, p.chunk_length);
+  plan.subgroup = ceil_div(p.chunk_length, kSelectSubgroups), plan.width = ceil_div(p.D, 4) * 4;
+  if (plan.keys > kSelectExactKeys) {
+    plan.blocks = ceil_div(plan.keys, kSelectBlock);
+    plan.chosen = std::min(plan.blocks, std::max(kSelectBlocks, 2 * ceil_div(select.budget, kSelectBlock)));
+  }
+  const auto pass = [&](int64_t candidates, int chunks, bool of_floats) {
+    SelectPass pass;
+    pass.candidates = ceil_div(candidates, kAttentionRows) * kAttentionRows, pass.chunks = chunks;
+    pass.units = heads * ceil_div(plan.chunks, chunks);
+    const int64_t bytes = 4 * pass.candidates * chunks;  // of totals
+    pass.slice = std::max<int64_t>(bytes ? std::min(kSelectTotalsBytes / bytes, pass.units) : pass.units, 1);
+    const int row = attention_row_bytes(of_floats ? 4 : 2, plan.steps);
+    const int own_rows = (chunks == 1 ? 16 : kAttentionRows) * (of_floats ? 1 : 2);
+    pass.shared_bytes = (own_rows + 2 * kAttentionRows) * row + 2 * 4 * kAttentionRows;
+    return pass;
+  };
+  const bool of_floats = p.element == Element::kSame;
+  if (plan.blocks) plan.of_blocks = pass(plan.blocks, kSelectChunks, true);
+  plan.of_keys =
+      plan.blocks ? pass(plan.chosen * kSelectBlock, 1, of_floats) : pass(plan.keys, kSelectChunks, of_floats);
+  const auto take = [&](int64_t size) {
+    const int64_t begins = plan.bytes;
+    plan.bytes += ceil_div(size, 16) * 16;
+    return begins;
+  };
+  const int64_t rows = heads * plan.chunks * kSelectSubgroups, block_rows = p.B * p.key_heads * plan.blocks;
+  plan.members = take(4 * heads * p.L), plan.facts = take(8 * rows), plan.means = take(4 * rows * plan.width);
+  plan.block_means = take(4 * block_rows * plan.width), plan.block_sizes = take(4 * block_rows);
+  plan.chosen_blocks = take(4 * heads * plan.chunks * plan.chosen);
+  const auto totals = [](const SelectPass& pass) { return 4 * pass.slice * pass.chunks * pass.candidates; };
+  plan.totals = take(std::max(totals(plan.of_blocks), totals(plan.of_keys)));
+  return plan;
 }
 
 }  // namespace rk::cuda

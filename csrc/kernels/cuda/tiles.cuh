@@ -25,6 +25,48 @@ struct TileLayout {
   }
 };
 
+// Rows of a tensor, for a tile (or none, where it is null); those from `behind` on, and -1, are zeros.
+template <class T>
+struct TileRows {
+  unsigned char* tile;
+  const T* rows;
+  int64_t stride;
+  int width, behind;
+};
+
+// Starts to load the rows row_at(0), row_at(1), ... of two tensors. aligned: 16 bytes at a time.
+template <int STEPS, class T, class RowAt>
+__device__ __forceinline__ void load_tiles(bool aligned, const TileRows<T>& a, const TileRows<T>& b, RowAt&& row_at) {
+  using Layout = TileLayout<T, STEPS>;
+  constexpr int kRows = kAttentionThreads / Layout::kUnits, kPerUnit = 16 / sizeof(T);  // kRows: at a time
+  const int part = threadIdx.x % Layout::kUnits, column = part * kPerUnit;
+  const auto each = [&](auto&& load) {
+#pragma unroll 4
+    for (int row = threadIdx.x / Layout::kUnits; row < kAttentionRows; row += kRows) {
+      const int at = row_at(row);
+      if (a.tile) load(a, row, at);
+      if (b.tile) load(b, row, at);
+    }
+  };
+  const auto is_there = [](const TileRows<T>& x, int at) {
+    return static_cast<uint32_t>(at) < static_cast<uint32_t>(x.behind);
+  };
+  if (aligned) {
+    each([&](const TileRows<T>& x, int row, int at) {  // an address of which no bytes are copied may be any
+      copy_async(Layout::unit(x.tile, row, part), x.rows + at * x.stride + column,
+                 is_there(x, at) && column < x.width ? 16 : 0);
+    });
+  } else {
+    each([&](const TileRows<T>& x, int row, int at) {
+      T* to = reinterpret_cast<T*>(Layout::unit(x.tile, row, part));
+      for (int i = 0; i < kPerUnit; ++i) {
+        const bool inside = is_there(x, at) && column + i < x.width;
+        to[i] = inside ? x.rows[at * x.stride + column + i] : from_float<T>(0.f);
+      }
+    });
+  }
+}
+
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
