@@ -1,5 +1,6 @@
 """What runs on CUDA tensors; everything here needs a GPU, and ``make gpu-check`` runs it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 
 import reformer_kernels as rk
 from reformer_kernels import testing
+from reformer_kernels.backends import cuda
 
-from .emulation import attention, lists
-from .kernel_oracles import assert_hashes, stable_order
+from .emulation import attention, lists, select
+from .kernel_oracles import assert_best, assert_hashes, stable_order
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -210,6 +212,22 @@ def test_attention_kernels(case: attention.Attention | lists.Lists) -> None:
     testing.assert_matches_oracle(on_gpu(case.call()), case.dtype, "cuda")
 
 
+@pytest.mark.parametrize("case", select.CASES, ids=str)
+def test_select_kernels(case: select.Select) -> None:
+    call = case.call()
+    lists = cuda.select_keys(on_gpu(call))
+    assert_best(call, lists.cpu())
+    assert torch.equal(lists, cuda.select_keys(on_gpu(call)))
+
+
+def test_select_kernels_a_slice_at_a_time() -> None:
+    """The weights of all chunks are more than scratch memory has room for."""
+    case = select.Select(16384, 32, heads=8, chunk_length=16, causal=True)
+    call = on_gpu(case.call())
+    one = call._replace(query=call.query[:, -1:], key=call.key)
+    assert torch.equal(cuda.select_keys(call)[:, -1:], cuda.select_keys(one))
+
+
 @pytest.mark.parametrize("dtype", attention.DTYPES)
 @pytest.mark.parametrize(("head_dim", "chunk_length"), [(64, 64), (64, 16), (128, 256), (32, 100)])
 def test_attention_kernels_on_many_blocks(head_dim: int, chunk_length: int, dtype: torch.dtype) -> None:
@@ -220,37 +238,33 @@ def test_attention_kernels_on_many_blocks(head_dim: int, chunk_length: int, dtyp
     assert all(torch.equal(x, again[name]) for name, x in first.items())
 
 
-def test_attention_in_a_cuda_graph() -> None:
-    q, v = (torch.randn(1, 2, 3000, 64, device="cuda").bfloat16() for _ in range(2))
-    run = lambda: rk.lsh_attention(q, v, causal=True, backend="cuda")  # noqa: E731
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    q.copy_(torch.randn_like(q))
-    graph.replay()
-    assert torch.equal(out, run())
-
-
 # ---- launching
 
 
-def test_kernels_in_a_cuda_graph() -> None:
-    x = torch.randn(1, 2, 3000, 64, device="cuda")
+def sorted_by_bucket(x: Tensor) -> Tensor:
     rotations = rk.random_rotations(1, 2, 64, 2, (32, 16)).cuda()
+    return rk.bucket_order(rk.hash_buckets(x, rotations, (32, 16)), 512)
 
-    def run() -> Tensor:
-        return rk.bucket_order(rk.hash_buckets(x, rotations, (32, 16)), 512)
 
-    run()
+@pytest.mark.parametrize(
+    "run",
+    [
+        sorted_by_bucket,
+        lambda x: rk.lsh_attention(x, x, causal=True, backend="cuda"),
+        lambda x: rk.clustered_attention(x, x, x, causal=True, backend="cuda"),
+    ],
+    ids=["order", "lsh_attention", "clustered_attention"],
+)
+def test_kernels_in_a_cuda_graph(run: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(1, 2, 3000, 64, device="cuda").bfloat16()
+    run(x)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        order = run()
+        out = run(x)
     x.copy_(torch.randn_like(x))
     graph.replay()
-    assert torch.equal(order, run())
+    assert torch.equal(out, run(x))
 
 
 def test_kernels_repeat_to_the_bit_and_run_on_other_streams() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import reformer_kernels as rk
-from reformer_kernels._calls import AttentionCall
+from reformer_kernels._calls import AttentionCall, ListCall, SelectCall
 from reformer_kernels.backends import cuda
 
 from .. import roofline
@@ -70,7 +70,7 @@ def kernels() -> list[Row]:
             row["predicted us"] = round(1e6 * roofline.predict(op, shape, gpu).seconds, 1)
         return row | {name: round(rate, 2) for name, rate in rates.items()}
 
-    return [row for shape in roofline.SHAPES for part in (_sort, _attention) for row in part(shape, timed)]
+    return [row for shape in roofline.SHAPES for part in (_sort, _attention, _clustered) for row in part(shape, timed)]
 
 
 def _sort(shape: roofline.Shape, timed: Callable[..., Row]) -> Iterator[Row]:
@@ -110,3 +110,25 @@ def _attention(shape: roofline.Shape, timed: Callable[..., Row]) -> Iterator[Row
         cost = roofline.attention_cost(shape, name == "backward")
         ms = median_ms_in_graph(run)
         yield timed(op, shape, ms, cost.bytes, op, **{"TFLOP/s": cost.flop / ms / 1e9})
+
+
+def _clustered(shape: roofline.Shape, timed: Callable[..., Row]) -> Iterator[Row]:
+    """The choice of keys, and attention over them: causal, 128 keys a query, and the pseudo-key."""
+    rows = [torch.randn(1, shape.heads, shape.length, shape.head_dim, device="cuda").bfloat16() for _ in range(4)]
+    query, key, value, grad_out = rows
+    scale, chunk, bytes_of_row = shape.head_dim**-0.5, shape.chunk_length, 2 * shape.head_dim
+    select = SelectCall(query, key, None, None, None, None, chunk, 128, 32, 0, True, scale, "cuda")
+    lists = cuda.select_keys(select)
+    tokens, listed = shape.heads * shape.length, shape.heads * (shape.length // chunk) * lists.shape[3]
+    ms = median_ms_in_graph(functools.partial(cuda.select_keys, select))
+    yield timed("select", shape, ms, 2 * tokens * bytes_of_row + 4 * listed)
+    call = ListCall(query, key, value, None, lists, None, None, None, chunk, 0, True, True, scale, 0.0, "cuda")
+    results = cuda.list_attention(call)
+    passes = {
+        "forward": (functools.partial(cuda.list_attention, call), 2 * tokens + 2 * listed),
+        "backward": (
+            functools.partial(cuda.list_attention_backward, call, grad_out, *results), 8 * tokens + 2 * listed,
+        ),
+    }  # fmt: skip
+    for name, (run, moved_rows) in passes.items():
+        yield timed(f"lists, {name}", shape, median_ms_in_graph(run), moved_rows * bytes_of_row)

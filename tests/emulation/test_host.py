@@ -375,6 +375,17 @@ def test_sanitizers_find_nothing_in_the_kernels(sanitizer: str, source: str) -> 
     assert run_driver(sanitizer, "host_kernels_main", source) == (0, "")
 
 
+def test_keys_are_chosen_a_slice_at_a_time(tmp_path: Path) -> None:
+    """With little room for weights, which otherwise takes hundreds of MB of them."""
+    csrc = tmp_path / "csrc"
+    shutil.copytree(kernels.CSRC, csrc)
+    path = csrc / "kernels" / "cuda" / "plan.h"
+    room = "kSelectTotalsBytes = 256 << 20;"
+    assert path.read_text().count(room) == 1
+    path.write_text(path.read_text().replace(room, "kSelectTotalsBytes = 4096;"))
+    assert run_driver("address", "host_kernels_main", "select", csrc) == (0, "")
+
+
 INSIDE = "const bool inside = token < p.L && d < p.D;\n      "
 ONE_MORE = INSIDE.replace("token <", "token <=")
 
