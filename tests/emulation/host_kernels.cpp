@@ -95,7 +95,8 @@ rk::AttentionParams attention_params(const py::dict& given) {
   if (given.contains("key_lists")) p.list_length = given["key_lists"].cast<py::array>().shape(3);
   if (given.contains("cu_seqlens") && !given["cu_seqlens"].is_none())
     p.n_sequences = given["cu_seqlens"].cast<py::array>().shape(0) - 1;
-  number("chunk_length", p.chunk_length), number("n_queries", p.n_queries);
+  p.chunk_length = std::min(given["chunk_length"].cast<int64_t>(), std::max<int64_t>(1, p.L));  // as the op does
+  number("n_queries", p.n_queries);
   number("chunks_before", p.chunks_before), number("chunks_after", p.chunks_after), number("flags", p.flags);
   number("scale", p.scale), number("keep_factor", p.keep_factor), number("drop_threshold", p.drop_threshold);
   number("context_keys", p.context_keys);

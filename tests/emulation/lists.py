@@ -17,12 +17,13 @@ from .attention import DTYPES, OracleCase
 
 
 @dataclass(frozen=True)
-class Lists(OracleCase):
+class Clustered:
+    """A problem of clustered attention."""
+
     length: int
     head_dim: int = 64
     dtype: torch.dtype = torch.bfloat16
     keys: int | None = None  # None: as many as queries
-    value_dim: int | None = None  # None: that of the query
     batch: int = 1
     heads: int = 1
     key_heads: int = 1
@@ -31,32 +32,51 @@ class Lists(OracleCase):
     chunk_length: int = 16
     grouping: str = "position"
     context: int = 0
-    rest: bool = True
     causal: bool = False
     padded: float = 0.0  # of all keys
-    dropout: float = 0.0
     layout: str = "contiguous"
     device: str = "H100"
-    backends: tuple[str, str] = ("cuda", "cuda")  # of the forward and the backward
 
-    def call(self) -> ListCall:
+    def capture(self, op: str, value_dim: int, spread: float = 1.0, distinct: int | None = None, **others: Any) -> Any:
+        """The call of an op.
+
+        Args:
+            spread: of the queries.
+            distinct: so many keys, which then repeat. None: all.
+        """
         generator = torch.Generator().manual_seed(self.length)
         size = (self.length if self.keys is None else self.keys) + self.context
 
         def rows(heads: int, length: int, width: int) -> Tensor:
-            return LAYOUTS[self.layout](torch.randn(self.batch, heads, length, width, generator=generator))
+            normal = torch.randn(self.batch, heads, length, width, generator=generator)
+            return LAYOUTS[self.layout](normal.to(self.dtype))
 
+        padding = torch.rand(self.batch, size, generator=generator) < self.padded if self.padded else None
+        query = rows(self.heads, self.length, self.head_dim).mul_(spread)
+        key, value = (rows(self.key_heads, size, width) for width in (self.head_dim, value_dim))
+        if distinct:
+            key = key[:, :, torch.arange(size) % distinct]
         options: dict[str, Any] = {
             "budget": self.budget, "local_fraction": self.local, "chunk_length": self.chunk_length,
-            "grouping": self.grouping, "rest_term": self.rest, "causal": self.causal, "key_padding_mask": None,
-            "attn_mask": None, "scale": None, "dropout_p": self.dropout, "dropout_seed": torch.tensor([2**33 + 5]),
+            "grouping": self.grouping, "rest_term": False, "causal": self.causal, "query_padding_mask": None,
+            "key_padding_mask": padding, "attn_mask": None, "scale": None, "dropout_p": 0.0, "dropout_seed": None,
             "hash_seed": 3, "context_keys": self.context,
         }  # fmt: skip
-        if self.padded:
-            options["key_padding_mask"] = torch.rand(self.batch, size, generator=generator) < self.padded
-        query, key = rows(self.heads, self.length, self.head_dim), rows(self.key_heads, size, self.head_dim)
-        value = rows(self.key_heads, size, self.value_dim or self.head_dim)
-        return testing.capture(attend, query, key, value, op="list_attention", **options)
+        return testing.capture(attend, query, key, value, op=op, **(options | others))
+
+
+@dataclass(frozen=True)
+class Lists(Clustered, OracleCase):
+    value_dim: int | None = None  # None: that of the query
+    rest: bool = True
+    dropout: float = 0.0
+    backends: tuple[str, str] = ("cuda", "cuda")  # of the forward and the backward
+
+    def call(self) -> ListCall:
+        return self.capture(
+            "list_attention", self.value_dim or self.head_dim, rest_term=self.rest, dropout_p=self.dropout,
+            dropout_seed=torch.tensor([2**33 + 5]),
+        )  # fmt: skip
 
 
 CASES = [

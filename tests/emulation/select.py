@@ -7,67 +7,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_kernels import testing
 from reformer_kernels._calls import SelectCall
 from reformer_kernels.backends import cuda, reference
 from reformer_kernels.backends.reference_lists import EXACT_KEYS
-from reformer_kernels.clustered import attend
 
 from ..kernel_oracles import assert_best
-from ..test_random import LAYOUTS
 from .attention import DTYPES, describe
 from .kernels import Emulator
+from .lists import Clustered
 
 
 @dataclass(frozen=True)
-class Select:
-    length: int
-    head_dim: int = 64
-    dtype: torch.dtype = torch.bfloat16
-    keys: int | None = None  # None: as many as queries
-    batch: int = 1
-    heads: int = 1
-    key_heads: int = 1
-    budget: int = 40
-    local: float = 0.25  # of the budget
-    chunk_length: int = 16
-    grouping: str = "position"
-    context: int = 0
-    causal: bool = False
-    padded: float = 0.0  # of all keys
+class Select(Clustered):
     padded_queries: float = 0.0
     spread: float = 1.0  # of scores
     distinct: int | None = None  # keys, which then repeat
-    layout: str = "contiguous"
-    device: str = "H100"
 
     def __str__(self) -> str:
         return describe(self)
 
     def call(self) -> SelectCall:
-        generator = torch.Generator().manual_seed(self.length)
-        keys = self.length if self.keys is None else self.keys
-
-        def rows(heads: int, length: int) -> Tensor:
-            normal = torch.randn(self.batch, heads, length, self.head_dim, generator=generator)
-            return LAYOUTS[self.layout](normal).to(self.dtype)
-
-        def padding(length: int, share: float) -> Tensor | None:
-            return torch.rand(self.batch, length, generator=generator) < share if share else None
-
-        query = rows(self.heads, self.length) * self.spread
-        key = rows(self.key_heads, keys + self.context)
-        if self.distinct:
-            key = key[:, :, torch.arange(keys + self.context) % self.distinct]
-        key_padding = padding(keys + self.context, self.padded)
-        if key_padding is not None and self.padded < 1:
-            key_padding[:, keys:] = False
-        return testing.capture(
-            attend, query, key, key[..., :4], op="select_keys", budget=self.budget, local_fraction=self.local,
-            chunk_length=self.chunk_length, grouping=self.grouping, rest_term=False, causal=self.causal,
-            query_padding_mask=padding(self.length, self.padded_queries), key_padding_mask=key_padding, attn_mask=None,
-            scale=None, dropout_p=0.0, dropout_seed=None, hash_seed=3, context_keys=self.context,
-        )  # fmt: skip
+        padding = None
+        if self.padded_queries:
+            generator = torch.Generator().manual_seed(self.length)
+            padding = torch.rand(self.batch, self.length, generator=generator) < self.padded_queries
+        return self.capture("select_keys", 4, self.spread, self.distinct, query_padding_mask=padding)
 
     def check(self, emulator: Emulator) -> Tensor:
         call = self.call()
@@ -96,6 +60,7 @@ CASES = [
     Select(70, dtype=torch.float32, keys=130, causal=True, chunk_length=7),
     Select(130, dtype=torch.float32, keys=60, causal=True, budget=30, chunk_length=3),
     Select(130, keys=60, budget=1000, chunk_length=100),
+    Select(100, 30, torch.float32, chunk_length=120, grouping="hash"),  # a chunk is as long as the queries
     Select(40, keys=0, context=3),
     Select(150, padded=1.0),
     Select(700, 20, torch.float16, chunk_length=256, causal=True, layout="heads inside", batch=2),
