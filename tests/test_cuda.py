@@ -13,6 +13,7 @@ from reformer_kernels.backends import cuda
 
 from .emulation import attention, lists, select
 from .kernel_oracles import assert_best, assert_hashes, stable_order
+from .rounding import assert_equal_to_rounding
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -107,7 +108,8 @@ def test_the_drop_in(causal: bool, padded: bool) -> None:
         out = out.masked_fill(mask[..., None].to(device), 0)
         return [y.cpu() for y in (out, *torch.autograd.grad(out.square().sum(), list(layer.parameters())))]
 
-    torch.testing.assert_close(outcome("cuda"), outcome("cpu"), rtol=1e-9, atol=1e-10)
+    # Gradients of weights are sums over all tokens, of rows that went through the layer's sums and back.
+    assert_equal_to_rounding(outcome("cuda"), outcome("cpu"), roundings=2 * L + 2 * (L + 8 * E))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -127,7 +129,7 @@ def test_module_after_a_move_to_the_gpu() -> None:
     x = torch.randn(2, L, E, dtype=torch.float64)
     expected = attention(x)
     actual = attention.cuda()(x.cuda())
-    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=1e-11)
+    assert_equal_to_rounding(actual.cpu(), expected, roundings=3 * E + L)  # two projections, scores and their sums
 
 
 def test_a_saved_model_is_loaded_onto_the_gpu(tmp_path: Any) -> None:

@@ -149,12 +149,12 @@ def test_it_refuses_selections_with_reasons() -> None:
         "the head size is 129; the kernels take up to 128",
     ]
     assert cuda.describe(select_call(), H100) == (
-        "depth / 16 4, blocks of keys 0, chosen ones 0; "
+        "depth / 16 4, blocks of keys 0, chosen ones 0, bytes of scratch memory 5322752; "
         "weights of keys: blocks 64, blocks at a time 64, candidates 1024, shared bytes 33280"
     )
     long = cuda.describe(select_call(key=torch.empty(2, 2, 2**20, 64, device="cuda")), H100)
     assert long == (
-        "depth / 16 4, blocks of keys 16384, chosen ones 64; "
+        "depth / 16 4, blocks of keys 16384, chosen ones 64, bytes of scratch memory 85534720; "
         "weights of blocks of keys: blocks 64, blocks at a time 64, candidates 16384, shared bytes 49664; "
         "weights of keys: blocks 1008, blocks at a time 1008, candidates 4096, shared bytes 20992"
     )

@@ -153,7 +153,8 @@ def describe(call: Call, device: Device | None = None) -> str:
         steps = [f"weights of keys: {_named(plan[7:11], *step)}"]
         if plan[1]:
             steps.insert(0, f"weights of blocks of keys: {_named(plan[3:7], *step)}")
-        return f"{_named(plan[:3], 'depth / 16', 'blocks of keys', 'chosen ones')}; {'; '.join(steps)}"
+        sizes = _named([*plan[:3], plan[11]], "depth / 16", "blocks of keys", "chosen ones", "bytes of scratch memory")
+        return f"{sizes}; {'; '.join(steps)}"
     names = (*LAUNCH, "depth / 16", "tiles in shared memory", "own ones among them", "tiles of a block", "rounds")
     plans = (_named(_attention_plan(call, part, device), *names) for part in range(len(PARTS)))
     return "; ".join(f"{name}: {plan}" for name, plan in zip(PARTS, plans, strict=True))

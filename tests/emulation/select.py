@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reformer_kernels._calls import SelectCall
+from reformer_kernels._dispatch import BACKENDS
 from reformer_kernels.backends import cuda, reference
 from reformer_kernels.backends.reference_lists import EXACT_KEYS
 
@@ -22,6 +23,7 @@ class Select(Clustered):
     padded_queries: float = 0.0
     spread: float = 1.0  # of scores
     distinct: int | None = None  # keys, which then repeat
+    not_finite: bool = False  # some rows: no sub-group that has one of them chooses, as in the CPU's kernels
 
     def __str__(self) -> str:
         return describe(self)
@@ -31,13 +33,20 @@ class Select(Clustered):
         if self.padded_queries:
             generator = torch.Generator().manual_seed(self.length)
             padding = torch.rand(self.batch, self.length, generator=generator) < self.padded_queries
-        return self.capture("select_keys", 4, self.spread, self.distinct, query_padding_mask=padding)
+        call = self.capture("select_keys", 4, self.spread, self.distinct, query_padding_mask=padding)
+        if self.not_finite:
+            call.query[:, :, 40:43] = torch.nan
+            call.key[:, :, 70] = torch.inf
+        return call
 
     def check(self, emulator: Emulator) -> Tensor:
         call = self.call()
         with emulator.serving():
             assert not cuda.kernel_reasons(call)
             lists = cuda.select_keys(call)
+        if self.not_finite:
+            assert torch.equal(lists, BACKENDS["cpu"].select_keys(call))
+            return lists
         assert_best(call, lists)
         if self.spread == 0:  # of equal weights the first keys
             assert torch.equal(lists, reference.select_keys(call))
@@ -69,4 +78,5 @@ CASES = [
     Select(100, 30, torch.float32, spread=0, causal=True),
     Select(100, 30, spread=0, keys=900, budget=300),
     Select(300, 30, distinct=40, budget=110),
+    Select(100, 30, torch.float32, causal=True, budget=30, not_finite=True),
 ]

@@ -30,6 +30,7 @@ PROBLEMS: dict[str, tuple[tuple[str, ...], Select]] = {
     **_problem("all queries are padded", 100, 30, padded_queries=1.0),
     **_problem("two steps", 20, 40, keys=MANY, padded=0.2, heads=2, key_heads=2, spread=4),
     **_problem("small weights", 150, 30, spread=100, budget=140),
+    **_problem("not finite", 100, 30, causal=True, budget=30, not_finite=True),
     **_problem("equal weights", 100, 30, spread=0, keys=900, budget=300),
 }  # fmt: skip
 
@@ -101,6 +102,8 @@ FILES: dict[str, list[tuple[str, str, str, str, str]]] = {
          "make_float2(top, sum);\n        __syncthreads();", "make_float2(top, sum);"),
         ("warps have their own sum", "two steps", "wrong",
          "sum += merged[i][subgroup].y", "sum = merged[warp][subgroup].y"),
+        ("a sub-group without a sum chooses", "not finite", "wrong",
+         "      if (!(sum > 0.f)) row.facts.count = 0;  // it sees nothing, or its scores are no numbers\n", ""),
         ("weights that are too small are none", "small weights", "wrong",
          "exp2_approximate(score - rows[h].top) + kSelectLeast", "exp2_approximate(score - rows[h].top)"),
         ("what is not seen has the least weight", "causal", "wrong", "if (score > -INFINITY) totals", "totals"),

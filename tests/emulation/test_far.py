@@ -10,7 +10,7 @@ import torch
 
 import reformer_kernels as rk
 from reformer_kernels import testing
-from reformer_kernels.backends import cuda
+from reformer_kernels.backends import cuda, native
 
 from ..kernel_oracles import assert_hashes, stable_order
 from .attention import Attention
@@ -18,6 +18,7 @@ from .kernels import (
     ARCHITECTURES,
     CHUNK,
     DEVICES,
+    SELECT,
     Emulator,
     arguments_of,
     as_array,
@@ -27,6 +28,7 @@ from .kernels import (
     read_only,
 )  # fmt: skip
 from .ptx.kernel import VirtualRegion
+from .select import MANY, Select
 
 pytestmark = needs_nvcc()
 
@@ -147,6 +149,26 @@ def test_attention_of_rows_that_are_2_to_the_31_elements_apart(dtype: torch.dtyp
         machine.run("attention", memory)
     for name, x in zip(names[3:], expected, strict=True):
         assert torch.equal(gathered(far[name], x, strides), x), name
+
+
+# Of many keys, which are chosen in two steps, the heads are far from each other.
+@pytest.mark.parametrize(
+    ("keys", "strides"), [(70, (2**36 + 64, 2**34 + 128, 2**31 + 192)), (MANY, (2**34, 2**32, 64))]
+)
+def test_keys_of_rows_that_are_2_to_the_31_elements_apart(keys: int, strides: tuple[int, ...]) -> None:
+    """The same choice as of rows that lie together."""
+    call = Select(70, 32, batch=2, heads=2, key_heads=2, chunk_length=40, keys=keys).call()
+    machine = Emulator()
+    with machine.serving():
+        expected = cuda.select_keys(call)
+    far = {"query": spread(call.query, BASE, strides), "key": spread(call.key, BASE << 6, strides)}
+    lists = torch.full_like(expected, -9)
+    given = arguments_of(SELECT, native.select_arguments(call), lists=lists)
+    given |= {name: x.array for name, x in far.items()}
+    scratch = np.zeros(host().select_scratch(given), np.uint8)
+    host().select_keys(given, scratch)
+    machine.run("select", [*(x.region for x in far.values()), given["lists"], scratch])
+    assert torch.equal(lists, expected)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -87,7 +87,9 @@ def check_floats(machine: ModuleType) -> None:
         for body, want in approximate.items():
             got, want = lanes(machine, body, [a], np.float32), want.astype(np.float32)
             assert np.array_equal(np.isnan(got), np.isnan(want)), body
-            assert np.allclose(got, want, rtol=1e-6, atol=1e-37, equal_nan=True), body
+            # The C library's functions are within 2 units of the exact value, and the other one within half a unit.
+            number = ~np.isnan(want)
+            np.testing.assert_array_max_ulp(got[number], want[number], maxulp=2)
 
 
 def check_denormals_are_flushed_on_request(machine: ModuleType) -> None:
