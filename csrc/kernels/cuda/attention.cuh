@@ -385,6 +385,28 @@ struct AttentionBlock {
     }
   }
 
+  // The same for a block that owns queries, and their incoming gradients where `grads` is a tile: begin(place of the
+  // first tile), visit(slot, place, visits) and end().
+  template <class Begin, class Visit, class End>
+  __device__ __forceinline__ void walk_queries(unsigned char* grads, Begin&& begin, Visit&& visit, End&& end) const {
+    walk(
+        1,
+        [&](int slot, int count) {
+          load_queries(p.lead ? nullptr : own_tile(0), grads, own_facts(), slot, count);
+          commit_copies();
+        },
+        [&](int slot, int place) { load_keys(tile(place, 0), tile(place, 1), facts(place), slot, kAttentionRows); },
+        [&](int place, bool fresh, bool) {
+          if (fresh) fill_factors(tile(place, 0), facts(place));
+          return fresh;
+        },
+        [&](int slot, int place, bool first, const Visits& visits) {
+          if (first) begin(place);
+          visit(slot, place, visits);
+        },
+        [&](int, int) { end(); });
+  }
+
   __device__ int64_t sequence_number() const { return blockIdx.x / p.blocks_per_sequence % p.n_sequences; }
 };
 

@@ -23,25 +23,9 @@ struct AttentionGradQuery : AttentionBlock<T, STEPS, 2, QueryFacts, KeyFacts> {
   float grad[kColumns][4];
 
   __device__ void run() {
-    Block::walk(
-        1,
-        [&](int slot, int count) {
-          Block::load_queries(p.lead ? nullptr : Block::own_tile(0), Block::own_tile(1), Block::own_facts(), slot,
-                              count);
-          commit_copies();
-        },
-        [&](int slot, int place) {
-          Block::load_keys(Block::tile(place, 0), Block::tile(place, 1), Block::facts(place), slot, kAttentionRows);
-        },
-        [&](int place, bool fresh, bool) {
-          if (fresh) Block::fill_factors(Block::tile(place, 0), Block::facts(place));
-          return fresh;
-        },
-        [&](int slot, int place, bool first_visit, const Visits& visits) {
-          if (first_visit) begin(place);
-          visit(slot, place, visits);
-        },
-        [&](int, int) { finish(); });
+    Block::walk_queries(
+        Block::own_tile(1), [&](int place) { begin(place); },
+        [&](int slot, int place, const Visits& visits) { visit(slot, place, visits); }, [&] { finish(); });
   }
 
   __device__ void begin(int place) {

@@ -41,24 +41,9 @@ struct AttentionForward : AttentionBlock<T, STEPS, 1, QueryFacts, KeyFacts> {
 
   __device__ void run() {
     last_round = p.round == sequence.rounds - 1;
-    Block::walk(
-        1,
-        [&](int slot, int count) {
-          Block::load_queries(p.lead ? nullptr : Block::own_tile(0), nullptr, Block::own_facts(), slot, count);
-          commit_copies();
-        },
-        [&](int slot, int place) {
-          Block::load_keys(Block::tile(place, 0), Block::tile(place, 1), Block::facts(place), slot, kAttentionRows);
-        },
-        [&](int place, bool fresh, bool) {
-          if (fresh) Block::fill_factors(Block::tile(place, 0), Block::facts(place));
-          return fresh;
-        },
-        [&](int slot, int place, bool first, const Visits& visits) {
-          if (first) begin(place);
-          attend(slot, place, visits);
-        },
-        [&](int, int) { finish(); });
+    Block::walk_queries(
+        nullptr, [&](int place) { begin(place); },
+        [&](int slot, int place, const Visits& visits) { attend(slot, place, visits); }, [&] { finish(); });
   }
 
   __device__ void begin(int place) {
