@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall
-from .backends import cuda, native, reference
+from .backends import cuda, native, reference, triton
 
 
 class Backend(Protocol):
@@ -34,10 +34,10 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-BACKENDS: dict[str, Backend | None] = {  # None: a name with no kernels in this version
+BACKENDS: dict[str, Backend] = {
     "cpu": cast(Backend, native),
     "cuda": cast(Backend, cuda),
-    "triton": None,
+    "triton": cast(Backend, triton),
     "reference": cast(Backend, reference),
 }
 _forced: str | None = None
@@ -81,8 +81,7 @@ class use_backend:  # noqa: N801  (used like torch.set_grad_enabled)
 
 def reasons_against(name: str, call: Call) -> list[str]:
     """Why a backend does not serve a call; empty if it does."""
-    backend = BACKENDS[name]
-    return ["this version has no kernels for it"] if backend is None else backend.not_supported_reasons(call)
+    return BACKENDS[name].not_supported_reasons(call)
 
 
 def select(call: Call) -> Backend:
@@ -96,7 +95,7 @@ def select(call: Call) -> Backend:
     for name in (named,) if named else BACKENDS:
         reasons = reasons_against(name, call)
         if not reasons:
-            return cast(Backend, BACKENDS[name])
+            return BACKENDS[name]
         why[name] = "; ".join(reasons)
     report = "".join(f"\n  {name}: {reasons}" for name, reasons in why.items())
     raise NotImplementedError(

@@ -199,8 +199,8 @@ def test_use_backend() -> None:
     rk.use_backend("reference")
     assert "reference  serves it" in rk.explain(rk.lsh_attention, q, q)
     rk.use_backend(None)
-    for name, why in (("cuda", "tensors are on cpu, not on a GPU"), ("triton", "this version has no kernels for it")):
-        with pytest.raises(NotImplementedError, match=f"{name}: {why}"):
+    for name in ("cuda", "triton"):
+        with pytest.raises(NotImplementedError, match=f"{name}: tensors are on cpu, not on a GPU"):
             rk.lsh_attention(q, q, backend=name)
     with pytest.raises(ValueError, match="name must be one of 'cpu', 'cuda', 'triton', 'reference' or None, got 'gpu'"):
         rk.use_backend("gpu")

@@ -49,35 +49,43 @@ def not_supported_reasons(call: Call) -> list[str]:
 def kernel_reasons(call: Call) -> list[str]:
     """Why the kernels do not serve a call, wherever its tensors are."""
     if isinstance(call, HashCall):
-        reasons = _row_reasons(call.x)
+        reasons = row_reasons(MAX_HEAD_DIM, call.x)
         if len(call.factors) > MAX_FACTORS:
             reasons.append(f"n_buckets has {len(call.factors)} factors; the kernels take up to {MAX_FACTORS}")
         return reasons
     if isinstance(call, OrderCall):
         return []
     if isinstance(call, AttentionCall):
-        return _attention_reasons(call)
-    reasons = _row_reasons(call.query, call.value if isinstance(call, ListCall) else call.key)
+        rows = row_reasons(MAX_HEAD_DIM, call.query, call.value)
+        return [*rows, *chunk_reasons(MAX_CHUNKS, call), *rule_reasons(call)]
+    reasons = row_reasons(MAX_HEAD_DIM, call.query, call.value if isinstance(call, ListCall) else call.key)
     return reasons if call.attn_mask is None else [*reasons, NO_MASK]
 
 
-def _row_reasons(*rows: Tensor) -> list[str]:
+def row_reasons(max_head_dim: int, *rows: Tensor) -> list[str]:
+    """Why kernels for rows of up to a head size do not serve these."""
     reasons, head_dim = [], max(x.shape[3] for x in rows)
     if rows[0].dtype == torch.float64:
         reasons.append("the dtype is float64; the kernels take float32, bfloat16 and float16")
-    if head_dim > MAX_HEAD_DIM:
-        reasons.append(f"the head size is {head_dim}; the kernels take up to {MAX_HEAD_DIM}")
+    if head_dim > max_head_dim:
+        reasons.append(f"the head size is {head_dim}; the kernels take up to {max_head_dim}")
     return reasons
 
 
-def _attention_reasons(call: AttentionCall) -> list[str]:
-    reasons, rules, shared = _row_reasons(call.query, call.value), call.rules, call.key is None
+def chunk_reasons(max_chunks: int, call: AttentionCall) -> list[str]:
+    """Why kernels that count own keys up to a number do not serve a call."""
     rounds = 1 if call.order is None else call.order.shape[2]
     chunks = rounds * (call.chunks_before + 1 + call.chunks_after)
+    if chunks <= max_chunks:
+        return []
+    return [f"the windows of all rounds have {chunks} chunks; the kernels take up to {max_chunks}"]
+
+
+def rule_reasons(call: AttentionCall) -> list[str]:
+    """Which rules of a call the kernels of a GPU do not have."""
+    reasons, rules, shared = [], call.rules, call.key is None
     if call.attn_mask is not None:
         reasons.append(NO_MASK)
-    if chunks > MAX_CHUNKS:
-        reasons.append(f"the windows of all rounds have {chunks} chunks; the kernels take up to {MAX_CHUNKS}")
     if call.order is not None and call.key is not None and call.key.shape[1] != call.query.shape[1]:
         reasons.append("queries are sorted, and share key heads")
     served = {

@@ -29,7 +29,7 @@ class OracleCase:
     """A dataclass with a dtype and backends, whose call is checked against the float64 oracle."""
 
     dtype: torch.dtype
-    backends: tuple[str, str]
+    backends: tuple[str, str] | None
 
     def __str__(self) -> str:
         return describe(self)
@@ -40,13 +40,15 @@ class OracleCase:
     def check(self, emulator: Emulator) -> Tensor:
         """All results in one tensor."""
         with emulator.serving():
-            found = testing.assert_matches_oracle(self.call(), self.dtype, *self.backends)
+            found = testing.assert_matches_oracle(
+                self.call(), self.dtype, *(self.backends or (emulator.backend, emulator.backend))
+            )
         return torch.cat([x.flatten().double() for x in found.values()])
 
     def check_crossed(self, emulator: Emulator) -> None:
         """Residuals of either pass serve the other one of the CPU."""
         with emulator.serving():
-            for forward, backward in (("cpu", "cuda"), ("cuda", "cpu")):
+            for forward, backward in (("cpu", emulator.backend), (emulator.backend, "cpu")):
                 testing.assert_matches_oracle(self.call(), self.dtype, forward, backward)
 
 
@@ -73,7 +75,7 @@ class Attention(OracleCase):
     rules: rk.AttentionRules = rk.AttentionRules()  # noqa: RUF009  (frozen, too)
     layout: str = "contiguous"
     device: str = "H100"
-    backends: tuple[str, str] = ("cuda", "cuda")  # of the forward and the backward
+    backends: tuple[str, str] | None = None  # of the forward and the backward; None: the emulated one
 
     def call(self) -> AttentionCall:
         generator = torch.Generator().manual_seed(self.length)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 from unittest.mock import patch
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from reformer_kernels._calls import HashCall, OrderCall
+from reformer_kernels._dispatch import BACKENDS
 from reformer_kernels.backends import cuda
 
 from . import build
@@ -109,6 +110,7 @@ class Emulator:
     device: tuple[int, int, int] = DEVICES["H100"]
     csrc: Path = CSRC  # of the kernels, not of their launchers
     launched: list[Launched] = field(default_factory=list)
+    backend: ClassVar[str] = "cuda"
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -124,13 +126,15 @@ class Emulator:
     ) -> Tensor:
         """Buckets int32 [B, H, R, L], like ``rk.hash_buckets``."""
         with self.serving():
-            return cuda.hash_buckets(HashCall(x, rotations, padding, None, list(factors), 0, 1, "cuda"))
+            return BACKENDS[self.backend].hash_buckets(
+                HashCall(x, rotations, padding, None, list(factors), 0, 1, self.backend)
+            )
 
     def bucket_order(self, buckets: Tensor, n_buckets: int, bounds: Sequence[int] | None = None) -> Tensor:
         """Order int32 [B, H, R, L], like ``rk.bucket_order``; ``bounds``: of packed sequences."""
         cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
         with self.serving():
-            return cuda.bucket_order(OrderCall(buckets, cu_seqlens, n_buckets, "cuda"))
+            return BACKENDS[self.backend].bucket_order(OrderCall(buckets, cu_seqlens, n_buckets, self.backend))
 
     def gather_rows(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
         out = np.full((len(index), rows.shape[1]), 255, rows.dtype)

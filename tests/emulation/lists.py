@@ -70,7 +70,7 @@ class Lists(Clustered, OracleCase):
     value_dim: int | None = None  # None: that of the query
     rest: bool = True
     dropout: float = 0.0
-    backends: tuple[str, str] = ("cuda", "cuda")  # of the forward and the backward
+    backends: tuple[str, str] | None = None  # of the forward and the backward; None: the emulated one
 
     def call(self) -> ListCall:
         return self.capture(

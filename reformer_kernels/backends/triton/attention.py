@@ -1,0 +1,299 @@
+"""Chunk attention, forward: a launch for each round, merged in place into what earlier rounds left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._calls import AttentionCall, empty_results
+from .. import native
+from ..philox import drop_threshold, keep_factor
+from ._launch import Config, block_width, launch, rows
+from ._pairs import across, apply_rules, kept_factor, keys_along, queries_along, sees
+from ._windows import Problem, keys_of_tile, position_of, same_bucket, take_keys, take_queries, take_sequence
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+KEPT_BITS = tl.constexpr(15)  # of a count of own keys: so often kept, and above them how often met
+
+
+@triton.jit
+def key_length(p, square, D: tl.constexpr):
+    """What a shared row of a squared length is divided by to be a key."""
+    return tl.where(p.l2, tl.maximum(tl.sqrt(square), 1e-12), tl.sqrt(square + 1e-6 * D))
+
+
+@triton.jit
+def row_offsets(x, b, h, row):
+    """Where rows of x begin, [N, 1]."""
+    return b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h + row.to(tl.int64)[:, None] * x.stride_l
+
+
+@triton.jit
+def load_rows(x, b, h, row, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(x.data + row_offsets(x, b, h, row) + d, mask=there[:, None] & (d < D), other=0.0)
+
+
+@triton.jit
+def store_rows(x, b, h, row, there, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(x.data + row_offsets(x, b, h, row) + d, value.to(x.data.dtype.element_ty), mask=there[:, None] & (d < D))
+
+
+@triton.jit
+def add_rows(x, b, h, row, there, adds, before, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows become themselves times `before`, where one `adds`, plus the value."""
+    old = load_rows(x, b, h, row, there & adds, D, BLOCK_D).to(tl.float32)
+    store_rows(x, b, h, row, there, old * before + value, D, BLOCK_D)
+
+
+@triton.jit
+def row_products(a, b, there):
+    """a . b of each row. What is selected cannot be fused with the sum, or lanes would differ in the last bit."""
+    return tl.sum(tl.where(there[:, None], a.to(tl.float32) * b.to(tl.float32), 0.0), 1)
+
+
+@triton.jit
+def multiply(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["p", "heads", "length"])
+def factor_kernel(p, x, factors, heads, length, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr):  # fmt: skip
+    """factors [B, H, L]: of shared rows as keys, of scores in base 2."""
+    tiles = tl.cdiv(length, BLOCK_M)
+    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    x = load_rows(x, head // heads, head % heads, row, row < length, D, BLOCK_D)
+    factor = p.scale * LOG2E / key_length(p, row_products(x, x, row < length), D)
+    tl.store(factors + head.to(tl.int64) * length + row, factor, mask=row < length)
+
+
+@triton.jit(do_not_specialize=["p", "r", "tiles", "steps"])
+def windows_kernel(p, buckets, places, bucket_first, bucket_behind, tiles, steps, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr):  # fmt: skip
+    """Finds the place of every position in every round, and the slots of the bucket of every slot."""
+    tile, number = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    r, s = number % p.rounds, take_sequence(p, number // p.rounds, False)
+    if r >= s.rounds:
+        return
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    there, slot = i < s.length, r * s.length + i
+    position = position_of(p, s, slot, there)
+    of_round = ((s.b * p.heads + s.h).to(tl.int64) * p.rounds + r) * p.length + s.offset
+    tl.store(places + of_round + position, i, mask=there)
+    if buckets is not None:
+        bucket = tl.load(buckets + of_round + position, mask=there, other=0)
+        for behind in tl.static_range(2):  # the first slot of this bucket, and of a later one: they are sorted
+            low, high = i * 0, i * 0 + s.length
+            for _ in range(steps):
+                middle = (low + high) // 2
+                searching = there & (low < high)
+                at = position_of(p, s, r * s.length + middle, searching)
+                before = tl.load(buckets + of_round + at, mask=searching, other=0) < bucket + behind
+                low = tl.where(searching & before, middle + 1, low)
+                high = tl.where(searching & ~before, middle, high)
+            to = bucket_behind if behind else bucket_first
+            tl.store(to + s.slots + slot, r * s.length + low, mask=there)
+
+
+@triton.jit
+def load_factors(p, s, factors, k):
+    if p.shared:
+        head = (s.b * p.heads + s.h).to(tl.int64)
+        return tl.load(factors + head * p.length + s.offset + k.position, mask=k.some, other=0.0)
+    else:
+        return tl.full(k.slot.shape, p.scale * LOG2E, tl.float32)
+
+
+@triton.jit(do_not_specialize=["p", "r", "tiles"])
+def forward_kernel(
+    p, query, key, value, factors, out, lse, own, self_only, r, tiles, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries of round r. lse [B, H, n_queries]: in base 2 until the last round, then natural.
+
+    own, int32 [B, H, n_queries]: of a query that has met nothing but its own key, how often and how often dropout kept
+    it, for it attends that key if it meets no other in any round.
+    """
+    tile = tl.program_id(0) % tiles
+    s = take_sequence(p, tl.program_id(0) // tiles, False)
+    first = tile * BLOCK_M
+    if r >= s.rounds or first >= s.length:
+        return
+    i = first + tl.arange(0, BLOCK_M)
+    slot = r * s.length + i
+    q = take_queries(p, s, slot, i < s.length)
+    qs = queries_along(q, 0)
+    query_rows = load_rows(query, s.b, s.h, s.offset + q.position, q.some, D, BLOCK_D)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    result = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    visited = keys_of_tile(p, s, r, first, BLOCK_M)
+    for start in range(visited.first, visited.behind, BLOCK_N):
+        k = take_keys(p, s, start + tl.arange(0, BLOCK_N), visited.behind)
+        ks = keys_along(k, 1)
+        key_rows = load_rows(key, s.b, s.key_head, s.offset + k.position, k.some, D, BLOCK_D)
+        score = multiply(query_rows, tl.trans(key_rows)) * across(load_factors(p, s, factors, k), 1)
+        score = tl.where(sees(qs, ks), apply_rules(p, s, qs, ks, score), float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        # Of a row that sees nothing yet all exponentials are to be 0.
+        above = tl.where(higher == float("-inf"), 0.0, higher)
+        before, weight = tl.exp2(top - above), tl.exp2(score - above[:, None])
+        top, total = higher, total * before + tl.sum(weight, 1)
+        if p.dropout_seed is not None:
+            weight *= kept_factor(p, s, qs, ks)
+        value_rows = load_rows(value, s.b, s.key_head, s.offset + k.position, k.some, E, BLOCK_E)
+        result = result * before[:, None] + multiply(weight.to(value_rows.dtype), value_rows)
+
+    # Merged with earlier rounds.
+    at = s.row + q.position
+    earlier = tl.load(lse + at, mask=q.some & (r > 0), other=float("-inf"))
+    now = tl.where(total <= 0, float("-inf"), top + tl.log2(total))
+    above = tl.maximum(earlier, now)
+    above = tl.where(above == float("-inf"), 0.0, above)
+    weight_before, weight_now = tl.exp2(earlier - above), tl.exp2(now - above)
+    both = weight_before + weight_now
+    merged = above + tl.log2(both)
+    nothing = both <= 0
+    ends = r == s.rounds - 1
+    by = tl.where(nothing, 1.0, both)
+    before, factor = weight_before / by, weight_now / (by * tl.where(total <= 0, 1.0, total))
+    result *= factor[:, None]
+    if p.shared:
+        lonely = q.some & nothing
+        if tl.max(lonely.to(tl.int32)) > 0:
+            count = tl.load(own + at, mask=lonely & (r > 0), other=0)
+            for start in range(visited.first, visited.behind, BLOCK_N):
+                ks = keys_along(take_keys(p, s, start + tl.arange(0, BLOCK_N), visited.behind), 1)
+                met = (ks.slot >= qs.seen.first) & (ks.slot < qs.seen.behind) & (ks.code == qs.position)
+                if p.within_bucket:
+                    if s.single == 0:
+                        met &= same_bucket(p, s, qs.slot, ks.slot)
+                one = met.to(tl.int32) << KEPT_BITS
+                if p.dropout_seed is not None:
+                    one += (met & (kept_factor(p, s, qs, ks) > 0)).to(tl.int32)
+                else:
+                    one += met.to(tl.int32)
+                count += tl.sum(one, 1)
+            tl.debug_barrier()  # all have read it
+            tl.store(own + at, count, mask=lonely)
+            if ends:
+                times, kept = count >> KEPT_BITS, count & ((1 << KEPT_BITS) - 1)
+                alone = lonely & (times > 0)
+                tl.store(self_only + at, alone, mask=q.some)
+                own_rows = load_rows(value, s.b, s.key_head, s.offset + q.position, alone, E, BLOCK_E).to(tl.float32)
+                share = p.keep_factor * kept.to(tl.float32) / tl.maximum(times, 1).to(tl.float32)
+                result = tl.where(alone[:, None], own_rows * share[:, None], result)
+                square = row_products(query_rows, query_rows, q.some)
+                counted = times.to(tl.float32)
+                if p.dedup:
+                    counted = tl.where(s.single != 0, counted, 1.0)
+                score = p.scale * LOG2E * square / key_length(p, square, D) + tl.log2(counted)
+                merged = tl.where(alone, score, merged)
+                nothing &= ~alone
+        elif ends:
+            tl.store(self_only + at, q.some & ~q.some, mask=q.some)
+    elif ends:
+        tl.store(self_only + at, q.some & ~q.some, mask=q.some)
+    merged = tl.where(nothing, float("-inf"), merged)
+    tl.debug_barrier()  # all have read it
+    tl.store(lse + at, tl.where(ends, merged * LN2, merged), mask=q.some)
+    add_rows(out, s.b, s.h, s.offset + q.position, q.some, earlier > float("-inf"), before[:, None], result, E, BLOCK_E)
+
+
+def config(width: int, element_size: int) -> Config:
+    """For rows of a width: what shared memory and registers hold without spilling; float32 is multiplied by FFMA."""
+    if element_size == 4:
+        return Config(32, 32, num_stages=1)
+    return Config(64, 64) if width <= 128 else Config(64, 32, num_stages=1)
+
+
+def problem(call: AttentionCall) -> Problem:
+    rules, ring = call.rules, call.alignment == "ring"
+    order, buckets = native.contiguous(call.order), native.contiguous(call.buckets)
+    to_device = lambda x: None if x is None else x.to(call.device, non_blocking=True)  # noqa: E731
+    shared = call.key is None
+    within, dedup = rules.within_bucket and shared and buckets is not None, rules.dedup == "log_count"
+    p = Problem(
+        order=order, padding=native.contiguous(call.key_padding_mask), cu_seqlens=to_device(call.cu_seqlens),
+        places=None, bucket_first=None, bucket_behind=None, lists=None, shown_first=None, shown_behind=None,
+        dropout_seed=to_device(call.dropout_seed) if call.dropout_p > 0 else None,
+        sequences=1 if call.cu_seqlens is None else len(call.cu_seqlens) - 1, heads=call.query.shape[1],
+        group=call.query.shape[1] // call.value.shape[1], length=call.query.shape[2], keys=call.query.shape[2],
+        rounds=1 if order is None else order.shape[2], n_queries=call.n_queries, chunk_length=call.chunk_length,
+        before=call.chunks_before, after=call.chunks_after, list_length=0, context=0,
+        drop_threshold=drop_threshold(call.dropout_p), keep_factor=keep_factor(call.dropout_p), scale=call.scale,
+        causal=call.causal, l2=rules.key_norm == "l2", mask_padded_queries=rules.mask_padded_queries,
+        shared=tl.constexpr(shared), bucket_aligned=tl.constexpr(not ring), within_bucket=tl.constexpr(within),
+        dedup=tl.constexpr(dedup),
+    )  # fmt: skip
+    return with_windows(p, call, buckets) if within or dedup or not ring else p
+
+
+def with_windows(p: Problem, call: AttentionCall, buckets: Tensor | None) -> Problem:
+    """The problem with what windows of buckets and rules of pairs need."""
+    tables = [
+        torch.empty((*call.query.shape[:2], p.rounds, p.length), dtype=torch.int32, device=call.device)
+        for _ in range(1 if buckets is None else 3)
+    ]
+    plan = Config(256, 16, num_stages=1)
+    tiles = tiles_of(call.longest, plan)
+    first, behind = tables[1:] or (None, None)
+    launch(
+        windows_kernel, call.query.shape[0] * p.heads * p.sequences * p.rounds * tiles, call.device, p, buckets,
+        tables[0], first, behind, tiles, call.longest.bit_length(), config=plan,
+    )  # fmt: skip
+    return p._replace(places=tables[0], bucket_first=first, bucket_behind=behind)
+
+
+def tiles_of(longest: int, plan: Config) -> int:
+    return triton.cdiv(longest, plan.block_m)
+
+
+def factors_of(p: Problem, query: Tensor, widths: dict[str, int]) -> Tensor | None:
+    """Of shared rows the factor of each as a key."""
+    if not p.shared.value:
+        return None
+    batch, heads, length, _ = query.shape
+    factors = query.new_empty((batch, heads, length), dtype=torch.float32)
+    plan = Config(64, 16, num_stages=1)
+    launch(
+        factor_kernel, batch * heads * triton.cdiv(length, plan.block_m), query.device, p, rows(query), factors, heads,
+        length, config=plan, D=widths["D"], BLOCK_D=widths["BLOCK_D"],
+    )  # fmt: skip
+    return factors
+
+
+def inputs_of(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, int]]:
+    """What kernels of attention take first, and the widths of their rows."""
+    p = problem(call)
+    query, value = native.rows(call.query), native.rows(call.value)
+    key = query if call.key is None else native.rows(call.key)
+    widths = {"D": query.shape[3], "E": value.shape[3]}
+    widths |= {"BLOCK_D": block_width(widths["D"]), "BLOCK_E": block_width(widths["E"])}
+    return (p, rows(query), rows(key), rows(value), factors_of(p, query, widths)), widths
+
+
+def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = empty_results(call)
+    self_only = torch.empty_like(lse, dtype=torch.bool)
+    if 0 in out.shape[:3]:
+        return out, lse, self_only
+    inputs, widths = inputs_of(call)
+    p = inputs[0]
+    plan = config(max(widths["BLOCK_D"], widths["BLOCK_E"]), call.query.element_size())
+    own = torch.empty_like(lse, dtype=torch.int32) if call.key is None else None
+    tiles = tiles_of(call.longest, plan)
+    for r in range(p.rounds):
+        launch(
+            forward_kernel, len(call.query) * p.heads * p.sequences * tiles, call.device, *inputs, rows(out), lse, own,
+            self_only, r, tiles, config=plan, **widths,
+        )  # fmt: skip
+    return out, lse, self_only

@@ -1,0 +1,208 @@
+"""Chunk attention, backward: of each round a launch for gradients of queries and one for those of keys, added in place.
+
+No sum is shared between programs, so results do not depend on when they run.
+
+  P = exp(S - lse)   dP = dO V^T   dS = P (dP - delta)   with S = factor q . k
+  of a query: dQ = sum dS factor k       of a key: dV = sum P dO, dK = sum dS q
+
+A shared row's gradient is that of its query and, through the Jacobian of the unit key, that of its key. With dropout P
+of dV is the dropped one and dP = drop * (dO V^T).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._calls import AttentionCall
+from .. import native
+from ._launch import Config, launch, rows
+from ._pairs import across, apply_rules, kept_factor, keys_along, queries_along, sees
+from ._windows import Queries, Range, keys_of_tile, queries_of_tile, take_keys, take_queries, take_sequence, with_head
+from .attention import (
+    LN2,
+    LOG2E,
+    add_rows,
+    inputs_of,
+    key_length,
+    load_factors,
+    load_rows,
+    multiply,
+    row_products,
+    tiles_of,
+)  # fmt: skip
+
+RESIDUALS = Config(64, 16, num_stages=1)
+
+
+@triton.jit(do_not_specialize=["p", "n"])
+def residual_kernel(
+    p, query, out, grad_out, lse, self_only, times, delta, n, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of queries [B, H, n]: delta, and in `times` lse in base 2: infinity if it saw nothing, of self_only how often."""
+    tiles = tl.cdiv(n, BLOCK_M)
+    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, h, row = head // p.heads, head % p.heads, tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    there, at = row < n, head.to(tl.int64) * n + row
+    out_rows = load_rows(out, b, h, row, there, E, BLOCK_E)
+    grad_rows = load_rows(grad_out, b, h, row, there, E, BLOCK_E)
+    tl.store(delta + at, row_products(out_rows, grad_rows, there), mask=there)
+    exponent = tl.load(lse + at, mask=there, other=0.0) * LOG2E
+    exponent = tl.where(exponent == float("-inf"), float("inf"), exponent)
+    if p.shared:
+        alone = tl.load(self_only + at, mask=there, other=0) != 0
+        if tl.max(alone.to(tl.int32)) > 0:
+            # Where a key counts once, the rule of the pair has the number of times.
+            x = load_rows(query, b, h, row, alone, D, BLOCK_D)
+            square = row_products(x, x, alone)
+            counted = tl.exp2(exponent - p.scale * LOG2E * square / tl.where(alone, key_length(p, square, D), 1.0))
+            exponent = tl.where(alone, tl.log2(tl.floor(counted + 0.5)), exponent)
+    tl.store(times + at, exponent, mask=there)
+
+
+@triton.jit
+def take_residuals(p, s, q, lse, delta, self_only):
+    """lse and delta of queries, whether each is self_only, and what they see, then their own key, too."""
+    at = s.row + q.position
+    exponent = tl.load(lse + at, mask=q.some, other=float("inf"))
+    slope = tl.load(delta + at, mask=q.some, other=0.0)
+    alone = q.some & ~q.some
+    if p.shared:
+        alone = tl.load(self_only + at, mask=q.some, other=0) != 0
+    behind = tl.where(alone, q.excluded.first, q.excluded.behind)
+    return Queries(q.position, q.some, q.slot, q.limit, Range(q.excluded.first, behind), q.seen), exponent, slope, alone
+
+
+@triton.jit
+def weights(p, s, q, k, score, exponent, alone):
+    """Probabilities of scores in base 2: one that sees only itself has exactly the weight 1 / times."""
+    score = tl.where(alone, -exponent, score - exponent)
+    return tl.exp2(tl.where(sees(q, k), apply_rules(p, s, q, k, score), float("-inf")))
+
+
+@triton.jit(do_not_specialize=["p", "r", "tiles"])
+def grad_query_kernel(
+    p, query, key, value, factors, grad_out, lse, delta, self_only, grad_query, r, tiles, D: tl.constexpr,
+    E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries of round r."""
+    s = take_sequence(p, tl.program_id(0) // tiles, False)
+    first = tl.program_id(0) % tiles * BLOCK_M
+    if r >= s.rounds or first >= s.length:
+        return
+    i = first + tl.arange(0, BLOCK_M)
+    q = take_queries(p, s, r * s.length + i, i < s.length)
+    q, exponent, slope, alone = take_residuals(p, s, q, lse, delta, self_only)
+    qs = queries_along(q, 0)
+    query_rows = load_rows(query, s.b, s.h, s.offset + q.position, q.some, D, BLOCK_D)
+    grad_rows = load_rows(grad_out, s.b, s.h, s.offset + q.position, q.some, E, BLOCK_E)
+    grad = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    visited = keys_of_tile(p, s, r, first, BLOCK_M)
+    for start in range(visited.first, visited.behind, BLOCK_N):
+        k = take_keys(p, s, start + tl.arange(0, BLOCK_N), visited.behind)
+        ks = keys_along(k, 1)
+        key_rows = load_rows(key, s.b, s.key_head, s.offset + k.position, k.some, D, BLOCK_D)
+        value_rows = load_rows(value, s.b, s.key_head, s.offset + k.position, k.some, E, BLOCK_E)
+        factor = across(load_factors(p, s, factors, k), 1)
+        score = multiply(query_rows, tl.trans(key_rows)) * factor
+        weight = weights(p, s, qs, ks, score, across(exponent, 0), across(alone, 0))
+        grad_weight = multiply(grad_rows, tl.trans(value_rows))
+        if p.dropout_seed is not None:
+            grad_weight *= kept_factor(p, s, qs, ks)
+        grad_score = weight * (grad_weight - across(slope, 0)) * (factor * LN2)
+        grad += multiply(grad_score.to(key_rows.dtype), key_rows)
+    add_rows(grad_query, s.b, s.h, s.offset + q.position, q.some, r > 0, 1.0, grad, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["p", "r", "tiles"])
+def grad_keys_kernel(
+    p, query, key, value, factors, grad_out, lse, delta, self_only, grad_key, grad_value, r, tiles, D: tl.constexpr,
+    E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys of round r; of shared rows their gradients as keys are added to those as queries."""
+    s = take_sequence(p, tl.program_id(0) // tiles, True)
+    first = tl.program_id(0) % tiles * BLOCK_M
+    if r >= s.rounds or first >= s.length:
+        return
+    slot = r * s.length + first + tl.arange(0, BLOCK_M)
+    k = take_keys(p, s, slot, (r + 1) * s.length)
+    ks = keys_along(k, 0)
+    key_rows = load_rows(key, s.b, s.key_head, s.offset + k.position, k.some, D, BLOCK_D)
+    value_rows = load_rows(value, s.b, s.key_head, s.offset + k.position, k.some, E, BLOCK_E)
+    factor = load_factors(p, s, factors, k)
+    grad_k, grad_v = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    visited = queries_of_tile(p, s, r, first, BLOCK_M)
+    for member in range(p.group):
+        of = with_head(p, s, s.h + member)
+        for start in range(visited.first, visited.behind, BLOCK_N):
+            at = start + tl.arange(0, BLOCK_N)
+            q = take_queries(p, of, at, at < visited.behind)
+            q, exponent, slope, alone = take_residuals(p, of, q, lse, delta, self_only)
+            qs = queries_along(q, 1)
+            query_rows = load_rows(query, of.b, of.h, of.offset + q.position, q.some, D, BLOCK_D)
+            grad_rows = load_rows(grad_out, of.b, of.h, of.offset + q.position, q.some, E, BLOCK_E)
+            score = multiply(key_rows, tl.trans(query_rows)) * across(factor, 0)
+            weight = weights(p, of, qs, ks, score, across(exponent, 1), across(alone, 1))
+            grad_weight = multiply(value_rows, tl.trans(grad_rows))
+            dropped = weight
+            if p.dropout_seed is not None:
+                kept = kept_factor(p, of, qs, ks)
+                dropped, grad_weight = weight * kept, grad_weight * kept
+            grad_score = weight * (grad_weight - across(slope, 1))
+            grad_v += multiply(dropped.to(grad_rows.dtype), grad_rows)
+            grad_k += multiply(grad_score.to(query_rows.dtype), query_rows)
+    adds = k.some & (r > 0)
+    row = s.offset + k.position
+    add_rows(grad_value, s.b, s.key_head, row, k.some, adds, 1.0, grad_v, E, BLOCK_E)
+    if p.shared:
+        # key = query / length: its gradient is (g - query (g . query) / length^2) / length.
+        x, square = key_rows.to(tl.float32), row_products(key_rows, key_rows, k.some)
+        inverse = 1.0 / key_length(p, square, D)
+        along = row_products(x, grad_k, k.some) * inverse * inverse
+        along = tl.where(p.l2 & ~(square > 1e-24), 0.0, along)
+        grad_k = (grad_k - x * along[:, None]) * (p.scale * inverse)[:, None]
+        adds |= k.some & (k.position < s.n_queries)  # which have gradients as queries
+    else:
+        grad_k *= p.scale
+    add_rows(grad_key, s.b, s.key_head, row, k.some, adds, 1.0, grad_k, D, BLOCK_D)
+
+
+def config(width: int, element_size: int) -> Config:
+    """As for the forward, with twice as many rows and results."""
+    if element_size == 4:
+        return Config(32, 16, num_stages=1)
+    return Config(64, 32) if width <= 64 else Config(64 if width <= 128 else 32, 32, num_stages=1)
+
+
+def chunk_attention_backward(
+    call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = native.new_gradients(call)
+    if 0 in call.query.shape[:3]:
+        return grads
+    inputs, widths = inputs_of(call)
+    p, query = inputs[:2]
+    plan = config(max(widths["BLOCK_D"], widths["BLOCK_E"]), call.query.element_size())
+    device, self_only, grad_out = call.device, self_only.contiguous(), native.rows(grad_out)
+    exponent, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
+    heads, tiles = call.query.shape[0] * p.heads, tiles_of(call.longest, plan)
+    launch(
+        residual_kernel, heads * triton.cdiv(p.n_queries, RESIDUALS.block_m), device, p, query,
+        rows(native.rows(out)), rows(grad_out), lse.contiguous(), self_only, exponent, delta, p.n_queries,
+        config=RESIDUALS, **widths,
+    )  # fmt: skip
+    given = *inputs, rows(grad_out), exponent, delta, self_only
+    grad_key = grads[0] if call.key is None else grads[1]
+    for r in range(p.rounds):
+        launch(
+            grad_query_kernel, heads * p.sequences * tiles, device, *given, rows(grads[0]), r, tiles, config=plan,
+            **widths,
+        )  # fmt: skip
+    for r in range(p.rounds):
+        launch(
+            grad_keys_kernel, heads // p.group * p.sequences * tiles, device, *given, rows(grad_key), rows(grads[2]), r,
+            tiles, config=plan, **widths,
+        )  # fmt: skip
+    return grads

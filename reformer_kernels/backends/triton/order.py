@@ -1,0 +1,126 @@
+"""Stable counting sort of buckets: tiles of keys are counted by digit, the counts summed up, and the keys placed."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._calls import OrderCall
+from ._launch import Config, launch
+
+TILE_BITS, DIGIT_BITS = 10, 8
+TILE = 1 << TILE_BITS
+WHOLE_BITS = 30 - TILE_BITS  # of the digits of keys that fit in one tile, which is sorted by digit and place
+CONFIG = Config(TILE, 1 << DIGIT_BITS, num_stages=1)
+
+
+@triton.jit
+def _segment(number, cu_seqlens, sequences, rounds, length):
+    """Of a sequence in a round of a row: where its buckets and its order begin, and how many they are."""
+    sequence, rest = number % sequences, number // sequences
+    r, row = rest % rounds, (rest // rounds).to(tl.int64)
+    start, count = 0, length
+    if cu_seqlens is not None:
+        start = tl.load(cu_seqlens + sequence)
+        count = tl.load(cu_seqlens + sequence + 1) - start
+    return (row * rounds + r) * length + start, row * rounds * length + start * rounds + r * count, count
+
+
+@triton.jit
+def _digits(buckets, before, source, target, tile, count, n_buckets, shift, MASK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The digits of a tile of keys in the order that earlier digits gave; one out of range counts as the last."""
+    at = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    there = at < count
+    position = at
+    if before is not None:
+        position = tl.load(before + target + at, mask=there, other=0)
+    bucket = tl.load(buckets + source + position, mask=there, other=0)
+    bucket = tl.where((bucket < 0) | (bucket >= n_buckets), n_buckets - 1, bucket)
+    return (bucket >> shift) & MASK, there
+
+
+@triton.jit(do_not_specialize=["tiles", "sequences", "rounds", "length", "n_buckets", "shift"])
+def count_kernel(
+    buckets, before, counts, cu_seqlens, tiles, sequences, rounds, length, n_buckets, shift, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """counts [segments, digits, tiles]"""
+    tile, number = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    source, target, count = _segment(number, cu_seqlens, sequences, rounds, length)
+    digit, there = _digits(buckets, before, source, target, tile, count, n_buckets, shift, BLOCK_N - 1, BLOCK_M)
+    found = tl.histogram(digit, BLOCK_N, mask=there)
+    tl.store(counts + (number.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)) * tiles + tile, found)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def scan_kernel(counts, tiles, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Each count becomes the sum of those before it in its segment."""
+    total = tiles * BLOCK_N
+    counts += tl.program_id(0).to(tl.int64) * total
+    before = 0
+    for start in range(0, total, BLOCK_M):
+        at = start + tl.arange(0, BLOCK_M)
+        found = tl.load(counts + at, mask=at < total, other=0)
+        tl.store(counts + at, before + tl.cumsum(found, 0) - found, mask=at < total)
+        before += tl.sum(found, 0)
+
+
+@triton.jit(do_not_specialize=["tiles", "sequences", "rounds", "length", "n_buckets", "shift"])
+def place_kernel(
+    buckets, before, offsets, cu_seqlens, order, tiles, sequences, rounds, length, n_buckets, shift,
+    BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Places a tile's keys by one digit; offsets None: of the segment's only tile."""
+    tile, number = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    source, target, count = _segment(number, cu_seqlens, sequences, rounds, length)
+    digit, there = _digits(buckets, before, source, target, tile, count, n_buckets, shift, (1 << BITS) - 1, BLOCK_M)
+    i = tl.arange(0, BLOCK_M)
+    ordered = tl.sort(tl.where(there, digit * BLOCK_M + i, 2147483647))
+    there = i < count - tile * BLOCK_M
+    position = tile * BLOCK_M + (ordered & (BLOCK_M - 1))
+    to = i
+    if offsets is not None:
+        found = tl.histogram(digit, BLOCK_N, mask=tile * BLOCK_M + i < count)
+        digit = (ordered // BLOCK_M) & (BLOCK_N - 1)
+        first = tl.load(offsets + (number.to(tl.int64) * BLOCK_N + digit) * tiles + tile, mask=there, other=0)
+        to = first + i - tl.gather(tl.cumsum(found, 0) - found, digit, 0)
+    if before is not None:
+        position = tl.load(before + target + position, mask=there, other=0)
+    tl.store(order + target + to, position, mask=there)
+
+
+def bucket_order(call: OrderCall) -> Tensor:
+    """Buckets are not checked, for which the host would have to wait: one out of range counts as the last."""
+    cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.to(call.device, non_blocking=True)
+    return sort(call.buckets.contiguous(), cu_seqlens, call.longest, call.n_buckets)
+
+
+def sort(buckets: Tensor, cu_seqlens: Tensor | None, longest: int, n_buckets: int) -> Tensor:
+    """Positions of buckets [B, H, R, L], sorted; ``longest``: keys of a segment at most."""
+    batch, heads, rounds, length = buckets.shape
+    sequences = 1 if cu_seqlens is None else len(cu_seqlens) - 1
+    tiles, segments = triton.cdiv(longest, TILE), batch * heads * rounds * sequences
+    whole = tiles <= 1
+    bits = WHOLE_BITS if whole else DIGIT_BITS
+    passes = max(1, -(-(n_buckets - 1).bit_length() // bits))
+    counts = None
+    if not whole:
+        counts = torch.empty((segments, 1 << DIGIT_BITS, tiles), dtype=torch.int32, device=buckets.device)
+    before, order = None, buckets
+    for i in range(passes):
+        sizes = tiles, sequences, rounds, length, n_buckets, i * bits
+        if counts is not None:
+            launch(
+                count_kernel, segments * tiles, buckets.device, buckets, before, counts, cu_seqlens, *sizes,
+                config=CONFIG,
+            )  # fmt: skip
+            launch(scan_kernel, segments, buckets.device, counts, tiles, config=CONFIG)
+        order = torch.empty_like(buckets)
+        launch(
+            place_kernel, segments * tiles, buckets.device, buckets, before, counts, cu_seqlens, order, *sizes,
+            config=CONFIG, BITS=bits,
+        )  # fmt: skip
+        before = order
+    return order

@@ -1,0 +1,117 @@
+"""The Triton kernels, emulated, against float64 or exact oracles."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+import reformer_kernels as rk
+
+from .attention import BUCKET, DTYPES, L2, ONCE, PAPER, Attention
+from .attention import CASES as ATTENTION
+from .cases import Case, Close, EachItsOwn, Hash, NotFinite, Order, OutOfRange, Ties
+from .kernels import ARCHITECTURES
+from .ptx.kernel import SCHEDULES
+from .triton_kernels import EmulatedTriton, needs_triton
+
+pytestmark = needs_triton()
+
+HASHES: list[Case] = [
+    *(Hash(70, head_dim, (6, 10, 4), dtype, padded=True, rounds=3) for dtype in DTYPES for head_dim in (20, 65)),
+    Hash(1, 64),
+    Hash(129, 64, (2,), heads=2, batch=2, shared=True, padded=True),
+    Hash(300, 64, (64,), heads=2, layout="B L H D"),
+    Hash(100, 40, dtype=torch.float32, skip=1),
+    Hash(70, 200, (200,)),
+    Ties(),
+    *map(Close, DTYPES),
+    NotFinite(),
+    EachItsOwn(),
+]
+ORDERS: list[Case] = [
+    Order(1, 1),
+    Order(63, 2, rounds=2),
+    Order(1000, 65, heads=2, rounds=2),
+    Order(1025, 256),
+    Order(5000, 2049, heads=2),  # two digits
+    Order(300, 2**27, rounds=2),  # two of a whole tile
+    Order(1500, 30, batch=2, rounds=3, bounds=(0, 1, 1, 900, 1500)),
+    Order(5000, 300, rounds=2, bounds=(0, 100, 5000)),
+    OutOfRange(),
+]
+# Of each kind of window, rule and layout; the others are `full`, since compiling takes seconds for each.
+CHOSEN: list[Case] = [
+    *(Attention(130, dim, dtype, causal=True, chunk_length=32) for dtype, dim in product(DTYPES, (32, 64))),
+    Attention(100, 128, causal=True, chunk_length=32),
+    Attention(1),
+    Attention(150, padded=0.3, rounds=3, chunk_length=20, dropout=0.2),
+    Attention(150, padded=1.0),
+    Attention(150, dtype=torch.float32, rules=L2),
+    Attention(150, dtype=torch.float32, before=5, after=5, chunk_length=32),
+    Attention(130, dtype=torch.float32, key_heads=1, heads=3, causal=True, batch=2),
+    Attention(130, key_heads=1, heads=2, bounds=(0, 30, 130), causal=True),
+    Attention(150, dtype=torch.float32, num_queries=60, chunk_length=32),
+    Attention(90, dtype=torch.float32, rules=PAPER, chunk_length=32, n_buckets=2, before=4, after=3, rounds=1),
+    Attention(150, dtype=torch.float32, rules=ONCE, chunk_length=16, n_buckets=4, causal=True, rounds=4, after=1),
+    Attention(200, rules=PAPER, bounds=(0, 1, 1, 90, 200), after=1, chunk_length=16, **BUCKET),
+    Attention(100, 48, layout="wider rows", heads=2, batch=2),
+]
+WIDE = [Attention(100, 200, dtype, value_dim=40, causal=True) for dtype in DTYPES]
+FULL = [*(case for case in ATTENTION if case not in CHOSEN), *WIDE]
+
+
+def check(architecture: str, case: Case, schedules: tuple[dict[str, Any], ...] = SCHEDULES) -> None:
+    results = [case.check(EmulatedTriton(architecture, schedule)) for schedule in schedules]
+    assert all(result is None or torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("case", [*HASHES, *ORDERS, *CHOSEN], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_on_every_schedule(architecture: str, case: Case) -> None:
+    check(architecture, case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_more_on_every_schedule(architecture: str, case: Case) -> None:
+    check(architecture, case)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True, "dropout": 0.3}, {"rules": PAPER, "n_buckets": 4}, {"alignment": "bucket", "n_buckets": 4}],
+    ids=str,
+)
+def test_crossed_with_the_cpu(options: dict[str, Any]) -> None:
+    Attention(100, 48, torch.float32, chunk_length=24, **options).check_crossed(EmulatedTriton())
+
+
+def test_a_function_from_end_to_end() -> None:
+    x = torch.randn(1, 2, 150, 64, requires_grad=True)
+    options: dict[str, Any] = {"causal": True, "n_buckets": 4, "n_hashes": 2}
+    with EmulatedTriton().serving():
+        out = rk.lsh_attention(x, x, backend="triton", **options)
+        grad = torch.autograd.grad(out.square().sum(), x)[0]
+    expected = rk.lsh_attention(x, x, **options)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), x)[0])
+
+
+def test_without_triton() -> None:
+    program = """
+import sys
+import torch
+sys.modules["triton"] = None
+import reformer_kernels
+from reformer_kernels.backends import triton
+assert not any(name.startswith("reformer_kernels.backends.triton.") for name in sys.modules)
+print(triton.missing())
+"""
+    said = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert "triton cannot be imported" in said

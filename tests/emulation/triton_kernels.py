@@ -1,0 +1,108 @@
+"""The Triton kernels, compiled as for a GPU, with none there, and executed by the PTX emulator.
+
+Triton asks its driver for the device; here a driver says that there is one of an architecture. So its own just-in-time
+compiler makes of the backend's launches what it would make on such a GPU, with the same specialisation of arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from reformer_kernels.backends import triton as backend
+
+from . import build
+from .kernels import Emulator, Launched, storage
+from .ptx.kernel import Kernel
+
+os.environ.setdefault("TRITON_CACHE_DIR", str(build.CACHE / "triton"))
+
+
+class Driver:
+    """What Triton asks for when it compiles; the number of a device is its architecture."""
+
+    architecture = 90
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+DRIVER = Driver()
+
+
+def needs_triton() -> pytest.MarkDecorator:
+    """Skips tests where there is no Triton; in CI they fail instead."""
+    missing = backend.missing() is not None and os.environ.get("CI") != "true"
+    return pytest.mark.skipif(missing, reason="needs triton")
+
+
+@functools.cache
+def _parsed(ptx: str) -> Kernel:
+    return Kernel(ptx)
+
+
+class EmulatedTriton(Emulator):
+    """Runs the launches of the backend "triton" on tensors of the CPU."""
+
+    backend: ClassVar[str] = "triton"
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        from triton.runtime.driver import driver
+
+        from reformer_kernels.backends.triton import _launch
+
+        driver.set_active(DRIVER)
+        with (
+            patch.object(_launch, "run", self.launch),
+            patch.object(backend, "not_supported_reasons", backend.kernel_reasons),
+        ):
+            yield
+
+    def compile(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """What Triton compiles for arguments."""
+        DRIVER.architecture = int(self.architecture.removeprefix("sm_"))
+        return kernel.run(*args, grid=(1,), warmup=True, **options)
+
+    def launch(self, kernel: Any, programs: int, device: torch.device, args: tuple[Any, ...], options: Any) -> None:
+        compiled = self.compile(kernel, args, options)
+        values: list[Any] = []
+        memory: dict[int, np.ndarray] = {}
+        for parameter, value in zip(kernel.params, args, strict=False):
+            _flatten(value, compiled.src.signature[parameter.name], values, memory)
+        parsed = _parsed(compiled.asm["ptx"])
+        values += [0] * (len(parsed.parameters) - len(values))  # Triton's own scratch memory, which is not used
+        threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
+        counters = parsed.launch((programs, 1, 1), threads, values, [*memory.values()], shared, **self.schedule)
+        self.launched.append(Launched(kernel.__name__, threads, shared, counters))
+
+
+def _flatten(value: Any, kind: Any, values: list[Any], memory: dict[int, np.ndarray]) -> None:
+    """Adds what of an argument (of a kind, as in Triton's signatures) a kernel gets."""
+    if kind == "constexpr":
+        return
+    if isinstance(value, tuple):
+        for member, member_kind in zip(value, kind, strict=True):
+            _flatten(member, member_kind, values, memory)
+    elif isinstance(value, Tensor):
+        values.append(value.data_ptr())
+        memory[value.untyped_storage().data_ptr()] = storage(value, writeable=True)
+    else:
+        values.append(value)
