@@ -230,14 +230,19 @@ def select_keys(call: SelectCall) -> Tensor:
 
 def _list_inputs(call: ListCall) -> tuple[ListCall, tuple[Any, ...], tuple[Tensor | None, ...]]:
     """The call without a rest term where there are no keys for it, its arguments, and the sums of the rest term."""
-    keys = call.key.shape[2] - call.context_keys
-    call = call._replace(dropout_seed=_to_device(call.dropout_seed, call), rest_term=call.rest_term and keys > 0)
-    return call, native.list_arguments(call), _rest_sums(call, keys) if call.rest_term else (None, None, None)
+    sums = rest_sums(call)
+    call = call._replace(dropout_seed=_to_device(call.dropout_seed, call), rest_term=sums is not None)
+    return call, native.list_arguments(call), sums or (None, None, None)
 
 
-def _rest_sums(call: ListCall, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of key and value [B, Hk, n, D] and how many they are [B, n]: at each position, or of all keys."""
-    batch = call.key.shape[0]
+def rest_sums(call: ListCall) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Sums of key and value [B, Hk, n, D] and how many they are [B, n]: at each position, or of all keys.
+
+    None: the call has no rest term, or no keys for it.
+    """
+    batch, keys = call.key.shape[0], call.key.shape[2] - call.context_keys
+    if not call.rest_term or keys <= 0:
+        return None
     counted = torch.ones(batch, keys, dtype=torch.int32, device=call.device)
     if call.key_padding_mask is not None:
         counted = counted.masked_fill(call.key_padding_mask[:, :keys], 0)
@@ -266,12 +271,12 @@ def list_attention_backward(
     if call.rest_term:
         terms = [lse.new_empty((*lse.shape, x.shape[3])) for x in (call.query, call.value)]
         _ops.list_rest_backward(*arguments, *sums, grad_out, grads[0], *terms)
-        rest = tuple(_per_key(call, x) for x in terms)  # type: ignore[assignment]
+        rest = tuple(per_key(call, x) for x in terms)  # type: ignore[assignment]
     _ops.list_attention_backward(*arguments, grad_out, *rest, *grads)
     return grads
 
 
-def _per_key(call: ListCall, terms: Tensor) -> Tensor:
+def per_key(call: ListCall, terms: Tensor) -> Tensor:
     """[B, Hk, n, D] of terms [B, H, L, D]: the sum of those of all queries that may see a key, or any key."""
     terms = terms.unflatten(1, (call.key.shape[1], -1)).sum(2)
     if not call.causal:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reformer_kernels._calls import SelectCall
 from reformer_kernels._dispatch import BACKENDS
-from reformer_kernels.backends import cuda, reference
+from reformer_kernels.backends import reference
 from reformer_kernels.backends.reference_lists import EXACT_KEYS
 
 from ..kernel_oracles import assert_best
@@ -41,9 +41,10 @@ class Select(Clustered):
 
     def check(self, emulator: Emulator) -> Tensor:
         call = self.call()
+        backend = BACKENDS[emulator.backend]
         with emulator.serving():
-            assert not cuda.kernel_reasons(call)
-            lists = cuda.select_keys(call)
+            assert not backend.not_supported_reasons(call)
+            lists = backend.select_keys(call)
         if self.not_finite:
             assert torch.equal(lists, BACKENDS["cpu"].select_keys(call))
             return lists

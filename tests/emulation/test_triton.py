@@ -12,6 +12,7 @@ import torch
 
 import reformer_kernels as rk
 
+from . import lists, select
 from .attention import BUCKET, DTYPES, L2, ONCE, PAPER, Attention
 from .attention import CASES as ATTENTION
 from .cases import Case, Close, EachItsOwn, Hash, NotFinite, Order, OutOfRange, Ties
@@ -62,7 +63,9 @@ CHOSEN: list[Case] = [
     Attention(100, 48, layout="wider rows", heads=2, batch=2),
 ]
 WIDE = [Attention(100, 200, dtype, value_dim=40, causal=True) for dtype in DTYPES]
-FULL = [*(case for case in ATTENTION if case not in CHOSEN), *WIDE]
+LISTS, SELECTIONS = ([cases[i] for i in range(0, len(cases), 2)] for cases in (lists.CASES, select.CASES))
+SAMPLED = [*CHOSEN, *LISTS, *SELECTIONS]
+FULL = [case for case in (*ATTENTION, *WIDE, *lists.CASES, *select.CASES) if case not in SAMPLED]
 
 
 def check(architecture: str, case: Case, schedules: tuple[dict[str, Any], ...] = SCHEDULES) -> None:
@@ -70,7 +73,7 @@ def check(architecture: str, case: Case, schedules: tuple[dict[str, Any], ...] =
     assert all(result is None or torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("case", [*HASHES, *ORDERS, *CHOSEN], ids=str)
+@pytest.mark.parametrize("case", [*HASHES, *ORDERS, *SAMPLED], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_on_every_schedule(architecture: str, case: Case) -> None:
     check(architecture, case)

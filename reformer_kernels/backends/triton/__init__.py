@@ -6,7 +6,7 @@ import functools
 import importlib
 from typing import Any
 
-from ..._calls import AttentionCall, Call, HashCall, OrderCall
+from ..._calls import AttentionCall, Call, HashCall, ListCall, OrderCall
 from .. import cuda
 
 MAX_HEAD_DIM, MAX_CHUNKS = 256, 2**15 - 1  # chunks of all windows of a query: see attention.KEPT_BITS
@@ -16,6 +16,9 @@ _MODULES = {
     "bucket_order": "order",
     "chunk_attention": "attention",
     "chunk_attention_backward": "gradients",
+    "select_keys": "select",
+    "list_attention": "lists",
+    "list_attention_backward": "lists",
 }
 
 
@@ -55,4 +58,5 @@ def kernel_reasons(call: Call) -> list[str]:
             *cuda.row_reasons(MAX_HEAD_DIM, call.query, call.value), *cuda.chunk_reasons(MAX_CHUNKS, call),
             *cuda.rule_reasons(call),
         ]  # fmt: skip
-    return [f"this version has no Triton kernels for {call.op}"]
+    reasons = cuda.row_reasons(MAX_HEAD_DIM, call.query, call.value if isinstance(call, ListCall) else call.key)
+    return reasons if call.attn_mask is None else [*reasons, cuda.NO_MASK]

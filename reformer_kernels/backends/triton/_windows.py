@@ -217,10 +217,23 @@ def keys_of_tile(p, s, r, first, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def queries_of_tile(p, s, r, first, BLOCK_M: tl.constexpr):
+def key_slots(p, s, r):
+    """The slots of all keys of a round, or the places of all lists."""
+    if p.lists is None:
+        return Range(r * s.length, (r + 1) * s.length)
+    else:
+        return Range(0, list_rows(p, s) * p.list_length)
+
+
+@triton.jit
+def list_rows(p, s):
+    return s.rounds * tl.cdiv(s.length, p.chunk_length)
+
+
+@triton.jit
+def queries_of_tile(p, s, first, behind):
     """The slots of queries that see the keys of a tile."""
-    begin, last = r * s.length + first, r * s.length + tl.minimum(first + BLOCK_M, s.length) - 1
-    return Range(queries_of(p, s, begin, True).first, queries_of(p, s, last, True).behind)
+    return Range(queries_of(p, s, first, True).first, queries_of(p, s, behind - 1, True).behind)
 
 
 @triton.jit
@@ -261,8 +274,7 @@ def take_keys(p, s, slot, behind):
     if p.lists is None:
         position = position_of(p, s, wrapped(s, slot), there)
     else:
-        rows = s.rounds * tl.cdiv(s.length, p.chunk_length)
-        lists = p.lists + (s.b * p.heads + s.h).to(tl.int64) * rows * p.list_length
+        lists = p.lists + (s.b * p.heads + s.h).to(tl.int64) * list_rows(p, s) * p.list_length
         position = tl.load(lists + slot, mask=there, other=-1)
         there &= position >= 0
         position = tl.maximum(position, 0)

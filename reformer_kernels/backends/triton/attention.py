@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._calls import AttentionCall, empty_results
+from ..._calls import AttentionCall, ListCall, empty_results
 from .. import native
 from ..philox import drop_threshold, keep_factor
 from ._launch import Config, block_width, launch, rows
@@ -119,8 +119,8 @@ def forward_kernel(
 ):  # fmt: skip
     """A tile of queries of round r. lse [B, H, n_queries]: in base 2 until the last round, then natural.
 
-    own, int32 [B, H, n_queries]: of a query that has met nothing but its own key, how often and how often dropout kept
-    it, for it attends that key if it meets no other in any round.
+    Of shared rows own, int32 [B, H, n_queries], has of a query that has met nothing but its own key how often and how
+    often dropout kept it, for it attends that key if it meets no other in any round; then it is self_only.
     """
     tile = tl.program_id(0) % tiles
     s = take_sequence(p, tl.program_id(0) // tiles, False)
@@ -200,8 +200,6 @@ def forward_kernel(
                 nothing &= ~alone
         elif ends:
             tl.store(self_only + at, q.some & ~q.some, mask=q.some)
-    elif ends:
-        tl.store(self_only + at, q.some & ~q.some, mask=q.some)
     merged = tl.where(nothing, float("-inf"), merged)
     tl.debug_barrier()  # all have read it
     tl.store(lse + at, tl.where(ends, merged * LN2, merged), mask=q.some)
@@ -215,30 +213,37 @@ def config(width: int, element_size: int) -> Config:
     return Config(64, 64) if width <= 128 else Config(64, 32, num_stages=1)
 
 
-def problem(call: AttentionCall) -> Problem:
-    rules, ring = call.rules, call.alignment == "ring"
-    order, buckets = native.contiguous(call.order), native.contiguous(call.buckets)
+def problem(call: AttentionCall | ListCall) -> Problem:
+    """All but what windows of buckets and rules of pairs need, or lists."""
     to_device = lambda x: None if x is None else x.to(call.device, non_blocking=True)  # noqa: E731
-    shared = call.key is None
-    within, dedup = rules.within_bucket and shared and buckets is not None, rules.dedup == "log_count"
-    p = Problem(
-        order=order, padding=native.contiguous(call.key_padding_mask), cu_seqlens=to_device(call.cu_seqlens),
-        places=None, bucket_first=None, bucket_behind=None, lists=None, shown_first=None, shown_behind=None,
-        dropout_seed=to_device(call.dropout_seed) if call.dropout_p > 0 else None,
-        sequences=1 if call.cu_seqlens is None else len(call.cu_seqlens) - 1, heads=call.query.shape[1],
-        group=call.query.shape[1] // call.value.shape[1], length=call.query.shape[2], keys=call.query.shape[2],
-        rounds=1 if order is None else order.shape[2], n_queries=call.n_queries, chunk_length=call.chunk_length,
-        before=call.chunks_before, after=call.chunks_after, list_length=0, context=0,
-        drop_threshold=drop_threshold(call.dropout_p), keep_factor=keep_factor(call.dropout_p), scale=call.scale,
-        causal=call.causal, l2=rules.key_norm == "l2", mask_padded_queries=rules.mask_padded_queries,
-        shared=tl.constexpr(shared), bucket_aligned=tl.constexpr(not ring), within_bucket=tl.constexpr(within),
-        dedup=tl.constexpr(dedup),
+    order = native.contiguous(call.order)
+    heads, length = call.query.shape[1:3]
+    return Problem(
+        order=order, padding=native.contiguous(call.key_padding_mask), cu_seqlens=None, places=None, bucket_first=None,
+        bucket_behind=None, lists=None, shown_first=None, shown_behind=None,
+        dropout_seed=to_device(call.dropout_seed) if call.dropout_p > 0 else None, sequences=1, heads=heads,
+        group=heads // call.value.shape[1], length=length, keys=call.value.shape[2],
+        rounds=1 if order is None else order.shape[2], n_queries=length, chunk_length=call.chunk_length, before=0,
+        after=0, list_length=0, context=0, drop_threshold=drop_threshold(call.dropout_p),
+        keep_factor=keep_factor(call.dropout_p), scale=call.scale, causal=call.causal, l2=False,
+        mask_padded_queries=False, shared=tl.constexpr(call.key is None), bucket_aligned=tl.constexpr(False),
+        within_bucket=tl.constexpr(False), dedup=tl.constexpr(False),
     )  # fmt: skip
-    return with_windows(p, call, buckets) if within or dedup or not ring else p
 
 
-def with_windows(p: Problem, call: AttentionCall, buckets: Tensor | None) -> Problem:
-    """The problem with what windows of buckets and rules of pairs need."""
+def window_problem(call: AttentionCall) -> Problem:
+    rules, buckets, ring = call.rules, native.contiguous(call.buckets), call.alignment == "ring"
+    within, dedup = rules.within_bucket and call.key is None and buckets is not None, rules.dedup == "log_count"
+    p = problem(call)._replace(
+        n_queries=call.n_queries, before=call.chunks_before, after=call.chunks_after, l2=rules.key_norm == "l2",
+        mask_padded_queries=rules.mask_padded_queries, bucket_aligned=tl.constexpr(not ring),
+        within_bucket=tl.constexpr(within), dedup=tl.constexpr(dedup),
+    )  # fmt: skip
+    if call.cu_seqlens is not None:
+        bounds = call.cu_seqlens.to(call.device, non_blocking=True)
+        p = p._replace(cu_seqlens=bounds, sequences=len(bounds) - 1)
+    if not (within or dedup) and ring:
+        return p
     tables = [
         torch.empty((*call.query.shape[:2], p.rounds, p.length), dtype=torch.int32, device=call.device)
         for _ in range(1 if buckets is None else 3)
@@ -271,9 +276,8 @@ def factors_of(p: Problem, query: Tensor, widths: dict[str, int]) -> Tensor | No
     return factors
 
 
-def inputs_of(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, int]]:
+def inputs_of(p: Problem, call: AttentionCall | ListCall) -> tuple[tuple[Any, ...], dict[str, int]]:
     """What kernels of attention take first, and the widths of their rows."""
-    p = problem(call)
     query, value = native.rows(call.query), native.rows(call.value)
     key = query if call.key is None else native.rows(call.key)
     widths = {"D": query.shape[3], "E": value.shape[3]}
@@ -281,19 +285,22 @@ def inputs_of(call: AttentionCall) -> tuple[tuple[Any, ...], dict[str, int]]:
     return (p, rows(query), rows(key), rows(value), factors_of(p, query, widths)), widths
 
 
-def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse = empty_results(call)
-    self_only = torch.empty_like(lse, dtype=torch.bool)
-    if 0 in out.shape[:3]:
-        return out, lse, self_only
-    inputs, widths = inputs_of(call)
-    p = inputs[0]
-    plan = config(max(widths["BLOCK_D"], widths["BLOCK_E"]), call.query.element_size())
+def forward(p: Problem, call: AttentionCall | ListCall, longest: int, plan: Config, self_only: Tensor | None,
+            out: Tensor, lse: Tensor) -> None:  # fmt: skip
+    inputs, widths = inputs_of(p, call)
     own = torch.empty_like(lse, dtype=torch.int32) if call.key is None else None
-    tiles = tiles_of(call.longest, plan)
+    tiles = tiles_of(longest, plan)
     for r in range(p.rounds):
         launch(
             forward_kernel, len(call.query) * p.heads * p.sequences * tiles, call.device, *inputs, rows(out), lse, own,
             self_only, r, tiles, config=plan, **widths,
         )  # fmt: skip
+
+
+def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = empty_results(call)
+    self_only = lse.new_zeros(lse.shape, dtype=torch.bool)
+    if 0 not in out.shape[:3]:
+        plan = config(block_width(max(call.query.shape[3], out.shape[3])), call.query.element_size())
+        forward(window_problem(call), call, call.longest, plan, self_only if call.key is None else None, out, lse)
     return out, lse, self_only

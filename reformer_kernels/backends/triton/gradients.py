@@ -11,6 +11,8 @@ of dV is the dropped one and dP = drop * (dO V^T).
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +21,18 @@ from ..._calls import AttentionCall
 from .. import native
 from ._launch import Config, launch, rows
 from ._pairs import across, apply_rules, kept_factor, keys_along, queries_along, sees
-from ._windows import Queries, Range, keys_of_tile, queries_of_tile, take_keys, take_queries, take_sequence, with_head
+from ._windows import (
+    Problem,
+    Queries,
+    Range,
+    key_slots,
+    keys_of_tile,
+    queries_of_tile,
+    take_keys,
+    take_queries,
+    take_sequence,
+    with_head,
+)  # fmt: skip
 from .attention import (
     LN2,
     LOG2E,
@@ -31,6 +44,7 @@ from .attention import (
     multiply,
     row_products,
     tiles_of,
+    window_problem,
 )  # fmt: skip
 
 RESIDUALS = Config(64, 16, num_stages=1)
@@ -121,20 +135,24 @@ def grad_keys_kernel(
     p, query, key, value, factors, grad_out, lse, delta, self_only, grad_key, grad_value, r, tiles, D: tl.constexpr,
     E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys of round r; of shared rows their gradients as keys are added to those as queries."""
-    s = take_sequence(p, tl.program_id(0) // tiles, True)
-    first = tl.program_id(0) % tiles * BLOCK_M
-    if r >= s.rounds or first >= s.length:
+    """A tile of keys of round r, or of places of lists, each of which has gradients of its own.
+
+    Of shared rows their gradients as keys are added to those as queries.
+    """
+    windows: tl.constexpr = p.lists is None
+    s = take_sequence(p, tl.program_id(0) // tiles, windows)
+    slots = key_slots(p, s, r)
+    first = slots.first + tl.program_id(0) % tiles * BLOCK_M
+    if r >= s.rounds or first >= slots.behind:
         return
-    slot = r * s.length + first + tl.arange(0, BLOCK_M)
-    k = take_keys(p, s, slot, (r + 1) * s.length)
+    k = take_keys(p, s, first + tl.arange(0, BLOCK_M), slots.behind)
     ks = keys_along(k, 0)
     key_rows = load_rows(key, s.b, s.key_head, s.offset + k.position, k.some, D, BLOCK_D)
     value_rows = load_rows(value, s.b, s.key_head, s.offset + k.position, k.some, E, BLOCK_E)
     factor = load_factors(p, s, factors, k)
     grad_k, grad_v = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    visited = queries_of_tile(p, s, r, first, BLOCK_M)
-    for member in range(p.group):
+    visited = queries_of_tile(p, s, first, tl.minimum(first + BLOCK_M, slots.behind))
+    for member in range(p.group if windows else 1):
         of = with_head(p, s, s.h + member)
         for start in range(visited.first, visited.behind, BLOCK_N):
             at = start + tl.arange(0, BLOCK_N)
@@ -153,9 +171,11 @@ def grad_keys_kernel(
             grad_score = weight * (grad_weight - across(slope, 1))
             grad_v += multiply(dropped.to(grad_rows.dtype), grad_rows)
             grad_k += multiply(grad_score.to(query_rows.dtype), query_rows)
-    adds = k.some & (r > 0)
-    row = s.offset + k.position
-    add_rows(grad_value, s.b, s.key_head, row, k.some, adds, 1.0, grad_v, E, BLOCK_E)
+    if windows:
+        head, row, adds = s.key_head, s.offset + k.position, k.some & (r > 0)
+    else:
+        head, row, adds = s.h, k.slot, k.some & ~k.some
+    add_rows(grad_value, s.b, head, row, k.some, adds, 1.0, grad_v, E, BLOCK_E)
     if p.shared:
         # key = query / length: its gradient is (g - query (g . query) / length^2) / length.
         x, square = key_rows.to(tl.float32), row_products(key_rows, key_rows, k.some)
@@ -166,7 +186,7 @@ def grad_keys_kernel(
         adds |= k.some & (k.position < s.n_queries)  # which have gradients as queries
     else:
         grad_k *= p.scale
-    add_rows(grad_key, s.b, s.key_head, row, k.some, adds, 1.0, grad_k, D, BLOCK_D)
+    add_rows(grad_key, s.b, head, row, k.some, adds, 1.0, grad_k, D, BLOCK_D)
 
 
 def config(width: int, element_size: int) -> Config:
@@ -176,33 +196,46 @@ def config(width: int, element_size: int) -> Config:
     return Config(64, 32) if width <= 64 else Config(64 if width <= 128 else 32, 32, num_stages=1)
 
 
+def residuals(
+    inputs: tuple[Any, ...], widths: dict[str, int], grad_out: Tensor, out: Tensor, lse: Tensor,
+    self_only: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What kernels of gradients take first."""
+    p, query = inputs[:2]
+    exponent, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
+    launch(
+        residual_kernel, lse.shape[0] * p.heads * tiles_of(p.n_queries, RESIDUALS), lse.device, p, query,
+        rows(native.rows(out)), rows(grad_out), lse.contiguous(), self_only, exponent, delta, p.n_queries,
+        config=RESIDUALS, **widths,
+    )  # fmt: skip
+    return *inputs, rows(grad_out), exponent, delta, self_only
+
+
+def grad_queries(given: tuple[Any, ...], longest: int, plan: Config, widths: dict[str, int], grad: Tensor) -> None:
+    p, tiles = given[0], tiles_of(longest, plan)
+    for r in range(p.rounds):
+        launch(
+            grad_query_kernel, len(grad) * p.heads * p.sequences * tiles, grad.device, *given, rows(grad), r, tiles,
+            config=plan, **widths,
+        )  # fmt: skip
+
+
 def chunk_attention_backward(
     call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = native.new_gradients(call)
     if 0 in call.query.shape[:3]:
         return grads
-    inputs, widths = inputs_of(call)
-    p, query = inputs[:2]
+    inputs, widths = inputs_of(window_problem(call), call)
+    p: Problem = inputs[0]
+    alone = self_only.contiguous() if call.key is None else None
+    given = residuals(inputs, widths, native.rows(grad_out), out, lse, alone)
     plan = config(max(widths["BLOCK_D"], widths["BLOCK_E"]), call.query.element_size())
-    device, self_only, grad_out = call.device, self_only.contiguous(), native.rows(grad_out)
-    exponent, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
-    heads, tiles = call.query.shape[0] * p.heads, tiles_of(call.longest, plan)
-    launch(
-        residual_kernel, heads * triton.cdiv(p.n_queries, RESIDUALS.block_m), device, p, query,
-        rows(native.rows(out)), rows(grad_out), lse.contiguous(), self_only, exponent, delta, p.n_queries,
-        config=RESIDUALS, **widths,
-    )  # fmt: skip
-    given = *inputs, rows(grad_out), exponent, delta, self_only
-    grad_key = grads[0] if call.key is None else grads[1]
+    grad_queries(given, call.longest, plan, widths, grads[0])
+    grad_key, tiles = grads[0] if call.key is None else grads[1], tiles_of(call.longest, plan)
     for r in range(p.rounds):
         launch(
-            grad_query_kernel, heads * p.sequences * tiles, device, *given, rows(grads[0]), r, tiles, config=plan,
-            **widths,
-        )  # fmt: skip
-    for r in range(p.rounds):
-        launch(
-            grad_keys_kernel, heads // p.group * p.sequences * tiles, device, *given, rows(grad_key), rows(grads[2]), r,
-            tiles, config=plan, **widths,
+            grad_keys_kernel, len(grad_out) * (p.heads // p.group) * p.sequences * tiles, call.device, *given,
+            rows(grad_key), rows(grads[2]), r, tiles, config=plan, **widths,
         )  # fmt: skip
     return grads

@@ -38,6 +38,9 @@ def check_integers(machine: ModuleType) -> None:
         if type_[0] == "s":
             exact[f"neg.{type_} d, a0;"] = lambda x, y, z: -x
             exact[f"abs.{type_} d, a0;"] = lambda x, y, z: abs(x)
+        if type_ == "s32":
+            exact["min.relu.s32 d, a0, a1;"] = lambda x, y, z: max(min(x, y), 0)
+            exact["max.relu.s32 d, a0, a1;"] = lambda x, y, z: max(x, y, 0)
         for body, function in exact.items():
             want = [function(int(x), int(y), int(z)) for x, y, z in zip(a, b, c, strict=True)]
             assert_same_bits(lanes(machine, body, [a, b, c], dtype), _wrapped(want, dtype), body)

@@ -31,6 +31,8 @@ def _float_name(opcode: str, modifiers: Modifiers) -> str:
 def _binary(opcode: str, modifiers: Modifiers, arguments: list[str], operands: Operands) -> Instruction:
     need(arguments, 3)
     type_ = modifiers.type()
+    if type_ == "s32" and opcode in ("min", "max") and modifiers.take("relu"):
+        opcode += ".relu"
     if type_ not in FLOATS:
         return _same_type(opcode, type_, arguments, operands)
     if opcode == "div":

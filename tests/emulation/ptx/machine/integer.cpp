@@ -99,6 +99,8 @@ void add_integer(Registry& r) {
   add_signed<int16_t>(r, "s16");
   add_signed<int32_t>(r, "s32");
   add_signed<int64_t>(r, "s64");
+  r.add("min.relu.s32", binary<int32_t, int32_t, [](int32_t a, int32_t b) { return std::max(std::min(a, b), 0); }>);
+  r.add("max.relu.s32", binary<int32_t, int32_t, [](int32_t a, int32_t b) { return std::max({a, b, 0}); }>);
   add_wide<uint32_t, uint16_t>(r, "u16");
   add_wide<int32_t, int16_t>(r, "s16");
   add_wide<uint64_t, uint32_t>(r, "u32");

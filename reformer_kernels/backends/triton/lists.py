@@ -1,0 +1,231 @@
+"""Attention to lists of keys: chunk attention whose windows are lists, and the pseudo-key for what they leave out.
+
+Backward, each place of a list has gradients of its own, which are then summed up by key.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._calls import ListCall, empty_results
+from .. import cuda, native
+from . import attention, gradients
+from ._launch import Config, Rows, launch, rows
+from ._windows import Problem, Range, list_rows, position_of, take_sequence
+from .attention import add_rows, load_rows, row_products, store_rows
+from .order import sort
+
+CHUNK = 16, 64  # queries of a tile: a chunk, between these
+QUERIES = Config(16, 64, num_stages=1)  # of a program for pseudo-keys, and what it reads of their lists at a time
+PLACES = Config(1, 16, num_warps=1, num_stages=1)  # whose gradients are added up at a time
+
+
+class Rest(NamedTuple):
+    """The sums of the keys that the pseudo-key of each position stands for, or of all positions alike."""
+
+    key_sums: Rows  # [B, key heads, n, D]
+    value_sums: Rows
+    counts: Tensor  # int32 [B, n]
+    n: int
+
+
+@triton.jit
+def take_rest(p, rest, query, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile of queries of the last round: their sequence, positions, which there are, and of their pseudo-keys the
+    rows of sums, the numbers of keys that each may see, and the scores: -infinity where it saw all of them."""
+    tiles = tl.cdiv(p.length, BLOCK_M)
+    s = take_sequence(p, tl.program_id(0) // tiles, False)
+    last = s.rounds - 1
+    i = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    some = i < s.length
+    position = position_of(p, s, last * s.length + i, some)
+    head = (s.b * p.heads + s.h).to(tl.int64)
+    lists = p.lists + head * list_rows(p, s) * p.list_length
+    chunks = tl.cdiv(s.length, p.chunk_length)
+    seen = i * 0
+    for r in range(s.rounds):
+        # The first of two rounds has the order of positions.
+        chunk = r * chunks + tl.where(r == last, i, position) // p.chunk_length
+        hidden = shown(p, head * chunks + position // p.chunk_length, some & (r > 0))
+        for start in range(0, p.list_length, BLOCK_N):
+            place = start + tl.arange(0, BLOCK_N)[None, :]
+            there = some[:, None] & (place < p.list_length)
+            key = tl.load(lists + chunk[:, None] * p.list_length + place, mask=there, other=-1)
+            sees = (key >= 0) & (key < s.everyone) & ~((key >= hidden.first[:, None]) & (key < hidden.behind[:, None]))
+            if p.causal:
+                sees &= key <= position[:, None]
+            seen += tl.sum(sees.to(tl.int32), 1)
+    row = tl.minimum(position, rest.n - 1)
+    visible = tl.load(rest.counts + s.b.to(tl.int64) * rest.n + row, mask=some, other=0)
+    unseen = visible - seen
+    query_rows = load_rows(query, s.b, s.h, position, some, D, BLOCK_D)
+    sums = load_rows(rest.key_sums, s.b, s.key_head, row, some, D, BLOCK_D)
+    score = p.scale * (row_products(query_rows, sums, some) / tl.maximum(visible, 1))
+    score = tl.where(unseen > 0, score + tl.log(tl.maximum(unseen, 1).to(tl.float32)), float("-inf"))
+    return s, position, some, row, tl.maximum(visible, 1), score
+
+
+@triton.jit
+def shown(p, chunk, there):
+    """Of chunks of queries the keys that the first round has shown."""
+    if p.shown_first is None:
+        return Range(chunk * 0, chunk * 0)
+    else:
+        first = tl.load(p.shown_first + chunk, mask=there, other=0)
+        return Range(first, tl.load(p.shown_behind + chunk, mask=there, other=0))
+
+
+@triton.jit(do_not_specialize=["p", "rest"])
+def rest_forward_kernel(
+    p, rest, query, out, lse, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Merges pseudo-keys into what lists left."""
+    s, position, some, row, visible, score = take_rest(p, rest, query, D, BLOCK_D, BLOCK_M, BLOCK_N)
+    some &= score > float("-inf")
+    earlier = tl.load(lse + s.row + position, mask=some, other=0.0)
+    top = tl.where(some, tl.maximum(earlier, score), 0.0)
+    both = top + tl.log(tl.exp(earlier - top) + tl.exp(score - top))
+    before, weight = tl.exp(earlier - both), tl.exp(score - both) / visible
+    value = load_rows(rest.value_sums, s.b, s.key_head, row, some, E, BLOCK_E) * weight[:, None]
+    add_rows(out, s.b, s.h, position, some, some, before[:, None], value, E, BLOCK_E)
+    tl.debug_barrier()  # all have read lse
+    tl.store(lse + s.row + position, both, mask=some)
+
+
+@triton.jit(do_not_specialize=["p", "rest"])
+def rest_backward_kernel(
+    p, rest, query, out, grad_out, lse, grad_query, query_terms, value_terms, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds to the gradients of queries; terms are what each query gives to those of all keys that it may see."""
+    s, position, some, row, visible, score = take_rest(p, rest, query, D, BLOCK_D, BLOCK_M, BLOCK_N)
+    stands = some & (score > float("-inf"))
+    weight = tl.where(stands, tl.exp(score - tl.load(lse + s.row + position, mask=stands, other=0.0)), 0.0) / visible
+    grad_rows = load_rows(grad_out, s.b, s.h, position, some, E, BLOCK_E)
+    out_rows = load_rows(out, s.b, s.h, position, some, E, BLOCK_E)
+    values = load_rows(rest.value_sums, s.b, s.key_head, row, some, E, BLOCK_E)
+    mean = row_products(grad_rows, values, some) / visible
+    slope = weight * (mean - row_products(grad_rows, out_rows, some)) * p.scale
+    store_rows(value_terms, s.b, s.h, position, some, grad_rows.to(tl.float32) * weight[:, None], E, BLOCK_E)
+    query_rows = load_rows(query, s.b, s.h, position, some, D, BLOCK_D).to(tl.float32)
+    store_rows(query_terms, s.b, s.h, position, some, query_rows * slope[:, None], D, BLOCK_D)
+    keys = load_rows(rest.key_sums, s.b, s.key_head, row, some, D, BLOCK_D)
+    add_rows(grad_query, s.b, s.h, position, some, some, 1.0, keys * slope[:, None], D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["p", "places", "rest_rows"])
+def sum_kernel(
+    p, places_grads, order, starts, rest_grads, rest_rows, grad, places, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a key: of its places, in their order, and of the pseudo-keys that it is part of.
+
+    order int32 [B, H, places]: places by key; starts int32 [B, H, keys + 1]: where each key begins in it.
+    """
+    key_heads = p.heads // p.group
+    key, head = tl.program_id(0) % p.keys, tl.program_id(0) // p.keys
+    b, key_head = head // key_heads, head % key_heads
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    if rest_grads is not None:
+        counts = key < p.keys - p.context
+        if p.padding is not None:
+            counts &= tl.load(p.padding + b.to(tl.int64) * p.keys + key) == 0
+        row = head.to(tl.int64) * rest_rows + tl.minimum(key, rest_rows - 1)
+        total += tl.load(rest_grads + row * D + d, mask=counts & (d < D), other=0.0)
+    for h in range(key_head * p.group, (key_head + 1) * p.group):
+        query_head = (b * p.heads + h).to(tl.int64)
+        at = starts + query_head * (p.keys + 1) + key
+        begin, behind = tl.load(at), tl.load(at + 1)
+        for start in range(begin, behind, BLOCK_N):
+            i = start + tl.arange(0, BLOCK_N)
+            place = tl.load(order + query_head * places + i, mask=i < behind, other=0)
+            total += tl.sum(load_rows(places_grads, b, h, place, i < behind, D, BLOCK_D).to(tl.float32), 0)
+    to = grad.data + b.to(tl.int64) * grad.stride_b + key_head.to(tl.int64) * grad.stride_h
+    tl.store(to + key.to(tl.int64) * grad.stride_l + d, total.to(grad.data.dtype.element_ty), mask=d < D)
+
+
+def list_problem(call: ListCall) -> Problem:
+    lists, rounds = call.key_lists.contiguous(), 1 if call.order is None else call.order.shape[2]
+    p = attention.problem(call)._replace(lists=lists, list_length=lists.shape[3], context=call.context_keys)
+    if rounds == 1:
+        return p
+    first = lists[:, :, : lists.shape[2] // 2]
+    window = (first >= 0) & (first < p.keys - p.context)
+    none = torch.iinfo(torch.int32).max
+    return p._replace(
+        shown_first=first.masked_fill(~window, none).amin(-1), shown_behind=first.masked_fill(~window, -1).amax(-1) + 1
+    )
+
+
+def tile(call: ListCall, plan: Config) -> Config:
+    """With as many queries as a chunk has, for each chunk has keys of its own."""
+    low, high = CHUNK
+    return plan._replace(block_m=min(plan.block_m, max(low, min(high, triton.next_power_of_2(call.chunk_length)))))
+
+
+def _rest(call: ListCall) -> Rest | None:
+    sums = cuda.rest_sums(call)
+    return sums and Rest(rows(sums[0]), rows(sums[1]), sums[2], sums[2].shape[1])
+
+
+def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
+    out, lse = empty_results(call)
+    if 0 in out.shape[:3]:
+        return out, lse
+    p, size = list_problem(call), call.query.element_size()
+    (_, query, *_), widths = attention.inputs_of(p, call)
+    plan = tile(call, attention.config(max(widths["BLOCK_D"], widths["BLOCK_E"]), size))
+    attention.forward(p, call, p.length, plan, None, out, lse)
+    if rest := _rest(call):
+        programs = len(out) * p.heads * attention.tiles_of(p.length, QUERIES)
+        launch(rest_forward_kernel, programs, call.device, p, rest, query, rows(out), lse, config=QUERIES, **widths)
+    return out, lse
+
+
+def list_attention_backward(
+    call: ListCall, grad_out: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = native.new_gradients(call)
+    if 0 in call.query.shape[:3]:
+        return grads
+    inputs, widths = attention.inputs_of(list_problem(call), call)
+    p, query = inputs[:2]
+    grad_out, out, lse = native.rows(grad_out), native.rows(out), lse.contiguous()
+    given = gradients.residuals(inputs, widths, grad_out, out, lse, None)
+    plan = gradients.config(max(widths["BLOCK_D"], widths["BLOCK_E"]), call.query.element_size())
+    gradients.grad_queries(given, p.length, tile(call, plan), widths, grads[0])
+    rest = _rest(call)
+    rest_grads: list[Tensor | None] = [None, None]
+    if rest:
+        terms = [lse.new_empty((*lse.shape, x.shape[3])) for x in (call.query, call.value)]
+        launch(
+            rest_backward_kernel, len(out) * p.heads * attention.tiles_of(p.length, QUERIES), call.device, p, rest,
+            query, rows(out), rows(grad_out), lse, rows(grads[0]), *map(rows, terms), config=QUERIES, **widths,
+        )  # fmt: skip
+        rest_grads = [cuda.per_key(call, x).contiguous() for x in terms]
+
+    lists, heads = call.key_lists, len(out) * p.heads
+    places = lists.shape[2] * lists.shape[3]
+    grad_places = [x.new_empty((*lists.shape[:2], places, x.shape[3])) for x in (call.key, call.value)]
+    launch(
+        gradients.grad_keys_kernel, heads * attention.tiles_of(places, plan), call.device, *given,
+        *map(rows, grad_places), 0, attention.tiles_of(places, plan), config=plan, **widths,
+    )  # fmt: skip
+    keys = torch.where(lists < 0, p.keys, lists).flatten(2)
+    order = sort(keys[:, :, None], None, places, p.keys + 1).squeeze(2)
+    bounds = torch.arange(p.keys + 1, dtype=torch.int32, device=call.device).expand(*keys.shape[:2], -1).contiguous()
+    starts = torch.searchsorted(keys.gather(2, order.long()), bounds, out_int32=True)
+    for grad_place, grad, rest_grad, width in zip(grad_places, grads[1:], rest_grads, ("D", "E"), strict=True):
+        launch(
+            sum_kernel, len(out) * (p.heads // p.group) * p.keys, call.device, p, rows(grad_place), order, starts,
+            rest_grad, 0 if rest_grad is None else rest_grad.shape[2], rows(grad), places, config=PLACES,
+            D=widths[width], BLOCK_D=widths[f"BLOCK_{width}"],
+        )  # fmt: skip
+    return grads
