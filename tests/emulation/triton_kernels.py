@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -58,20 +59,24 @@ def _parsed(ptx: str) -> Kernel:
     return Kernel(ptx)
 
 
+@dataclass
 class EmulatedTriton(Emulator):
     """Runs the launches of the backend "triton" on tensors of the CPU."""
 
+    device_name: str = ""  # by which configurations are chosen
+    configs: list[tuple[str, tuple[int | None, ...]]] = field(default_factory=list)  # of what was launched
     backend: ClassVar[str] = "triton"
 
     @contextmanager
     def serving(self) -> Iterator[None]:
         from triton.runtime.driver import driver
 
-        from reformer_kernels.backends.triton import _launch
+        from reformer_kernels.backends.triton import _launch, configs
 
         driver.set_active(DRIVER)
         with (
             patch.object(_launch, "run", self.launch),
+            patch.object(configs, "_device_name", lambda device: self.device_name),
             patch.object(backend, "not_supported_reasons", backend.kernel_reasons),
         ):
             yield
@@ -92,6 +97,8 @@ class EmulatedTriton(Emulator):
         threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
         counters = parsed.launch((programs, 1, 1), threads, values, [*memory.values()], shared, **self.schedule)
         self.launched.append(Launched(kernel.__name__, threads, shared, counters))
+        names = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg"
+        self.configs.append((kernel.__name__, tuple(map(options.get, names))))
 
 
 def _flatten(value: Any, kind: Any, values: list[Any], memory: dict[int, np.ndarray]) -> None:

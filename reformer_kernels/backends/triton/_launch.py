@@ -16,6 +16,7 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None  # of a thread; None: what the assembler finds best
 
 
 class Rows(NamedTuple):
@@ -40,11 +41,13 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, config:
     """Compiles (once for each kind of arguments) and starts a kernel, unless there is nothing to do."""
     if programs <= 0:
         return
-    block_m, block_n, num_warps, num_stages = config
-    run(
-        kernel, programs, device, args,
-        {**constants, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages},
-    )  # fmt: skip
+    options = {
+        **constants, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }  # fmt: skip
+    if config.max_registers and torch.version.hip is None:
+        options["maxnreg"] = config.max_registers
+    run(kernel, programs, device, args, options)
 
 
 def run(kernel: Any, programs: int, device: torch.device, args: tuple[Any, ...], options: dict[str, Any]) -> None:

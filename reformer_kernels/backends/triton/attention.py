@@ -14,7 +14,8 @@ from .. import native
 from ..philox import drop_threshold, keep_factor
 from ._launch import Config, block_width, launch, rows
 from ._pairs import across, apply_rules, kept_factor, keys_along, queries_along, sees
-from ._windows import Problem, keys_of_tile, position_of, same_bucket, take_keys, take_queries, take_sequence
+from ._windows import NOBODY, Problem, keys_of_tile, position_of, same_bucket, take_keys, take_queries, take_sequence
+from .configs import LONG_CHUNK, Kind, choose, seconds
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -61,6 +62,12 @@ def row_products(a, b, there):
 @triton.jit
 def multiply(a, b):
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def anew(x, start):
+    """Rows that do not change in a loop. As float32 a thread would keep all that it multiplies in registers."""
+    return tl.where(start > NOBODY, x, 0.0) if x.dtype == tl.float32 else x
 
 
 @triton.jit(do_not_specialize=["p", "heads", "length"])
@@ -140,7 +147,7 @@ def forward_kernel(
         k = take_keys(p, s, start + tl.arange(0, BLOCK_N), visited.behind)
         ks = keys_along(k, 1)
         key_rows = load_rows(key, s.b, s.key_head, s.offset + k.position, k.some, D, BLOCK_D)
-        score = multiply(query_rows, tl.trans(key_rows)) * across(load_factors(p, s, factors, k), 1)
+        score = multiply(anew(query_rows, start), tl.trans(key_rows)) * across(load_factors(p, s, factors, k), 1)
         score = tl.where(sees(qs, ks), apply_rules(p, s, qs, ks, score), float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         # Of a row that sees nothing yet all exponentials are to be 0.
@@ -206,11 +213,18 @@ def forward_kernel(
     add_rows(out, s.b, s.h, s.offset + q.position, q.some, earlier > float("-inf"), before[:, None], result, E, BLOCK_E)
 
 
-def config(width: int, element_size: int) -> Config:
-    """For rows of a width: what shared memory and registers hold without spilling; float32 is multiplied by FFMA."""
-    if element_size == 4:
-        return Config(32, 32, num_stages=1)
-    return Config(64, 64) if width <= 128 else Config(64, 32, num_stages=1)
+def kind_of(kernel: str, p: Problem, call: AttentionCall | ListCall, widths: dict[str, int]) -> Kind:
+    return Kind(
+        kernel, call.query.element_size(), max(widths["BLOCK_D"], widths["BLOCK_E"]),
+        p.places is not None or p.dropout_seed is not None, p.lists is None and p.chunk_length >= LONG_CHUNK,
+    )  # fmt: skip
+
+
+def of_chunks(p: Problem, plan: Config) -> Config:
+    """With no more queries in a tile than a chunk has, if each chunk has keys of its own."""
+    if p.lists is None:
+        return plan
+    return plan._replace(block_m=min(plan.block_m, max(16, triton.next_power_of_2(p.chunk_length))))
 
 
 def problem(call: AttentionCall | ListCall) -> Problem:
@@ -285,22 +299,28 @@ def inputs_of(p: Problem, call: AttentionCall | ListCall) -> tuple[tuple[Any, ..
     return (p, rows(query), rows(key), rows(value), factors_of(p, query, widths)), widths
 
 
-def forward(p: Problem, call: AttentionCall | ListCall, longest: int, plan: Config, self_only: Tensor | None,
-            out: Tensor, lse: Tensor) -> None:  # fmt: skip
+def forward(p: Problem, call: AttentionCall | ListCall, longest: int, self_only: Tensor | None, out: Tensor,
+            lse: Tensor) -> None:  # fmt: skip
     inputs, widths = inputs_of(p, call)
     own = torch.empty_like(lse, dtype=torch.int32) if call.key is None else None
-    tiles = tiles_of(longest, plan)
-    for r in range(p.rounds):
+
+    def start(r: int, plan: Config) -> None:
+        plan = of_chunks(p, plan)
+        tiles = tiles_of(longest, plan)
         launch(
             forward_kernel, len(call.query) * p.heads * p.sequences * tiles, call.device, *inputs, rows(out), lse, own,
             self_only, r, tiles, config=plan, **widths,
         )  # fmt: skip
+
+    kind = kind_of("forward", p, call, widths)
+    plan = choose(kind, call.device, lambda plan: seconds(lambda: start(0, plan)))
+    for r in range(p.rounds):
+        start(r, plan)
 
 
 def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     out, lse = empty_results(call)
     self_only = lse.new_zeros(lse.shape, dtype=torch.bool)
     if 0 not in out.shape[:3]:
-        plan = config(block_width(max(call.query.shape[3], out.shape[3])), call.query.element_size())
-        forward(window_problem(call), call, call.longest, plan, self_only if call.key is None else None, out, lse)
+        forward(window_problem(call), call, call.longest, self_only if call.key is None else None, out, lse)
     return out, lse, self_only

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._calls import AttentionCall
+from ..._calls import AttentionCall, ListCall
 from .. import native
 from ._launch import Config, launch, rows
 from ._pairs import across, apply_rules, kept_factor, keys_along, queries_along, sees
@@ -37,15 +38,19 @@ from .attention import (
     LN2,
     LOG2E,
     add_rows,
+    anew,
     inputs_of,
     key_length,
+    kind_of,
     load_factors,
     load_rows,
     multiply,
+    of_chunks,
     row_products,
     tiles_of,
     window_problem,
 )  # fmt: skip
+from .configs import choose, seconds
 
 RESIDUALS = Config(64, 16, num_stages=1)
 
@@ -120,9 +125,9 @@ def grad_query_kernel(
         key_rows = load_rows(key, s.b, s.key_head, s.offset + k.position, k.some, D, BLOCK_D)
         value_rows = load_rows(value, s.b, s.key_head, s.offset + k.position, k.some, E, BLOCK_E)
         factor = across(load_factors(p, s, factors, k), 1)
-        score = multiply(query_rows, tl.trans(key_rows)) * factor
+        score = multiply(anew(query_rows, start), tl.trans(key_rows)) * factor
         weight = weights(p, s, qs, ks, score, across(exponent, 0), across(alone, 0))
-        grad_weight = multiply(grad_rows, tl.trans(value_rows))
+        grad_weight = multiply(anew(grad_rows, start), tl.trans(value_rows))
         if p.dropout_seed is not None:
             grad_weight *= kept_factor(p, s, qs, ks)
         grad_score = weight * (grad_weight - across(slope, 0)) * (factor * LN2)
@@ -161,9 +166,9 @@ def grad_keys_kernel(
             qs = queries_along(q, 1)
             query_rows = load_rows(query, of.b, of.h, of.offset + q.position, q.some, D, BLOCK_D)
             grad_rows = load_rows(grad_out, of.b, of.h, of.offset + q.position, q.some, E, BLOCK_E)
-            score = multiply(key_rows, tl.trans(query_rows)) * across(factor, 0)
+            score = multiply(anew(key_rows, start), tl.trans(query_rows)) * across(factor, 0)
             weight = weights(p, of, qs, ks, score, across(exponent, 1), across(alone, 1))
-            grad_weight = multiply(value_rows, tl.trans(grad_rows))
+            grad_weight = multiply(anew(value_rows, start), tl.trans(grad_rows))
             dropped = weight
             if p.dropout_seed is not None:
                 kept = kept_factor(p, of, qs, ks)
@@ -189,13 +194,6 @@ def grad_keys_kernel(
     add_rows(grad_key, s.b, head, row, k.some, adds, 1.0, grad_k, D, BLOCK_D)
 
 
-def config(width: int, element_size: int) -> Config:
-    """As for the forward, with twice as many rows and results."""
-    if element_size == 4:
-        return Config(32, 16, num_stages=1)
-    return Config(64, 32) if width <= 64 else Config(64 if width <= 128 else 32, 32, num_stages=1)
-
-
 def residuals(
     inputs: tuple[Any, ...], widths: dict[str, int], grad_out: Tensor, out: Tensor, lse: Tensor,
     self_only: Tensor | None,
@@ -211,13 +209,50 @@ def residuals(
     return *inputs, rows(grad_out), exponent, delta, self_only
 
 
-def grad_queries(given: tuple[Any, ...], longest: int, plan: Config, widths: dict[str, int], grad: Tensor) -> None:
-    p, tiles = given[0], tiles_of(longest, plan)
-    for r in range(p.rounds):
+def grad_queries(
+    given: tuple[Any, ...], call: AttentionCall | ListCall, longest: int, widths: dict[str, int], grad: Tensor
+) -> None:
+    p: Problem = given[0]
+
+    def start(r: int, plan: Config) -> None:
+        plan = of_chunks(p, plan)
+        tiles = tiles_of(longest, plan)
         launch(
             grad_query_kernel, len(grad) * p.heads * p.sequences * tiles, grad.device, *given, rows(grad), r, tiles,
             config=plan, **widths,
         )  # fmt: skip
+
+    kind = kind_of("grad_query", p, call, widths)
+    plan = choose(kind, call.device, lambda plan: seconds(lambda: start(0, plan)))
+    for r in range(p.rounds):
+        start(r, plan)
+
+
+def grad_keys(
+    given: tuple[Any, ...], call: AttentionCall | ListCall, longest: int, rounds: int, widths: dict[str, int],
+    grads: tuple[Tensor, Tensor],
+) -> None:  # fmt: skip
+    """
+    Args:
+        longest: keys of a sequence, or places.
+    """
+    p: Problem = given[0]
+    heads = p.heads // p.group if p.lists is None else p.heads
+
+    def start(r: int, plan: Config, grads: tuple[Tensor, Tensor]) -> None:
+        tiles = tiles_of(longest, plan)
+        launch(
+            grad_keys_kernel, len(call.query) * heads * p.sequences * tiles, call.device, *given, *map(rows, grads), r,
+            tiles, config=plan, **widths,
+        )  # fmt: skip
+
+    def measure(plan: Config) -> float:
+        others = torch.empty_like(grads[0]), torch.empty_like(grads[1])  # what is added to shall not be added twice
+        return seconds(lambda: start(0, plan, others))
+
+    plan = choose(kind_of("grad_keys", p, call, widths), call.device, measure)
+    for r in range(rounds):
+        start(r, plan, grads)
 
 
 def chunk_attention_backward(
@@ -227,15 +262,9 @@ def chunk_attention_backward(
     if 0 in call.query.shape[:3]:
         return grads
     inputs, widths = inputs_of(window_problem(call), call)
-    p: Problem = inputs[0]
     alone = self_only.contiguous() if call.key is None else None
     given = residuals(inputs, widths, native.rows(grad_out), out, lse, alone)
-    plan = config(max(widths["BLOCK_D"], widths["BLOCK_E"]), call.query.element_size())
-    grad_queries(given, call.longest, plan, widths, grads[0])
-    grad_key, tiles = grads[0] if call.key is None else grads[1], tiles_of(call.longest, plan)
-    for r in range(p.rounds):
-        launch(
-            grad_keys_kernel, len(grad_out) * (p.heads // p.group) * p.sequences * tiles, call.device, *given,
-            rows(grad_key), rows(grads[2]), r, tiles, config=plan, **widths,
-        )  # fmt: skip
+    grad_queries(given, call, call.longest, widths, grads[0])
+    of_keys = grads[0] if call.key is None else grads[1]
+    grad_keys(given, call, call.longest, inputs[0].rounds, widths, (of_keys, grads[2]))
     return grads

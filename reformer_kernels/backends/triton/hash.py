@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..._calls import HashCall
 from .. import native
-from ._launch import Config, block_width, launch, rows
+from ._launch import block_width, launch, rows
+from .configs import Kind, choose
 
 
 @triton.jit
@@ -76,11 +77,6 @@ def hash_kernel(
         tl.store(buckets + (head.to(tl.int64) * rounds + r) * length + token, bucket, mask=there)
 
 
-def config(head_dim: int, factors: tuple[int, ...], element_size: int) -> Config:
-    columns = min(64, triton.next_power_of_2(max(factors) // 2))
-    return Config(64 if element_size == 4 or head_dim > 128 else 128, max(16, columns), num_stages=1)
-
-
 def hash_buckets(call: HashCall) -> Tensor:
     rotations, factors = call.resolve()
     x = native.rows(call.x)
@@ -89,13 +85,15 @@ def hash_buckets(call: HashCall) -> Tensor:
     rounds, columns = rotations.shape[3:]
     strides = [0 if rotations.shape[i] == 1 else rotations.stride(i) for i in range(2)]
     buckets = torch.empty((batch, heads, rounds, length), dtype=torch.int32, device=x.device)
-    plan = config(head_dim, factors, x.element_size())
+    width = block_width(head_dim)
+    plan = choose(Kind("hash", x.element_size(), width), x.device)
+    plan = plan._replace(block_n=min(plan.block_n, block_width(max(factors) // 2)))
     padded_bucket = 1
     for factor in factors:
         padded_bucket *= factor
     launch(
         hash_kernel, batch * heads * triton.cdiv(length, plan.block_m), x.device,
         rows(x), rotations, native.contiguous(call.key_padding_mask), buckets, factors, *strides, heads, length, rounds,
-        columns, padded_bucket, config=plan, D=head_dim, BLOCK_D=block_width(head_dim),
+        columns, padded_bucket, config=plan, D=head_dim, BLOCK_D=width,
     )  # fmt: skip
     return buckets

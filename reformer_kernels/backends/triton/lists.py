@@ -20,7 +20,6 @@ from ._windows import Problem, Range, list_rows, position_of, take_sequence
 from .attention import add_rows, load_rows, row_products, store_rows
 from .order import sort
 
-CHUNK = 16, 64  # queries of a tile: a chunk, between these
 QUERIES = Config(16, 64, num_stages=1)  # of a program for pseudo-keys, and what it reads of their lists at a time
 PLACES = Config(1, 16, num_warps=1, num_stages=1)  # whose gradients are added up at a time
 
@@ -164,12 +163,6 @@ def list_problem(call: ListCall) -> Problem:
     )
 
 
-def tile(call: ListCall, plan: Config) -> Config:
-    """With as many queries as a chunk has, for each chunk has keys of its own."""
-    low, high = CHUNK
-    return plan._replace(block_m=min(plan.block_m, max(low, min(high, triton.next_power_of_2(call.chunk_length)))))
-
-
 def _rest(call: ListCall) -> Rest | None:
     sums = cuda.rest_sums(call)
     return sums and Rest(rows(sums[0]), rows(sums[1]), sums[2], sums[2].shape[1])
@@ -179,10 +172,9 @@ def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
     out, lse = empty_results(call)
     if 0 in out.shape[:3]:
         return out, lse
-    p, size = list_problem(call), call.query.element_size()
+    p = list_problem(call)
     (_, query, *_), widths = attention.inputs_of(p, call)
-    plan = tile(call, attention.config(max(widths["BLOCK_D"], widths["BLOCK_E"]), size))
-    attention.forward(p, call, p.length, plan, None, out, lse)
+    attention.forward(p, call, p.length, None, out, lse)
     if rest := _rest(call):
         programs = len(out) * p.heads * attention.tiles_of(p.length, QUERIES)
         launch(rest_forward_kernel, programs, call.device, p, rest, query, rows(out), lse, config=QUERIES, **widths)
@@ -199,8 +191,7 @@ def list_attention_backward(
     p, query = inputs[:2]
     grad_out, out, lse = native.rows(grad_out), native.rows(out), lse.contiguous()
     given = gradients.residuals(inputs, widths, grad_out, out, lse, None)
-    plan = gradients.config(max(widths["BLOCK_D"], widths["BLOCK_E"]), call.query.element_size())
-    gradients.grad_queries(given, p.length, tile(call, plan), widths, grads[0])
+    gradients.grad_queries(given, call, p.length, widths, grads[0])
     rest = _rest(call)
     rest_grads: list[Tensor | None] = [None, None]
     if rest:
@@ -211,13 +202,10 @@ def list_attention_backward(
         )  # fmt: skip
         rest_grads = [cuda.per_key(call, x).contiguous() for x in terms]
 
-    lists, heads = call.key_lists, len(out) * p.heads
+    lists = call.key_lists
     places = lists.shape[2] * lists.shape[3]
     grad_places = [x.new_empty((*lists.shape[:2], places, x.shape[3])) for x in (call.key, call.value)]
-    launch(
-        gradients.grad_keys_kernel, heads * attention.tiles_of(places, plan), call.device, *given,
-        *map(rows, grad_places), 0, attention.tiles_of(places, plan), config=plan, **widths,
-    )  # fmt: skip
+    gradients.grad_keys(given, call, places, 1, widths, (grad_places[0], grad_places[1]))
     keys = torch.where(lists < 0, p.keys, lists).flatten(2)
     order = sort(keys[:, :, None], None, places, p.keys + 1).squeeze(2)
     bounds = torch.arange(p.keys + 1, dtype=torch.int32, device=call.device).expand(*keys.shape[:2], -1).contiguous()

@@ -19,7 +19,8 @@ from .. import native
 from ..reference_lists import CHOSEN_BLOCKS, EXACT_KEYS, KEY_BLOCK, SUBGROUPS
 from ._launch import Config, Rows, block_width, launch, rows
 from ._windows import HIDDEN, Range
-from .attention import LOG2E, load_rows, multiply
+from .attention import LOG2E, anew, load_rows, multiply
+from .configs import Kind, choose
 
 BLOCK = tl.constexpr(KEY_BLOCK)
 GROUPS = tl.constexpr(SUBGROUPS)
@@ -180,9 +181,11 @@ def key_of(c, chunk_row, i, there):
 
 @triton.jit
 def take_scores(
-    p, c, b, key_head, chunk_row, i, candidates, high, low, largest, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Keys of candidates i, and the scores of mean queries (two terms) in base 2; -infinity: not to be taken."""
+    p, c, b, key_head, chunk_row, start, candidates, high, low, largest, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Keys of candidates, and the scores of mean queries (two terms) in base 2; -infinity: not to be taken."""
+    i = start + tl.arange(0, BLOCK_N)
     there = i < candidates
     key = key_of(c, chunk_row, i, there)
     there &= key < c.n
@@ -193,7 +196,7 @@ def take_scores(
         size = tl.load(c.sizes + head * c.n + key, mask=there, other=0)
         extra = tl.where(size > 0, tl.log2(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
     key_rows = tl.trans(load_rows(c.rows, b, key_head, key, there, D, BLOCK_D))
-    score = multiply(high, key_rows)
+    score = multiply(anew(high, start), key_rows)
     if low is not None:
         score += multiply(low, key_rows)
     score = score * (p.scale * LOG2E) + extra[None, :]
@@ -247,8 +250,7 @@ def weigh_kernel(
         candidates = tl.load(c.filled + chunk_row) * BLOCK
     top, exponentials = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, candidates, BLOCK_N):
-        i = start + tl.arange(0, BLOCK_N)
-        _, score = take_scores(p, c, b, key_head, chunk_row, i, candidates, high, low, largest, D, BLOCK_D)
+        _, score = take_scores(p, c, b, key_head, chunk_row, start, candidates, high, low, largest, D, BLOCK_D, BLOCK_N)
         higher = tl.maximum(top, tl.max(score, 1))
         exponentials = exponentials * tl.exp2(top - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
         top = higher
@@ -261,7 +263,9 @@ def weigh_kernel(
     to = totals + (tl.program_id(0) * UNIT + own).to(tl.int64)[:, None] * stride
     for start in range(0, candidates, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
-        key, score = take_scores(p, c, b, key_head, chunk_row, i, candidates, high, low, largest, D, BLOCK_D)
+        key, score = take_scores(
+            p, c, b, key_head, chunk_row, start, candidates, high, low, largest, D, BLOCK_D, BLOCK_N
+        )
         share = (count > 0).to(tl.float32)[:, None]
         if NEW:
             share = new_shares(p, members, count, smallest, key, WINDOWS)
@@ -358,16 +362,10 @@ def take_kernel(p, c, t, totals, first_unit, stride, UNIT: tl.constexpr, BLOCK_M
         tl.store(t.filled + chunk_row, written)
 
 
-def config(width: int, element_size: int) -> Config:
-    """For rows of a width; see attention.config."""
-    if element_size == 4:
-        return Config(32, 32, num_stages=1)
-    return Config(64, 64, num_stages=1) if width <= 128 else Config(64, 32, num_stages=1)
-
-
 def take(p: Chunks, c: Candidates, lists: Lists, batch: int, widths: dict[str, int]) -> None:
     """Weighs candidates (where there are any) and takes the best ones of all chunks, a slice at a time."""
-    plan, unit, windows = config(widths["BLOCK_D"], c.rows.data.element_size()), 1, p.rounds > 1
+    plan = choose(Kind("weigh", c.rows.data.element_size(), widths["BLOCK_D"]), p.members.device)
+    unit, windows = 1, p.rounds > 1
     if c.chosen is not None:
         plan = plan._replace(block_m=16)
     else:
