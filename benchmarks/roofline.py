@@ -21,7 +21,7 @@ from reformer_kernels.backends import cuda
 
 from .report import table
 
-BUDGETS = json.loads((Path(__file__).parent / "budgets.json").read_text())["sm_90"]["problems"]
+BUDGETS = json.loads((Path(__file__).parent / "budgets.json").read_text())["cuda"]["sm_90"]["problems"]
 ELEMENT = 2  # bytes of bfloat16
 
 

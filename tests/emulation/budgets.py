@@ -67,11 +67,10 @@ def _attention(
     )
     name = f"{str(dtype)[6:]}, L {length}, D {head_dim}, C {chunk_length}, R {rounds}"
     tokens = length * rounds
-    for part, kernels, bytes in (("forward", "forward", forward), ("backward", "residual|grad", backward)):
+    for part, kernels, bytes in (("forward", "forward|factor", forward), ("backward", "residual|grad", backward)):
         yield Problem(
-            f"attention {part}, {name}", case, "64 tokens of a round", tokens / 64, tokens, bytes,
-            kernels=f"attention_({kernels})",
-        )  # fmt: skip
+            f"attention {part}, {name}", case, "64 tokens of a round", tokens / 64, tokens, bytes, kernels=kernels
+        )
 
 
 def _select(length: int, keys: int, dtype: torch.dtype, budget: int = 256) -> Problem:
@@ -118,12 +117,14 @@ class Resources:
 def resources(source: str, architecture: str) -> dict[str, Resources]:
     """Of each kernel, by mangled name."""
     report = build.ptxas_report(SOURCES[source], architecture, [CSRC])
-    found = {}
-    for part in report.split("Compiling entry function '")[1:]:
-        number = lambda pattern, part=part: int(m[1]) if (m := re.search(pattern, part)) else 0  # noqa: E731
-        spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-        found[part.split("'")[0]] = Resources(number(r"Used (\d+) registers"), spilled, number(r"(\d+) bytes smem"))
-    return found
+    return {part.split("'")[0]: reported(part) for part in report.split("Compiling entry function '")[1:]}
+
+
+def reported(by_ptxas: str) -> Resources:
+    """What ptxas says of a kernel."""
+    number = lambda pattern: int(m[1]) if (m := re.search(pattern, by_ptxas)) else 0  # noqa: E731
+    spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    return Resources(number(r"Used (\d+) registers"), spilled, number(r"(\d+) bytes smem"))
 
 
 def readable(mangled: str) -> str:
@@ -143,21 +144,20 @@ def occupancy(uses: Resources, threads: int, dynamic_shared_bytes: int, device: 
 
 def _compiled(source: str, architecture: str, launched: dict[str, Launched]) -> Iterator[tuple[str, dict[str, int]]]:
     for mangled, uses in resources(source, architecture).items():
-        launch = launched[mangled]
-        blocks = occupancy(uses, launch.threads, launch.shared_bytes, DEVICES[architecture])
-        yield (
-            readable(mangled),
-            {
-                "registers": uses.registers,
-                "spilled_bytes": uses.spilled_bytes,
-                "threads": launch.threads,
-                "shared_bytes": uses.static_shared_bytes + launch.shared_bytes,
-                "blocks": blocks,
-            },
-        )
+        yield readable(mangled), compiled_costs(uses, launched[mangled], architecture)
 
 
-def _executed(problem: Problem, emulator: Emulator) -> dict[str, Any]:
+def compiled_costs(uses: Resources, launch: Launched, architecture: str) -> dict[str, int]:
+    return {
+        "registers": uses.registers,
+        "spilled_bytes": uses.spilled_bytes,
+        "threads": launch.threads,
+        "shared_bytes": uses.static_shared_bytes + launch.shared_bytes,
+        "blocks": occupancy(uses, launch.threads, launch.shared_bytes, DEVICES[architecture]),
+    }
+
+
+def executed_costs(problem: Problem, emulator: Emulator) -> dict[str, Any]:
     counted = [launch.counters for launch in emulator.launched if re.search(problem.kernels, launch.name)]
     total = lambda name: sum(getattr(counters, name) for counters in counted)  # noqa: E731
     return {
@@ -180,7 +180,7 @@ def measure(architecture: str) -> dict[str, dict[str, Any]]:
         if problem.case not in emulators:
             emulators[problem.case] = Emulator(architecture, device=DEVICES[architecture])
             problem.case.check(emulators[problem.case])
-        problems[problem.name] = _executed(problem, emulators[problem.case])
+        problems[problem.name] = executed_costs(problem, emulators[problem.case])
     # Of kernels that no problem has, what a case launches.
     others = Emulator(architecture, device=DEVICES[architecture])
     for source, cases in {"attention": attention.CASES, "lists": lists.CASES, "select": select.CASES}.items():
@@ -195,19 +195,11 @@ def nvcc_release() -> str:
     said = subprocess.run([str(build.nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release ([\d.]+)", said)
     assert found, f"nvcc --version names no release: {said}"
-    return found[1]
+    return f"nvcc {found[1]}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"write {FILE.relative_to(build.ROOT)}")
-    now: dict[str, Any] = {"nvcc": nvcc_release()} | {
-        architecture: measure(architecture) for architecture in ARCHITECTURES
-    }
-    if parser.parse_args().write:
-        FILE.write_text(json.dumps(now, indent=1) + "\n")
-        return
-    budget = json.loads(FILE.read_text()) if FILE.exists() else {}
+def report(now: dict[str, Any], budget: dict[str, Any]) -> None:
+    """Prints costs of architectures beside their budgets."""
     for architecture in ARCHITECTURES:
         for part, rows in now[architecture].items():
             for name, costs in rows.items():
@@ -216,6 +208,25 @@ def main() -> None:
                     f"{k} {v}" + (f" (budget {before.get(k)})" if before.get(k) != v else "") for k, v in costs.items()
                 ]
                 print(f"{architecture} {name}: {', '.join(told)}")
+
+
+def main() -> None:
+    from . import triton_budgets
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"write {FILE.relative_to(build.ROOT)}")
+    parser.add_argument("--only", choices=("cuda", "triton"), help="of these kernels alone")
+    arguments = parser.parse_args()
+    budget = json.loads(FILE.read_text()) if FILE.exists() else {}
+    for backend, compiler, measured in (
+        ("cuda", nvcc_release, measure), ("triton", triton_budgets.release, triton_budgets.measure)
+    ):  # fmt: skip
+        if arguments.only in (None, backend):
+            now = {"compiler": compiler()} | {architecture: measured(architecture) for architecture in ARCHITECTURES}
+            report(now, budget.get(backend, {}))
+            budget[backend] = now
+    if arguments.write:
+        FILE.write_text(json.dumps(budget, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from .budgets import COMPILED, FILE, PROBLEMS, Resources, measure, nvcc_release, occupancy, readable
+from . import triton_budgets
+from .budgets import COMPILED, FILE, PROBLEMS, Problem, Resources, measure, nvcc_release, occupancy, readable
 from .kernels import ARCHITECTURES, DEVICES, SOURCES, entries, needs_nvcc
+from .triton_kernels import needs_triton
 
-pytestmark = needs_nvcc()
 
-
+@needs_nvcc()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_costs(architecture: str) -> None:
     now = measure(architecture)
     compiled = {readable(name) for source in COMPILED for name in entries(SOURCES[source], architecture)}
     assert set(now["kernels"]) == compiled
-    assert_limits(now)
-    budget = json.loads(FILE.read_text())
-    if budget["nvcc"] != nvcc_release():
-        pytest.skip(f"within the limits; the budgets are those of nvcc {budget['nvcc']}")
-    excess = over_budget(now, budget[architecture])
+    assert_kept("cuda", architecture, now, PROBLEMS, nvcc_release())
+
+
+@needs_triton()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_costs_of_triton_kernels(architecture: str) -> None:
+    now = triton_budgets.measure(architecture)
+    assert_kept("triton", architecture, now, triton_budgets.PROBLEMS, triton_budgets.release())
+
+
+def assert_kept(
+    backend: str, architecture: str, costs: dict[str, Any], problems: Sequence[Problem], compiler: str
+) -> None:
+    assert_limits(costs, problems)
+    budget = json.loads(FILE.read_text())[backend]
+    if budget["compiler"] != compiler:
+        pytest.skip(f"within the limits; the budgets are those of {budget['compiler']}")
+    excess = over_budget(costs, budget[architecture])
     assert not excess, f"python -m tests.emulation.budgets --write, if that is as it should be: {excess}"
 
 
-def assert_limits(costs: dict[str, Any]) -> None:
+def assert_limits(costs: dict[str, Any], problems: Sequence[Problem]) -> None:
     for name, kernel in costs["kernels"].items():
         assert kernel["spilled_bytes"] == 0, name
         assert kernel["blocks"] >= 1, name
-    for problem in PROBLEMS:
+    for problem in problems:
         found = costs["problems"][problem.name]
         assert found["sectors_by_ideal"] <= problem.sectors, problem.name
         assert found["wavefronts_by_ideal"] <= problem.wavefronts, problem.name

@@ -38,7 +38,7 @@ class Kind(NamedTuple):
 
 # (kernel, bytes of an element, rules): (largest width, configuration, the same for long chunks). For each the emulator
 # counted instructions and traffic, and none spills on sm_80 and sm_90; see benchmarks/budgets.json.
-_FLOAT_WIDE = (128, Config(32, 16, 8, 1, 255), None), (256, Config(16, 32, 8, 1, 255), None)
+_FLOAT_WIDE = (128, Config(32, 16, 8, 1, 255), None), (256, Config(16, 16, 8, 1, 255), None)
 _FLOAT = (64, Config(32, 32, 4, 1, 255), None), *_FLOAT_WIDE
 _HALF_64 = 64, Config(64, 32, 4, 2), Config(128, 32, 8, 2)
 _HALF_256 = 256, Config(32, 32, 8, 1), None
@@ -52,7 +52,7 @@ TABLE: dict[tuple[str, int, bool], tuple[tuple[int, Config, Config | None], ...]
     ("grad_query", 4, False): _FLOAT,
     ("grad_keys", 4, False): _FLOAT_WIDE,
     **{(kernel, 4, True): _FLOAT_WIDE for kernel in ("forward", "grad_query", "grad_keys")},
-    ("hash", 2, False): ((64, Config(128, 64, 4, 1), None), (256, Config(64, 16, 4, 1), None)),
+    ("hash", 2, False): ((64, Config(128, 32, 4, 1), None), (256, Config(64, 16, 4, 1), None)),
     ("hash", 4, False): ((256, Config(32, 32, 4, 1, 255), None),),
     ("weigh", 2, False): ((128, Config(64, 64, 4, 1), None), (256, Config(64, 32, 4, 1), None)),
     ("weigh", 4, False): ((256, Config(32, 32, 4, 1, 255), None),),

@@ -20,7 +20,7 @@ from ._windows import Problem, Range, list_rows, position_of, take_sequence
 from .attention import add_rows, load_rows, row_products, store_rows
 from .order import sort
 
-QUERIES = Config(16, 64, num_stages=1)  # of a program for pseudo-keys, and what it reads of their lists at a time
+QUERIES = Config(16, 64, 4, 1, 168)  # of a program for pseudo-keys, and what it reads of their lists at a time
 PLACES = Config(1, 16, num_warps=1, num_stages=1)  # whose gradients are added up at a time
 
 

@@ -10,10 +10,9 @@ from torch import Tensor
 from ..._calls import OrderCall
 from ._launch import Config, launch
 
-TILE_BITS, DIGIT_BITS = 10, 8
-TILE = 1 << TILE_BITS
+TILE_BITS = 10
+LEAST_BITS, MOST_BITS = 4, 10  # of a digit; keys have as few and as equal digits as that allows
 WHOLE_BITS = 30 - TILE_BITS  # of the digits of keys that fit in one tile, which is sorted by digit and place
-CONFIG = Config(TILE, 1 << DIGIT_BITS, num_stages=1)
 
 
 @triton.jit
@@ -101,26 +100,27 @@ def sort(buckets: Tensor, cu_seqlens: Tensor | None, longest: int, n_buckets: in
     """Positions of buckets [B, H, R, L], sorted; ``longest``: keys of a segment at most."""
     batch, heads, rounds, length = buckets.shape
     sequences = 1 if cu_seqlens is None else len(cu_seqlens) - 1
-    tiles, segments = triton.cdiv(longest, TILE), batch * heads * rounds * sequences
-    whole = tiles <= 1
-    bits = WHOLE_BITS if whole else DIGIT_BITS
-    passes = max(1, -(-(n_buckets - 1).bit_length() // bits))
+    tile = 1 << TILE_BITS
+    tiles, segments = triton.cdiv(longest, tile), batch * heads * rounds * sequences
+    whole, bits = tiles <= 1, (n_buckets - 1).bit_length()
+    passes = max(1, triton.cdiv(bits, WHOLE_BITS if whole else MOST_BITS))
+    digit = WHOLE_BITS if whole else max(LEAST_BITS, triton.cdiv(bits, passes))
+    plan = Config(tile, 1 if whole else 1 << digit, num_stages=1)
     counts = None
     if not whole:
-        counts = torch.empty((segments, 1 << DIGIT_BITS, tiles), dtype=torch.int32, device=buckets.device)
+        counts = torch.empty((segments, plan.block_n, tiles), dtype=torch.int32, device=buckets.device)
     before, order = None, buckets
     for i in range(passes):
-        sizes = tiles, sequences, rounds, length, n_buckets, i * bits
+        sizes = tiles, sequences, rounds, length, n_buckets, i * digit
         if counts is not None:
             launch(
-                count_kernel, segments * tiles, buckets.device, buckets, before, counts, cu_seqlens, *sizes,
-                config=CONFIG,
-            )  # fmt: skip
-            launch(scan_kernel, segments, buckets.device, counts, tiles, config=CONFIG)
+                count_kernel, segments * tiles, buckets.device, buckets, before, counts, cu_seqlens, *sizes, config=plan
+            )
+            launch(scan_kernel, segments, buckets.device, counts, tiles, config=plan)
         order = torch.empty_like(buckets)
         launch(
             place_kernel, segments * tiles, buckets.device, buckets, before, counts, cu_seqlens, order, *sizes,
-            config=CONFIG, BITS=bits,
+            config=plan, BITS=digit,
         )  # fmt: skip
         before = order
     return order

@@ -1,0 +1,117 @@
+"""What each Triton kernel may cost, as ``budgets`` has it for those of CUDA."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .attention import PAPER, Attention
+from .budgets import Resources, _attention, _hash, _order, _select, compiled_costs, executed_costs
+from .cases import Case
+from .kernels import Launched
+from .lists import Lists
+from .triton_kernels import EmulatedTriton
+
+# Of the ideal, at most: products of float32 read what they multiply from shared memory with conflicts, and those of
+# half types read transposed tiles of gradients so on sm_80, which costs less than what L2 takes.
+HALF, FLOAT = {"sectors": 1.3, "wavefronts": 1.7}, {"sectors": 1.4, "wavefronts": 3.0}
+# As in the CUDA kernels' budgets, of which some shapes are left out: compiling takes seconds for each.
+PROBLEMS = [
+    replace(problem, **limits)
+    for limits, problems in (
+        (
+            HALF,
+            [
+                _hash(torch.bfloat16, 64, length=1024),
+                _hash(torch.bfloat16, 64, (32, 16), length=1024),
+                _hash(torch.bfloat16, 64, (16, 12), length=1024),
+                _hash(torch.bfloat16, 128, (32, 16), length=1024),
+                _hash(torch.bfloat16, 64, (64, 128), rounds=1, length=1024),
+                _hash(torch.bfloat16, 64, (256, 128), length=512),
+                *_attention(512, 64, 64, torch.bfloat16, forward=1200, backward=3000),
+                *_attention(1024, 128, 256, torch.bfloat16),
+                *_attention(512, 64, 128, torch.bfloat16),
+            ],
+        ),
+        (FLOAT, [_hash(torch.float32, 64, length=256), *_attention(256, 64, 64, torch.float32)]),
+        # Places and lists are wherever keys say.
+        ({"sectors": 2.5}, [_order(16384, 512, bytes=50), _order(98304, 8192, bytes=100, passes=2)]),
+        ({"sectors": 2.5}, [_select(1024, 1024, torch.bfloat16)]),
+    )
+    for problem in problems
+]
+OTHERS: dict[str, Case] = {
+    "bfloat16, D 256": Attention(100, 256, causal=True),
+    "float32, D 128": Attention(100, 128, torch.float32, causal=True),
+    "float32, D 256": Attention(100, 256, torch.float32, causal=True),
+    **{
+        f"rules, {str(dtype)[6:]}, D {width}": Attention(
+            100, width, dtype, rules=PAPER, n_buckets=2, dropout=0.1, causal=True
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for width in (64, 128, 256)
+    },
+    "lists, bfloat16, D 64": Lists(150, grouping="hash", causal=True, chunk_length=64, padded=0.1),
+    "lists, bfloat16, D 128": Lists(150, 128, grouping="hash", causal=True, chunk_length=64, padded=0.1),
+    "lists, float32, D 64": Lists(150, 64, torch.float32, grouping="hash", causal=True, chunk_length=64, padded=0.1),
+}
+
+
+def release() -> str:
+    import triton
+
+    return f"triton {triton.__version__}"
+
+
+@functools.cache
+def resources(cubin: bytes) -> Resources:
+    """Of a kernel as Triton compiled it; spilled bytes are those of a thread's stack."""
+    import triton.backends.nvidia as package
+
+    assert package.__file__
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(Path(package.__file__).parent / "bin" / "cuobjdump"), "--dump-resource-usage", file.name]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    uses = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", said)}
+    return Resources(uses["REG"], uses["STACK"] + uses["LOCAL"], uses["SHARED"])
+
+
+class Measured(EmulatedTriton):
+    """Notes what the kernels that it launches were compiled to."""
+
+    def __init__(self, architecture: str) -> None:
+        super().__init__(architecture)
+        self.compiled: dict[str, tuple[Resources, Launched]] = {}
+
+    def launch(self, kernel: Any, programs: int, device: torch.device, args: tuple[Any, ...], options: Any) -> None:
+        super().launch(kernel, programs, device, args, options)
+        uses = resources(self.compile(kernel, args, options).asm["cubin"])
+        self.compiled[kernel.__name__] = uses, self.launched[-1]
+
+
+def measure(architecture: str) -> dict[str, dict[str, Any]]:
+    """As budgets.measure."""
+    kernels: dict[str, Any] = {}
+    problems, emulators = {}, dict[Case, Measured]()
+    cases = {problem.name: problem.case for problem in PROBLEMS} | OTHERS
+    for name, case in cases.items():
+        if case in emulators:
+            continue
+        emulators[case] = Measured(architecture)
+        case.check(emulators[case])
+        kernels |= {
+            f"{kernel} of {name}": compiled_costs(uses, launch, architecture)
+            for kernel, (uses, launch) in emulators[case].compiled.items()
+        }
+    for problem in PROBLEMS:
+        problems[problem.name] = executed_costs(problem, emulators[problem.case])
+    return {"kernels": kernels, "problems": problems}
