@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from itertools import product
@@ -9,15 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reformer_kernels as rk
+from reformer_kernels import testing
+from reformer_kernels._calls import HashCall, OrderCall
+from reformer_kernels._dispatch import BACKENDS
+from reformer_kernels.backends import triton as backend
 
 from . import lists, select
 from .attention import BUCKET, DTYPES, L2, ONCE, PAPER, Attention
 from .attention import CASES as ATTENTION
 from .cases import Case, Close, EachItsOwn, Hash, NotFinite, Order, OutOfRange, Ties
-from .kernels import ARCHITECTURES
+from .kernels import ARCHITECTURES, Emulator, needs_nvcc
 from .ptx.kernel import SCHEDULES
+from .triton_budgets import resources
 from .triton_kernels import EmulatedTriton, needs_triton
 
 pytestmark = needs_triton()
@@ -86,13 +93,83 @@ def test_more_on_every_schedule(architecture: str, case: Case) -> None:
     check(architecture, case)
 
 
+CROSSED = [
+    Attention(100, 48, causal=True, dropout=0.3, chunk_length=24),
+    Attention(100, 48, torch.float32, padded=0.3, chunk_length=24),
+    Attention(100, 32, torch.float32, rules=PAPER, n_buckets=4, chunk_length=24),
+    Attention(100, 32, torch.float16, chunk_length=24, **BUCKET),
+    Attention(100, 32, key_heads=1, heads=2, after=1, chunk_length=24, bounds=(0, 30, 100)),
+    Attention(100, 32, torch.float32, padded=1.0, causal=True),  # rows that see only themselves
+    lists.Lists(100, 32, torch.float32, causal=True, grouping="hash", heads=2, key_heads=1),
+]
+
+
+@needs_nvcc()
+@pytest.mark.parametrize("other", ["cpu", "cuda", "reference"])
+@pytest.mark.parametrize("case", CROSSED, ids=str)
+def test_residuals_of_either_pass_serve_another_backend(case: Attention | lists.Lists, other: str) -> None:
+    call = case.call()
+    with EmulatedTriton().serving(), Emulator().serving():
+        for pair in (("triton", other), (other, "triton")):
+            testing.assert_matches_oracle(call, case.dtype, *pair)
+
+
+class AheadOfTime(EmulatedTriton):
+    """Also compiles all that it launches for another architecture."""
+
+    def __init__(self, other: str) -> None:
+        super().__init__()
+        self.other, self.binaries = other, dict[str, bytes]()
+
+    def launch(self, kernel: Any, programs: int, device: torch.device, args: tuple[Any, ...], options: Any) -> None:
+        compiled = self.compile(kernel, args, options, self.other)
+        self.binaries[kernel.__name__] = compiled.asm["hsaco" if self.other.startswith("gfx") else "cubin"]
+        super().launch(kernel, programs, device, args, options)
+
+
+@pytest.mark.parametrize("architecture", ["sm_100", "gfx942"])
+def test_compiles_for_architectures_that_are_not_emulated(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if architecture.startswith("gfx"):
+        monkeypatch.setattr(torch.version, "hip", "7")
+    machine = AheadOfTime(architecture)
+    for case in (
+        Attention(100), Attention(100, 32, torch.float32, rules=PAPER, dropout=0.1), Order(1500, 30), Hash(100, 64),
+        lists.Lists(100, grouping="hash"), select.Select(100, 8, keys=select.MANY),
+    ):  # fmt: skip
+        case.check(machine)
+    kernels = {
+        name for module in ("attention", "gradients", "hash", "lists", "order", "select")
+        for name in vars(importlib.import_module(f"{backend.__name__}.{module}")) if name.endswith("_kernel")
+    }  # fmt: skip
+    assert set(machine.binaries) == kernels and all(machine.binaries.values())
+    if architecture == "sm_100":
+        assert {name: resources(x).spilled_bytes for name, x in machine.binaries.items()} == dict.fromkeys(kernels, 0)
+
+
+class NoWaiting(TorchDispatchMode):
+    """A number of a tensor is not to be asked for: of one on a GPU the host would wait."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"causal": True, "dropout": 0.3}, {"rules": PAPER, "n_buckets": 4}, {"alignment": "bucket", "n_buckets": 4}],
-    ids=str,
+    "case", [Attention(50, 32, rules=PAPER, dropout=0.1), lists.Lists(50, 32, causal=True, grouping="hash")], ids=str
 )
-def test_crossed_with_the_cpu(options: dict[str, Any]) -> None:
-    Attention(100, 48, torch.float32, chunk_length=24, **options).check_crossed(EmulatedTriton())
+def test_the_host_waits_for_nothing(case: Attention | lists.Lists) -> None:
+    call = testing.convert(case.call(), case.dtype)
+    results = getattr(BACKENDS["reference"], call.op)(call)
+    with EmulatedTriton().serving(), NoWaiting():
+        getattr(backend, call.op)(call)
+        getattr(backend, f"{call.op}_backward")(call, results[0], *results)
+    choice = select.Select(50, 32, causal=True).call()
+    keys = torch.zeros(1, 1, 1, 50, dtype=torch.int32)
+    rotations = torch.ones(1, 1, 32, 1, 2)
+    with EmulatedTriton().serving(), NoWaiting():
+        backend.select_keys(choice)
+        backend.bucket_order(OrderCall(keys, None, 4, "triton"))
+        backend.hash_buckets(HashCall(choice.query, rotations, None, None, [4], 1, 4, "triton"))
 
 
 def test_a_function_from_end_to_end() -> None:

@@ -23,23 +23,25 @@ from reformer_kernels.backends import triton as backend
 
 from . import build
 from .kernels import Emulator, Launched, storage
-from .ptx.kernel import Kernel
+from .ptx.kernel import Kernel, VirtualRegion
 
 os.environ.setdefault("TRITON_CACHE_DIR", str(build.CACHE / "triton"))
 
 
 class Driver:
-    """What Triton asks for when it compiles; the number of a device is its architecture."""
+    """What Triton asks for when it compiles; the number of a device is that of its architecture."""
 
-    architecture = 90
+    architecture = "sm_90"
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self.architecture, 32)
+        if self.architecture.startswith("gfx"):
+            return GPUTarget("hip", self.architecture, 64)
+        return GPUTarget("cuda", self.get_current_device(), 32)
 
     def get_current_device(self) -> int:
-        return self.architecture
+        return int(self.architecture.removeprefix("sm_").removeprefix("gfx"))
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -81,17 +83,17 @@ class EmulatedTriton(Emulator):
         ):
             yield
 
-    def compile(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def compile(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any], architecture: str = "") -> Any:
         """What Triton compiles for arguments."""
-        DRIVER.architecture = int(self.architecture.removeprefix("sm_"))
+        DRIVER.architecture = architecture or self.architecture
         return kernel.run(*args, grid=(1,), warmup=True, **options)
 
     def launch(self, kernel: Any, programs: int, device: torch.device, args: tuple[Any, ...], options: Any) -> None:
         compiled = self.compile(kernel, args, options)
         values: list[Any] = []
-        memory: dict[int, np.ndarray] = {}
+        memory: dict[int, np.ndarray | VirtualRegion] = {}
         for parameter, value in zip(kernel.params, args, strict=False):
-            _flatten(value, compiled.src.signature[parameter.name], values, memory)
+            self._flatten(value, compiled.src.signature[parameter.name], values, memory)
         parsed = _parsed(compiled.asm["ptx"])
         values += [0] * (len(parsed.parameters) - len(values))  # Triton's own scratch memory, which is not used
         threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
@@ -100,16 +102,20 @@ class EmulatedTriton(Emulator):
         names = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg"
         self.configs.append((kernel.__name__, tuple(map(options.get, names))))
 
+    def _flatten(self, value: Any, kind: Any, values: list[Any], memory: dict[int, np.ndarray | VirtualRegion]) -> None:
+        """Adds what of an argument (of a kind, as in Triton's signatures) a kernel gets."""
+        if kind == "constexpr":
+            return
+        if isinstance(value, tuple):
+            for member, member_kind in zip(value, kind, strict=True):
+                self._flatten(member, member_kind, values, memory)
+        elif isinstance(value, Tensor):
+            address, region = self.place(value)
+            values.append(address)
+            memory[value.untyped_storage().data_ptr()] = region
+        else:
+            values.append(value)
 
-def _flatten(value: Any, kind: Any, values: list[Any], memory: dict[int, np.ndarray]) -> None:
-    """Adds what of an argument (of a kind, as in Triton's signatures) a kernel gets."""
-    if kind == "constexpr":
-        return
-    if isinstance(value, tuple):
-        for member, member_kind in zip(value, kind, strict=True):
-            _flatten(member, member_kind, values, memory)
-    elif isinstance(value, Tensor):
-        values.append(value.data_ptr())
-        memory[value.untyped_storage().data_ptr()] = storage(value, writeable=True)
-    else:
-        values.append(value)
+    def place(self, x: Tensor) -> tuple[int, np.ndarray | VirtualRegion]:
+        """The address of a tensor, and the memory that is there."""
+        return x.data_ptr(), storage(x, writeable=True)
