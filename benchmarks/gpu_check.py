@@ -26,11 +26,11 @@ from .machine import ROOT, git
 STAGES: dict[str, tuple[str, int]] = {
     "versions": ("machine.versions", 60),
     "build": ("machine.build", 600),
-    "tests": ("machine.gpu_tests", 300),
+    "tests": ("machine.gpu_tests", 600),
     "ceilings": ("machine.ceilings", 120),
     "sdpa": ("machine.sdpa", 300),
     "reference": ("kernels.reference", 120),
-    "kernels": ("kernels.kernels", 120),
+    "kernels": ("kernels.kernels", 240),
     "attention": ("attention.attention", 300),
     "determinism": ("attention.determinism", 60),
     "cuda_graph": ("attention.cuda_graph", 60),

@@ -1,9 +1,9 @@
-"""``python -m benchmarks.roofline``: how long each CUDA op should take, and why. Predictions, not measurements.
+"""``python -m benchmarks.roofline``: how long each op should take on a GPU, and why. Predictions, not measurements.
 
 A time at least is the longest of: bytes by bandwidth of memory and of L2, tensor-core FLOP, exponentials, and
 instructions by the issue slots of the multiprocessors that have a block. Instructions (of PTX) and bytes of L2 are what
-the emulator counted, in ``benchmarks/budgets.json``. The predicted time is that over the share of this limit that
-kernels reached on an H200 (``benchmarks/results``).
+the emulator counted, in ``benchmarks/budgets.json``. The predicted time is that over the share of this limit that the
+CUDA kernels reached on an H200 (``benchmarks/results``); that Triton kernels reach as much is assumed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from reformer_kernels.backends import cuda
 
 from .report import table
 
-BUDGETS = json.loads((Path(__file__).parent / "budgets.json").read_text())["cuda"]["sm_90"]["problems"]
+BUDGETS = {
+    backend: of["sm_90"]["problems"]
+    for backend, of in json.loads((Path(__file__).parent / "budgets.json").read_text()).items()
+}
 ELEMENT = 2  # bytes of bfloat16
 
 
@@ -93,29 +96,38 @@ class Cost:
         }
 
 
-def hash_cost(s: Shape, gpu: Gpu) -> Cost:
-    ops, tokens = torch.ops.reformer_kernels_cuda, s.length * s.heads
-    blocks, _, _, steps, round_tiles, *_ = ops.hash_plan(
-        [1, s.heads, s.length, s.head_dim], s.rounds, ELEMENT, s.factors, gpu.plan
-    )
-    work = BUDGETS[f"hash, bfloat16, D {16 * steps}, R {s.rounds}, factors {s.factors}"]
-    flop = 2 * 2 * s.rows * round_tiles * 8 * 16 * steps  # by two terms of each rotation
+def hash_cost(s: Shape, gpu: Gpu, backend: str) -> Cost:
+    tokens, name = s.length * s.heads, f"hash, bfloat16, D {s.head_dim}, R {s.rounds}, factors {s.factors}"
+    work = BUDGETS[backend][name]
+    columns, blocks = s.rounds * sum(s.factors) // 2, tokens // 128
+    if backend == "cuda":
+        blocks, _, _, _, round_tiles, *_ = torch.ops.reformer_kernels_cuda.hash_plan(
+            [1, s.heads, s.length, s.head_dim], s.rounds, ELEMENT, s.factors, gpu.plan
+        )
+        columns = s.rounds * round_tiles * 8
     return Cost(
-        tokens * (s.head_dim * ELEMENT + 4 * s.rounds), 0.6, flop=flop, blocks=blocks,
-        instructions=tokens / 32 * work["warp_instructions"],
+        tokens * (s.head_dim * ELEMENT + 4 * s.rounds), 0.6, blocks=blocks,
+        flop=2 * 2 * tokens * columns * s.head_dim,  # by two terms of each rotation
+        instructions=tokens / 32 * work["warp_instructions"], cached_bytes=tokens * work["bytes"],
     )  # fmt: skip
 
 
-def sort_cost(s: Shape, gpu: Gpu) -> Cost:
-    blocks, _, _, passes, _, _, parts, _ = torch.ops.reformer_kernels_cuda.order_plan(
-        [1, s.heads, s.rounds, s.length], 1, s.length, math.prod(s.factors), gpu.plan
-    )
-    like = "L 65536, 2048" if parts == 1 else "L 98304, 512" if passes == 1 else "L 98304, 8192"
-    work = BUDGETS[f"order, {like} buckets"]
-    return Cost(s.rows * 8, 0.6, blocks=blocks, instructions=s.rows * passes * work["warp_instructions"])
+def sort_cost(s: Shape, gpu: Gpu, backend: str) -> Cost:
+    n_buckets, blocks = math.prod(s.factors), s.rows // 1024
+    passes, like = (1, "L 16384, 512") if n_buckets <= 1024 else (2, "L 98304, 8192")
+    if backend == "cuda":
+        blocks, _, _, passes, _, _, parts, _ = torch.ops.reformer_kernels_cuda.order_plan(
+            [1, s.heads, s.rounds, s.length], 1, s.length, n_buckets, gpu.plan
+        )
+        like = "L 65536, 2048" if parts == 1 else "L 98304, 512" if passes == 1 else "L 98304, 8192"
+    work = BUDGETS[backend][f"order, {like} buckets"]
+    return Cost(
+        s.rows * 8, 0.6, blocks=blocks, instructions=s.rows * passes * work["warp_instructions"],
+        cached_bytes=s.rows * work["bytes"],
+    )  # fmt: skip
 
 
-def attention_cost(s: Shape, backward: bool) -> Cost:
+def attention_cost(s: Shape, backward: bool, backend: str) -> Cost:
     """Causal, one chunk back. ``bytes``: what the kernels must move if a walk reads every row once."""
     row, residual, pairs = s.head_dim * ELEMENT, 16, 2 * s.chunk_length
     in_place = (2 * s.rounds - 1) / s.rounds  # the first round writes, others add
@@ -126,7 +138,7 @@ def attention_cost(s: Shape, backward: bool) -> Cost:
         moved = residuals + queries + keys
     else:
         moved = 4 + 2 * row + (row + 4) * in_place
-    work = _emulated("backward" if backward else "forward", s)
+    work = _emulated("backward" if backward else "forward", s, backend)
     return Cost(
         s.rows * moved, 0.56 if backward else 0.63, gathered=True, exponentials=s.rows * pairs * (2 if backward else 1),
         flop=s.rows * pairs * s.head_dim * (14 if backward else 4), cached_bytes=s.rows * work["bytes"],
@@ -134,16 +146,16 @@ def attention_cost(s: Shape, backward: bool) -> Cost:
     )  # fmt: skip
 
 
-def _emulated(part: str, s: Shape) -> dict[str, float]:
+def _emulated(part: str, s: Shape, backend: str) -> dict[str, float]:
     begins, ends = f"attention {part}, bfloat16", f"D {s.head_dim}, C {s.chunk_length}, R 4"
-    return next(work for name, work in BUDGETS.items() if name.startswith(begins) and name.endswith(ends))
+    return next(work for name, work in BUDGETS[backend].items() if name.startswith(begins) and name.endswith(ends))
 
 
-OPS: dict[str, Callable[[Shape, Gpu], Cost]] = {
+OPS: dict[str, Callable[[Shape, Gpu, str], Cost]] = {
     "hash": hash_cost,
     "sort": sort_cost,
-    "attention, forward": lambda shape, _: attention_cost(shape, backward=False),
-    "attention, backward": lambda shape, _: attention_cost(shape, backward=True),
+    "attention, forward": lambda shape, _, backend: attention_cost(shape, False, backend),
+    "attention, backward": lambda shape, _, backend: attention_cost(shape, True, backend),
 }
 
 
@@ -155,8 +167,8 @@ class Prediction:
     bytes: float
 
 
-def predict(op: str, shape: Shape, gpu: Gpu) -> Prediction:
-    cost = OPS[op](shape, gpu)
+def predict(op: str, shape: Shape, gpu: Gpu, backend: str = "cuda") -> Prediction:
+    cost = OPS[op](shape, gpu, backend)
     limits = cost.limits(gpu)
     limit = max(limits, key=lambda name: limits[name])
     return Prediction(limits[limit] / cost.reached, limits[limit], limit, cost.bytes)
@@ -165,9 +177,11 @@ def predict(op: str, shape: Shape, gpu: Gpu) -> Prediction:
 def rows(gpu: Gpu) -> Iterator[list[str]]:
     for shape in SHAPES:
         for op in OPS:
-            p = predict(op, shape, gpu)
-            times = [f"{1e6 * seconds:.0f}" for seconds in (p.least, p.seconds)]
-            yield [shape.name, op, f"{p.bytes / shape.rows:.0f}", p.limit, *times]
+            both = [predict(op, shape, gpu, backend) for backend in BUDGETS]
+            row = [shape.name, op, f"{both[0].bytes / shape.rows:.0f}"]
+            for p in both:
+                row += [p.limit, *(f"{1e6 * seconds:.0f}" for seconds in (p.least, p.seconds))]
+            yield row
 
 
 def main() -> None:
@@ -177,7 +191,9 @@ def main() -> None:
     if error := cuda.library().get("error"):
         raise SystemExit(f"The launch plans are in the CUDA library, which is missing: {error}")
     print(f"Predicted for one {gpu}, bfloat16, batch 1, causal, one chunk back.\n")
-    header = ["shape", "op", "bytes per token, head and round", "limit", "at least us", "predicted us"]
+    header = ["shape", "op", "bytes per token, head and round"]
+    for backend in BUDGETS:
+        header += [f"limit of {backend}", "at least us", "predicted us"]
     print(table(header, rows(GPUS[gpu])))
 
 

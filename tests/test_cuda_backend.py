@@ -196,9 +196,11 @@ def test_a_device_without_room_is_refused() -> None:
 @pytest.mark.parametrize("gpu", roofline.GPUS)
 def test_roofline(gpu: str) -> None:
     assert not cuda.library().get("error")
-    table = {(shape, op): (least, predicted) for shape, op, _, _, least, predicted in roofline.rows(roofline.GPUS[gpu])}
-    assert len(table) == len(roofline.SHAPES) * len(roofline.OPS)
-    assert all(0 < int(least) <= int(predicted) for least, predicted in table.values())
+    rows = list(roofline.rows(roofline.GPUS[gpu]))
+    assert len({(shape, op) for shape, op, *_ in rows}) == len(rows) == len(roofline.SHAPES) * len(roofline.OPS)
+    for _, _, _, *both in rows:
+        assert len(both) == 3 * len(roofline.BUDGETS)
+        assert all(0 < int(least) <= int(predicted) for least, predicted in zip(both[1::3], both[2::3], strict=True))
 
 
 @needs_library
@@ -215,5 +217,5 @@ def test_predictions_are_near_what_an_h200_took() -> None:
 def test_bytes_of_attention() -> None:
     """Per token, head and round, all of which are added to in place."""
     default = roofline.SHAPES[0]
-    assert roofline.attention_cost(default, backward=False).bytes / default.rows == pytest.approx(491, abs=1)
-    assert roofline.attention_cost(default, backward=True).bytes / default.rows == pytest.approx(1581, abs=1)
+    assert roofline.attention_cost(default, False, "cuda").bytes / default.rows == pytest.approx(491, abs=1)
+    assert roofline.attention_cost(default, True, "cuda").bytes / default.rows == pytest.approx(1581, abs=1)

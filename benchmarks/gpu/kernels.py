@@ -11,7 +11,7 @@ import torch
 
 import reformer_kernels as rk
 from reformer_kernels._calls import AttentionCall, ListCall, SelectCall
-from reformer_kernels.backends import cuda
+from reformer_kernels._dispatch import BACKENDS
 
 from .. import roofline
 from .timing import Row, median_ms, median_ms_in_graph
@@ -62,72 +62,80 @@ def kernels() -> list[Row]:
     gpu = next((rates for name, rates in roofline.GPUS.items() if name in torch.cuda.get_device_name()), None)
 
     def timed(
-        kernel: str, shape: roofline.Shape, ms: float, moved: float, op: str | None = None, **rates: float
+        backend: str, kernel: str, shape: roofline.Shape, ms: float, moved: float, op: str | None = None, **rates: float
     ) -> Row:
-        row: Row = {"kernel": kernel, "shape": shape.name, "us": round(ms * 1e3, 1)}
+        row: Row = {"kernel": kernel, "backend": backend, "shape": shape.name, "us": round(ms * 1e3, 1)}
         row["floor us"] = round(moved / copied_bytes_per_ms * 1e3, 1)
         if gpu and op:
-            row["predicted us"] = round(1e6 * roofline.predict(op, shape, gpu).seconds, 1)
+            row["predicted us"] = round(1e6 * roofline.predict(op, shape, gpu, backend).seconds, 1)
         return row | {name: round(rate, 2) for name, rate in rates.items()}
 
-    return [row for shape in roofline.SHAPES for part in (_sort, _attention, _clustered) for row in part(shape, timed)]
+    return [
+        row
+        for shape in roofline.SHAPES
+        for part in (_sort, _attention, _clustered)
+        for backend in roofline.BUDGETS
+        for row in part(shape, backend, functools.partial(timed, backend))
+    ]
 
 
-def _sort(shape: roofline.Shape, timed: Callable[..., Row]) -> Iterator[Row]:
+def _sort(shape: roofline.Shape, backend: str, timed: Callable[..., Row]) -> Iterator[Row]:
     heads, head_dim, factors, rounds = shape.heads, shape.head_dim, shape.factors, shape.rounds
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(1, heads, shape.length, head_dim, device="cuda").to(dtype)
         rotations = rk.random_rotations(0, heads, head_dim, rounds, factors).cuda()
-        hashed = functools.partial(rk.hash_buckets, x, rotations, factors, backend="cuda")
+        hashed = functools.partial(rk.hash_buckets, x, rotations, factors, backend=backend)
         moved = x.numel() * x.element_size() + 4 * shape.rows
         flop = 2 * shape.rows * head_dim * (sum(factors) // 2)
         ms, op = median_ms_in_graph(hashed), "hash" if dtype == torch.bfloat16 else None
         yield timed(f"hash, {str(dtype)[6:]}", shape, ms, moved, op, **{"TFLOP/s": flop / ms / 1e9})
     buckets, total = hashed(), math.prod(factors)
-    ms = median_ms_in_graph(functools.partial(rk.bucket_order, buckets, total, backend="cuda"))
+    ms = median_ms_in_graph(functools.partial(rk.bucket_order, buckets, total, backend=backend))
     yield timed("order", shape, ms, 8 * shape.rows, "sort", **{"Gkey/s": shape.rows / ms / 1e6})
     ms = median_ms(functools.partial(torch.sort, buckets, dim=-1, stable=True))
     yield timed("torch.sort", shape, ms, 8 * shape.rows)
 
 
-def _attention(shape: roofline.Shape, timed: Callable[..., Row]) -> Iterator[Row]:
+def _attention(shape: roofline.Shape, backend: str, timed: Callable[..., Row]) -> Iterator[Row]:
     """The kernels alone: rows are hashed and sorted before."""
+    kernels = BACKENDS[backend]
     rows = [torch.randn(1, shape.heads, shape.length, shape.head_dim, device="cuda").bfloat16() for _ in range(3)]
     rotations = rk.random_rotations(0, shape.heads, shape.head_dim, shape.rounds, shape.factors).cuda()
-    buckets = rk.hash_buckets(rows[0], rotations, shape.factors, backend="cuda")
-    order = rk.bucket_order(buckets, math.prod(shape.factors), backend="cuda")
+    buckets = rk.hash_buckets(rows[0], rotations, shape.factors, backend=backend)
+    order = rk.bucket_order(buckets, math.prod(shape.factors), backend=backend)
     call = AttentionCall(
         rows[0], None, rows[1], order, None, None, None, None, None, shape.chunk_length, 1, 0, True, None, 1.0, 0.0,
-        "ring", rk.AttentionRules().key, "cuda",
+        "ring", rk.AttentionRules().key, backend,
     )  # fmt: skip
-    results = cuda.chunk_attention(call)
+    results = kernels.chunk_attention(call)
     passes = {
-        "forward": functools.partial(cuda.chunk_attention, call),
-        "backward": functools.partial(cuda.chunk_attention_backward, call, rows[2], *results),
+        "forward": functools.partial(kernels.chunk_attention, call),
+        "backward": functools.partial(kernels.chunk_attention_backward, call, rows[2], *results),
     }
     for name, run in passes.items():
         op = f"attention, {name}"
-        cost = roofline.attention_cost(shape, name == "backward")
+        cost = roofline.attention_cost(shape, name == "backward", backend)
         ms = median_ms_in_graph(run)
         yield timed(op, shape, ms, cost.bytes, op, **{"TFLOP/s": cost.flop / ms / 1e9})
 
 
-def _clustered(shape: roofline.Shape, timed: Callable[..., Row]) -> Iterator[Row]:
+def _clustered(shape: roofline.Shape, backend: str, timed: Callable[..., Row]) -> Iterator[Row]:
     """The choice of keys, and attention over them: causal, 128 keys a query, and the pseudo-key."""
+    kernels = BACKENDS[backend]
     rows = [torch.randn(1, shape.heads, shape.length, shape.head_dim, device="cuda").bfloat16() for _ in range(4)]
     query, key, value, grad_out = rows
     scale, chunk, bytes_of_row = shape.head_dim**-0.5, shape.chunk_length, 2 * shape.head_dim
-    select = SelectCall(query, key, None, None, None, None, chunk, 128, 32, 0, True, scale, "cuda")
-    lists = cuda.select_keys(select)
+    select = SelectCall(query, key, None, None, None, None, chunk, 128, 32, 0, True, scale, backend)
+    lists = kernels.select_keys(select)
     tokens, listed = shape.heads * shape.length, shape.heads * (shape.length // chunk) * lists.shape[3]
-    ms = median_ms_in_graph(functools.partial(cuda.select_keys, select))
+    ms = median_ms_in_graph(functools.partial(kernels.select_keys, select))
     yield timed("select", shape, ms, 2 * tokens * bytes_of_row + 4 * listed)
-    call = ListCall(query, key, value, None, lists, None, None, None, chunk, 0, True, True, scale, 0.0, "cuda")
-    results = cuda.list_attention(call)
+    call = ListCall(query, key, value, None, lists, None, None, None, chunk, 0, True, True, scale, 0.0, backend)
+    results = kernels.list_attention(call)
     passes = {
-        "forward": (functools.partial(cuda.list_attention, call), 2 * tokens + 2 * listed),
+        "forward": (functools.partial(kernels.list_attention, call), 2 * tokens + 2 * listed),
         "backward": (
-            functools.partial(cuda.list_attention_backward, call, grad_out, *results), 8 * tokens + 2 * listed,
+            functools.partial(kernels.list_attention_backward, call, grad_out, *results), 8 * tokens + 2 * listed,
         ),
     }  # fmt: skip
     for name, (run, moved_rows) in passes.items():

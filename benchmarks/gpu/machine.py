@@ -185,7 +185,8 @@ def _sdpa_row(backend: SDPBackend, shape: tuple[int, int, int, int]) -> Row:
 
 def gpu_tests() -> list[Row]:
     """The tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "tests/test_cuda.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["tests/test_cuda.py", "tests/test_triton.py"]
     ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if ran.returncode:
         raise RuntimeError(f"pytest ended with exit code {ran.returncode}:\n{ran.stdout[-6000:]}")

@@ -84,19 +84,20 @@ class Order:
 
 @dataclass(frozen=True)
 class Ties:
-    """Each column of the rotations is there four times, and some rows are zero: the first of the equal is the best."""
+    """Each column of the rotations is there several times, and some rows are zero: the first of equals is the best."""
 
+    repeats: int = 4
     device: str = "H100"
 
     def check(self, emulator: Emulator) -> None:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, 1, 40, 64, generator=generator).bfloat16()
         x[:, :, ::3] = 0
-        rotations = torch.randn(1, 1, 64, 2, 5, generator=generator).repeat(1, 1, 1, 1, 4)
+        rotations = torch.randn(1, 1, 64, 2, 5, generator=generator).repeat(1, 1, 1, 1, self.repeats)
         y = torch.einsum("bhld,bhdrf->bhrlf", x.double(), rotations[..., :5].double())
         best = y.abs().argmax(-1, keepdim=True)
-        expected = best + 20 * (y.gather(-1, best) < 0)
-        assert torch.equal(emulator.hash_buckets(x, rotations, (40,)).long(), expected.squeeze(-1))
+        expected = best + 5 * self.repeats * (y.gather(-1, best) < 0)
+        assert torch.equal(emulator.hash_buckets(x, rotations, (10 * self.repeats,)).long(), expected.squeeze(-1))
 
 
 @dataclass(frozen=True)

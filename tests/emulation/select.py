@@ -41,8 +41,8 @@ class Select(Clustered):
 
     def check(self, emulator: Emulator) -> Tensor:
         call = self.call()
-        backend = BACKENDS[emulator.backend]
         with emulator.serving():
+            backend = BACKENDS[emulator.backend]
             assert not backend.not_supported_reasons(call)
             lists = backend.select_keys(call)
         if self.not_finite:

@@ -7,6 +7,7 @@ compiler makes of the backend's launches what it would make on such a GPU, with 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from reformer_kernels._dispatch import BACKENDS
 from reformer_kernels.backends import triton as backend
 
 from . import build
@@ -66,6 +68,7 @@ class EmulatedTriton(Emulator):
     """Runs the launches of the backend "triton" on tensors of the CPU."""
 
     device_name: str = ""  # by which configurations are chosen
+    package: str = backend.__name__  # of the kernels
     configs: list[tuple[str, tuple[int | None, ...]]] = field(default_factory=list)  # of what was launched
     backend: ClassVar[str] = "triton"
 
@@ -73,13 +76,13 @@ class EmulatedTriton(Emulator):
     def serving(self) -> Iterator[None]:
         from triton.runtime.driver import driver
 
-        from reformer_kernels.backends.triton import _launch, configs
-
         driver.set_active(DRIVER)
+        module = importlib.import_module(self.package)
         with (
-            patch.object(_launch, "run", self.launch),
-            patch.object(configs, "_device_name", lambda device: self.device_name),
-            patch.object(backend, "not_supported_reasons", backend.kernel_reasons),
+            patch.dict(BACKENDS, {self.backend: module}),
+            patch.object(module, "not_supported_reasons", module.kernel_reasons),
+            patch(f"{self.package}._launch.run", self.launch),
+            patch(f"{self.package}.configs._device_name", lambda device: self.device_name),
         ):
             yield
 

@@ -17,6 +17,7 @@ _MODULES = {
     "chunk_attention": "attention",
     "chunk_attention_backward": "gradients",
     "select_keys": "select",
+    "describe": "explain",
     "list_attention": "lists",
     "list_attention_backward": "lists",
 }

@@ -213,11 +213,21 @@ def forward_kernel(
     add_rows(out, s.b, s.h, s.offset + q.position, q.some, earlier > float("-inf"), before[:, None], result, E, BLOCK_E)
 
 
-def kind_of(kernel: str, p: Problem, call: AttentionCall | ListCall, widths: dict[str, int]) -> Kind:
-    return Kind(
-        kernel, call.query.element_size(), max(widths["BLOCK_D"], widths["BLOCK_E"]),
-        p.places is not None or p.dropout_seed is not None, p.lists is None and p.chunk_length >= LONG_CHUNK,
+def pair_rules(call: AttentionCall) -> tuple[bool, bool]:
+    """Whether pairs of different buckets, and pairs that meet more than once, are to be found."""
+    within = call.rules.within_bucket and call.key is None and call.buckets is not None
+    return within, call.rules.dedup == "log_count"
+
+
+def kind_of(kernel: str, call: AttentionCall | ListCall) -> Kind:
+    kind = Kind(
+        kernel, call.query.element_size(), block_width(max(call.query.shape[3], call.value.shape[3])),
+        call.dropout_p > 0,
     )  # fmt: skip
+    if isinstance(call, ListCall):
+        return kind
+    pairs = kind.pairs or any(pair_rules(call)) or call.alignment != "ring"
+    return kind._replace(pairs=pairs, long=call.chunk_length >= LONG_CHUNK)
 
 
 def of_chunks(p: Problem, plan: Config) -> Config:
@@ -247,7 +257,7 @@ def problem(call: AttentionCall | ListCall) -> Problem:
 
 def window_problem(call: AttentionCall) -> Problem:
     rules, buckets, ring = call.rules, native.contiguous(call.buckets), call.alignment == "ring"
-    within, dedup = rules.within_bucket and call.key is None and buckets is not None, rules.dedup == "log_count"
+    within, dedup = pair_rules(call)
     p = problem(call)._replace(
         n_queries=call.n_queries, before=call.chunks_before, after=call.chunks_after, l2=rules.key_norm == "l2",
         mask_padded_queries=rules.mask_padded_queries, bucket_aligned=tl.constexpr(not ring),
@@ -312,8 +322,7 @@ def forward(p: Problem, call: AttentionCall | ListCall, longest: int, self_only:
             self_only, r, tiles, config=plan, **widths,
         )  # fmt: skip
 
-    kind = kind_of("forward", p, call, widths)
-    plan = choose(kind, call.device, lambda plan: seconds(lambda: start(0, plan)))
+    plan = choose(kind_of("forward", call), call.device, lambda plan: seconds(lambda: start(0, plan)))
     for r in range(p.rounds):
         start(r, plan)
 

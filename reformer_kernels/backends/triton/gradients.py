@@ -222,8 +222,7 @@ def grad_queries(
             config=plan, **widths,
         )  # fmt: skip
 
-    kind = kind_of("grad_query", p, call, widths)
-    plan = choose(kind, call.device, lambda plan: seconds(lambda: start(0, plan)))
+    plan = choose(kind_of("grad_query", call), call.device, lambda plan: seconds(lambda: start(0, plan)))
     for r in range(p.rounds):
         start(r, plan)
 
@@ -250,7 +249,7 @@ def grad_keys(
         others = torch.empty_like(grads[0]), torch.empty_like(grads[1])  # what is added to shall not be added twice
         return seconds(lambda: start(0, plan, others))
 
-    plan = choose(kind_of("grad_keys", p, call, widths), call.device, measure)
+    plan = choose(kind_of("grad_keys", call), call.device, measure)
     for r in range(rounds):
         start(r, plan, grads)
 

@@ -62,12 +62,9 @@ def hash_kernel(
                     rotations + d[:, None] * (rounds * columns) + begin + column[None, :],
                     mask=(d[:, None] < D) & some[None, :], other=0.0,
                 )  # fmt: skip
-                projected = _project(row, rotation)
-                lowest = tl.full(projected.shape, float("-inf"), tl.float32)
-                best, index = _better(best, index, tl.where(some[None, :], projected, lowest), start)
-                best_negative, index_negative = _better(
-                    best_negative, index_negative, tl.where(some[None, :], -projected, lowest), start
-                )
+                projected = _project(row, rotation)  # 0 of columns that are not there, which come last of equals
+                best, index = _better(best, index, projected, start)
+                best_negative, index_negative = _better(best_negative, index_negative, -projected, start)
             digit = tl.where(best_negative > best, half + index_negative, index)
             bucket += radix * tl.minimum(digit, 2 * half - 1)  # of rows of NaN, too
             radix *= factors[i]

@@ -1,0 +1,64 @@
+"""Mutations of the Triton kernels: each must be reported or give a wrong result on some schedule of the emulator."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from reformer_kernels import backends
+from reformer_kernels.backends import triton
+
+from .ptx.kernel import SCHEDULES, EmulationError
+from .triton_kernels import EmulatedTriton, needs_triton
+from .triton_mutations import MUTATIONS, PROBLEMS, Mutation
+
+pytestmark = needs_triton()
+
+SOURCES = Path(triton.__file__).parent
+
+
+def failure(problem: str, package: str = triton.__name__) -> str | None:
+    """How the case fails on the first schedule where it does."""
+    for schedule in SCHEDULES:
+        try:
+            PROBLEMS[problem].check(EmulatedTriton("sm_80", schedule, package=package))
+        except AssertionError:
+            return "wrong"
+        except EmulationError as error:
+            return error.kind
+    return None
+
+
+@pytest.fixture
+def mutated(tmp_path: Path) -> Iterator[Callable[[Mutation], str]]:
+    """Makes a package of kernels with a mutation, beside the real one."""
+    name = f"triton_{abs(hash(tmp_path))}"
+    backends.__path__.append(str(tmp_path))
+
+    def make(mutation: Mutation) -> str:
+        shutil.copytree(SOURCES, tmp_path / name)
+        path = tmp_path / name / mutation.file
+        source = path.read_text()
+        assert source.count(mutation.text) == 1, "the text to replace is not there once"
+        path.write_text(source.replace(mutation.text, mutation.becomes))
+        return f"{backends.__name__}.{name}"
+
+    yield make
+    backends.__path__.remove(str(tmp_path))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_without_a_mutation(problem: str) -> None:
+    assert failure(problem) is None
+
+
+# Each takes seconds of compilation: make test has some of them.
+SOME = [m if i % 6 == 0 else pytest.param(m, marks=pytest.mark.full) for i, m in enumerate(MUTATIONS)]
+
+
+@pytest.mark.parametrize("mutation", SOME, ids=lambda m: f"{m.file}: {m.name}")
+def test_a_mutation_is_noticed(mutation: Mutation, mutated: Callable[[Mutation], str]) -> None:
+    assert failure(mutation.problem, mutated(mutation)), "not noticed"
