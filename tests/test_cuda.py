@@ -17,6 +17,7 @@ from .rounding import assert_equal_to_rounding
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
+GPU_BACKENDS = ("cuda", "triton")
 V, E, L = 50, 64, 700
 KINDS = {"lsh": ("lsh",), "local": ("local",), "full": ("full",), "all": ("lsh", "local", "full")}
 
@@ -230,43 +231,57 @@ def test_select_kernels_a_slice_at_a_time() -> None:
     assert torch.equal(cuda.select_keys(call)[:, -1:], cuda.select_keys(one))
 
 
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize("dtype", attention.DTYPES)
 @pytest.mark.parametrize(("head_dim", "chunk_length"), [(64, 64), (64, 16), (128, 256), (32, 100)])
-def test_attention_kernels_on_many_blocks(head_dim: int, chunk_length: int, dtype: torch.dtype) -> None:
+def test_attention_kernels_on_many_blocks(head_dim: int, chunk_length: int, dtype: torch.dtype, backend: str) -> None:
     case = attention.Attention(4096, head_dim, dtype, heads=4, causal=True, chunk_length=chunk_length, n_buckets=64)
     call = on_gpu(case.call())
-    first = testing.assert_matches_oracle(call, dtype, "cuda")
-    again = testing.assert_matches_oracle(call, dtype, "cuda")
+    first = testing.assert_matches_oracle(call, dtype, backend)
+    again = testing.assert_matches_oracle(call, dtype, backend)
     assert all(torch.equal(x, again[name]) for name, x in first.items())
 
 
 # ---- launching
 
 
-def sorted_by_bucket(x: Tensor) -> Tensor:
+def sorted_by_bucket(x: Tensor, backend: str) -> Tensor:
     rotations = rk.random_rotations(1, 2, 64, 2, (32, 16)).cuda()
-    return rk.bucket_order(rk.hash_buckets(x, rotations, (32, 16)), 512)
+    return rk.bucket_order(rk.hash_buckets(x, rotations, (32, 16), backend=backend), 512, backend=backend)
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        sorted_by_bucket,
-        lambda x: rk.lsh_attention(x, x, causal=True, backend="cuda"),
-        lambda x: rk.clustered_attention(x, x, x, causal=True, backend="cuda"),
-    ],
-    ids=["order", "lsh_attention", "clustered_attention"],
-)
-def test_kernels_in_a_cuda_graph(run: Callable[[Tensor], Tensor]) -> None:
+def attended(x: Tensor, backend: str) -> Tensor:
+    return rk.lsh_attention(x, x, causal=True, backend=backend)
+
+
+def clustered(x: Tensor, backend: str) -> Tensor:
+    return rk.clustered_attention(x, x, x, causal=True, backend=backend)
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("run", [sorted_by_bucket, attended, clustered])
+def test_kernels_in_a_cuda_graph(run: Callable[[Tensor, str], Tensor], backend: str) -> None:
     x = torch.randn(1, 2, 3000, 64, device="cuda").bfloat16()
-    run(x)
+    run(x, backend)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = run(x)
+        out = run(x, backend)
     x.copy_(torch.randn_like(x))
     graph.replay()
-    assert torch.equal(out, run(x))
+    assert torch.equal(out, run(x, backend))
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("run", [attended, clustered])
+def test_kernels_in_a_compiled_function(run: Callable[[Tensor, str], Tensor], backend: str) -> None:
+    x = torch.randn(1, 2, 1000, 64, device="cuda", requires_grad=True)
+    outcomes: list[Any] = []
+    for function in (run, torch.compile(run, fullgraph=True)):
+        out = function(x, backend)
+        outcomes.append((out, torch.autograd.grad(out.square().sum(), x)[0]))
+    for eager, compiled in zip(*outcomes, strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 def test_kernels_repeat_to_the_bit_and_run_on_other_streams() -> None:

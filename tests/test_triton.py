@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 import reformer_kernels as rk
 from reformer_kernels import testing
@@ -61,43 +57,3 @@ def test_choice_of_keys(case: select.Select) -> None:
     lists = triton.select_keys(on_gpu(call))
     assert_best(call, lists.cpu())
     assert torch.equal(lists, triton.select_keys(on_gpu(call)))
-
-
-@pytest.mark.parametrize("dtype", attention.DTYPES)
-@pytest.mark.parametrize(("head_dim", "chunk_length"), [(64, 64), (128, 256), (32, 100)])
-def test_many_blocks_repeat_to_the_bit(head_dim: int, chunk_length: int, dtype: torch.dtype) -> None:
-    case = attention.Attention(4096, head_dim, dtype, heads=4, causal=True, chunk_length=chunk_length, n_buckets=64)
-    call = on_gpu(case.call())
-    first = testing.assert_matches_oracle(call, dtype, "triton")
-    again = testing.assert_matches_oracle(call, dtype, "triton")
-    assert all(torch.equal(x, again[name]) for name, x in first.items())
-
-
-FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
-    lambda x: rk.lsh_attention(x, x, causal=True, backend="triton"),
-    lambda x: rk.clustered_attention(x, x, x, causal=True, backend="triton"),
-]
-
-
-@pytest.mark.parametrize("run", FUNCTIONS, ids=["lsh_attention", "clustered_attention"])
-def test_in_a_cuda_graph(run: Callable[[Tensor], Tensor]) -> None:
-    x = torch.randn(1, 2, 3000, 64, device="cuda").bfloat16()
-    run(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run(x)
-    x.copy_(torch.randn_like(x))
-    graph.replay()
-    assert torch.equal(out, run(x))
-
-
-@pytest.mark.parametrize("run", FUNCTIONS, ids=["lsh_attention", "clustered_attention"])
-def test_compiled(run: Callable[[Tensor], Tensor]) -> None:
-    x = torch.randn(1, 2, 1000, 64, device="cuda", requires_grad=True)
-    outcomes: list[Any] = []
-    for function in (run, torch.compile(run, fullgraph=True)):
-        out = function(x)
-        outcomes.append((out, torch.autograd.grad(out.square().sum(), x)[0]))
-    for eager, compiled in zip(*outcomes, strict=True):
-        torch.testing.assert_close(compiled, eager)

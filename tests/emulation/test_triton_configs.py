@@ -15,6 +15,7 @@ from reformer_kernels.backends.triton import missing
 from .attention import PAPER, Attention
 from .cases import Hash
 from .select import Select
+from .triton_budgets import Measured
 from .triton_kernels import EmulatedTriton, needs_triton
 
 pytestmark = needs_triton()
@@ -39,12 +40,13 @@ def attention_case(element_size: int, width: int, pairs: bool, long: bool) -> At
     )
 
 
-def assert_launched(emulator: EmulatedTriton, kernel: str, expected: Config) -> None:
+def assert_launched(emulator: Measured, kernel: str, expected: Config) -> None:
     found = {config for name, config in emulator.configs if name == f"{kernel}_kernel"}
     assert found == {tuple(expected)}
+    assert emulator.compiled[f"{kernel}_kernel"][0].spilled_bytes == 0
 
 
-def check(emulator: EmulatedTriton, *problem: Any) -> None:
+def check(emulator: Measured, *problem: Any) -> None:
     attention_case(*problem).check(emulator)
     for kernel in KERNELS:
         kind = Kind(kernel, *problem)
@@ -58,13 +60,13 @@ def test_of_the_table(problem: tuple[int, int, bool, bool]) -> None:
         configs.heuristic(Kind(k, *problem)) != configs.heuristic(Kind(k, *problem[:3])) for k in KERNELS
     ):
         return  # long chunks have the same
-    check(EmulatedTriton(("sm_80", "sm_90")[PROBLEMS.index(problem) % 2]), *problem)
+    check(Measured(("sm_80", "sm_90")[PROBLEMS.index(problem) % 2]), *problem)
 
 
 @pytest.mark.parametrize("element_size", (2, 4))
-@pytest.mark.parametrize("width", (64, 256))
+@pytest.mark.parametrize("width", (64, 128, 256))
 def test_of_hashes_and_choices(element_size: int, width: int) -> None:
-    emulator = EmulatedTriton("sm_80")
+    emulator = Measured("sm_80")
     Hash(70, width, (200,), DTYPES[element_size]).check(emulator)
     assert_launched(emulator, "hash", configs.heuristic(Kind("hash", element_size, width)))
     Select(100, width, DTYPES[element_size], causal=True).check(emulator)
@@ -73,7 +75,7 @@ def test_of_hashes_and_choices(element_size: int, width: int) -> None:
 
 def test_no_other_is_in_the_table() -> None:
     kinds = [Kind(kernel, *problem) for kernel in KERNELS for problem in PROBLEMS]
-    kinds += [Kind(kernel, size, width) for kernel in ("hash", "weigh") for size in (2, 4) for width in (64, 256)]
+    kinds += [Kind(kernel, size, width) for kernel in ("hash", "weigh") for size in (2, 4) for width in (64, 128, 256)]
     found = {(kind.kernel, kind.element_size, configs.heuristic(kind)) for kind in kinds}
     table = {(key[0], key[1], c) for key, rows in configs.TABLE.items() for _, *row in rows for c in row if c}
     assert found == table
@@ -92,7 +94,7 @@ def test_of_a_device(file: str, name: str) -> None:
     problem = next(p for p in PROBLEMS for kernel in KERNELS if str(Kind(kernel, *p)) == name)
     device, architecture = DEVICES[file]
     assert name in configs._shipped(device)
-    check(EmulatedTriton(architecture, device_name=device), *problem)
+    check(Measured(architecture, device), *problem)
 
 
 def test_other_devices_have_the_table() -> None:

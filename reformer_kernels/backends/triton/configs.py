@@ -52,8 +52,12 @@ TABLE: dict[tuple[str, int, bool], tuple[tuple[int, Config, Config | None], ...]
     ("grad_query", 4, False): _FLOAT,
     ("grad_keys", 4, False): _FLOAT_WIDE,
     **{(kernel, 4, True): _FLOAT_WIDE for kernel in ("forward", "grad_query", "grad_keys")},
-    ("hash", 2, False): ((64, Config(128, 32, 4, 1), None), (256, Config(64, 16, 4, 1), None)),
-    ("hash", 4, False): ((256, Config(32, 32, 4, 1, 255), None),),
+    ("hash", 2, False): (
+        (64, Config(128, 32, 4, 1), None),
+        (128, Config(64, 16, 4, 1), None),
+        (256, Config(32, 16, 8, 1), None),
+    ),
+    ("hash", 4, False): ((128, Config(32, 32, 4, 1, 255), None), (256, Config(32, 16, 8, 1, 255), None)),
     ("weigh", 2, False): ((128, Config(64, 64, 4, 1), None), (256, Config(64, 32, 4, 1), None)),
     ("weigh", 4, False): ((256, Config(32, 32, 4, 1, 255), None),),
 }

@@ -62,7 +62,9 @@ def hash_kernel(
                     rotations + d[:, None] * (rounds * columns) + begin + column[None, :],
                     mask=(d[:, None] < D) & some[None, :], other=0.0,
                 )  # fmt: skip
-                projected = _project(row, rotation)  # 0 of columns that are not there, which come last of equals
+                # Wide rows are kept out of registers; see attention.anew.
+                x_rows = tl.where(start >= 0, row, 0.0) if BLOCK_D > 128 else row
+                projected = _project(x_rows, rotation)  # 0 of columns that are not there, which come last of equals
                 best, index = _better(best, index, projected, start)
                 best_negative, index_negative = _better(best_negative, index_negative, -projected, start)
             digit = tl.where(best_negative > best, half + index_negative, index)
