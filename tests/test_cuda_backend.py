@@ -86,6 +86,8 @@ def attention_call(
         ({"mask": True}, ["the kernels take no attn_mask"]),
         ({"chunks_before": 255}, ["the windows of all rounds have 1024 chunks; the kernels take up to 1023"]),
         ({"chunks_before": 254, "rounds": 4}, []),
+        ({"length": 2**28}, []),
+        ({"length": 2**29}, ["a head has 2147483648 tokens in all rounds; the kernels take up to 1073741824"]),
         ({"key_heads": 2}, ["queries are sorted, and share key heads"]),
         (
             {"rules": rk.AttentionRules.lucidrains()},

@@ -49,6 +49,8 @@ def test_what_is_served(dtype: torch.dtype) -> None:
             "the windows of all rounds have 40004 chunks; the kernels take up to 32767"]),
         (attention_call, {"rules": rk.AttentionRules.huggingface()}, [
             "the kernels have no rules.own_position='sentinel'", "the kernels have no rules.combine_rounds='exp_lse'"]),
+        (attention_call, {"length": 2**29}, [
+            "a head has 2147483648 tokens in all rounds; the kernels take up to 1073741824"]),
         (hash_call, {"head_dim": 257}, [WIDE]),
         (hash_call, {"device": "cpu"}, ["tensors are on cpu, not on a GPU"]),
         (list_call, {"dtype": torch.float64}, [NO_DOUBLE]),
@@ -57,6 +59,13 @@ def test_what_is_served(dtype: torch.dtype) -> None:
 )  # fmt: skip
 def test_it_refuses_with_reasons(make: Any, options: dict[str, Any], reasons: list[str]) -> None:
     assert triton.not_supported_reasons(make(**options)) == reasons
+
+
+@needs_triton()
+def test_it_refuses_lists_of_too_many_places() -> None:
+    lists = torch.empty(2, 8, 2**20, 2**11, dtype=torch.int32, device="cuda")
+    reason = "a head has 2147483648 places in its lists; the kernels take up to 1073741824"
+    assert triton.not_supported_reasons(list_call(key_lists=lists)) == [reason]
 
 
 @needs_triton()
@@ -74,6 +83,22 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_with_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.5.1+git1234"))
     assert triton.not_supported_reasons(attention_call()) == ["triton is 3.5.1+git1234; the kernels need 3.6"]
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.8.0"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    reason = "triton needs a C compiler: neither gcc nor clang is on PATH, and CC is not set"
+    assert triton.not_supported_reasons(attention_call()) == [reason]
+
+
+@needs_triton()
+def test_too_many_programs() -> None:
+    launch = importlib.import_module(f"{triton.__name__}._launch")
+    kernel = SimpleNamespace(__name__="order_kernel")
+    with pytest.raises(ValueError, match="order_kernel would need 2147483648 programs; a launch has up to 2147483647"):
+        launch.launch(kernel, 2**31, torch.device("cuda"), config=launch.Config(16, 16))
 
 
 @needs_triton()

@@ -15,6 +15,7 @@ from ..rules import CHOICES
 from . import native
 
 MAX_HEAD_DIM, MAX_FACTORS, MAX_CHUNKS = 128, 8, 1023  # as in csrc/kernels/cuda/plan.h
+MAX_SLOTS = 2**30  # which kernels count in 32 bits, with windows beyond both ends
 NO_MASK = "the kernels take no attn_mask"
 _ops = torch.ops.reformer_kernels_cuda
 
@@ -58,8 +59,23 @@ def kernel_reasons(call: Call) -> list[str]:
     if isinstance(call, AttentionCall):
         rows = row_reasons(MAX_HEAD_DIM, call.query, call.value)
         return [*rows, *chunk_reasons(MAX_CHUNKS, call), *rule_reasons(call)]
-    reasons = row_reasons(MAX_HEAD_DIM, call.query, call.value if isinstance(call, ListCall) else call.key)
-    return reasons if call.attn_mask is None else [*reasons, NO_MASK]
+    return clustered_reasons(MAX_HEAD_DIM, call)
+
+
+def clustered_reasons(max_head_dim: int, call: SelectCall | ListCall) -> list[str]:
+    reasons = row_reasons(max_head_dim, call.query, call.value if isinstance(call, ListCall) else call.key)
+    if call.attn_mask is not None:
+        reasons.append(NO_MASK)
+    if isinstance(call, ListCall):
+        rows, width = call.key_lists.shape[2:]
+        reasons += slot_reasons("places in its lists", rows * width)
+    return reasons
+
+
+def slot_reasons(name: str, slots: int) -> list[str]:
+    if slots <= MAX_SLOTS:
+        return []
+    return [f"a head has {slots} {name}; the kernels take up to {MAX_SLOTS}"]
 
 
 def row_reasons(max_head_dim: int, *rows: Tensor) -> list[str]:
@@ -75,10 +91,11 @@ def row_reasons(max_head_dim: int, *rows: Tensor) -> list[str]:
 def chunk_reasons(max_chunks: int, call: AttentionCall) -> list[str]:
     """Why kernels that count own keys up to a number do not serve a call."""
     rounds = 1 if call.order is None else call.order.shape[2]
+    reasons = slot_reasons("tokens in all rounds", rounds * call.query.shape[2])
     chunks = rounds * (call.chunks_before + 1 + call.chunks_after)
-    if chunks <= max_chunks:
-        return []
-    return [f"the windows of all rounds have {chunks} chunks; the kernels take up to {max_chunks}"]
+    if chunks > max_chunks:
+        reasons.append(f"the windows of all rounds have {chunks} chunks; the kernels take up to {max_chunks}")
+    return reasons
 
 
 def rule_reasons(call: AttentionCall) -> list[str]:

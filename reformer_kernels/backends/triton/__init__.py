@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import shutil
 from typing import Any
 
-from ..._calls import AttentionCall, Call, HashCall, ListCall, OrderCall
+from ..._calls import AttentionCall, Call, HashCall, OrderCall
 from .. import cuda
 
 MAX_HEAD_DIM, MAX_CHUNKS = 256, 2**15 - 1  # chunks of all windows of a query: see attention.KEPT_BITS
@@ -39,6 +41,8 @@ def missing() -> str | None:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < LEAST_VERSION:
         return f"triton is {triton.__version__}; the kernels need {'.'.join(map(str, LEAST_VERSION))}"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton needs a C compiler: neither gcc nor clang is on PATH, and CC is not set"
     return None
 
 
@@ -59,5 +63,4 @@ def kernel_reasons(call: Call) -> list[str]:
             *cuda.row_reasons(MAX_HEAD_DIM, call.query, call.value), *cuda.chunk_reasons(MAX_CHUNKS, call),
             *cuda.rule_reasons(call),
         ]  # fmt: skip
-    reasons = cuda.row_reasons(MAX_HEAD_DIM, call.query, call.value if isinstance(call, ListCall) else call.key)
-    return reasons if call.attn_mask is None else [*reasons, cuda.NO_MASK]
+    return cuda.clustered_reasons(MAX_HEAD_DIM, call)

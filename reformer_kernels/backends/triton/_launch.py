@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+MAX_PROGRAMS = 2**31 - 1
+
 
 class Config(NamedTuple):
     """Rows of a block, columns that it visits at a time, and what Triton compiles for."""
@@ -41,6 +43,8 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, config:
     """Compiles (once for each kind of arguments) and starts a kernel, unless there is nothing to do."""
     if programs <= 0:
         return
+    if programs > MAX_PROGRAMS:
+        raise ValueError(f"{kernel.__name__} would need {programs} programs; a launch has up to {MAX_PROGRAMS}")
     options = {
         **constants, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "num_warps": config.num_warps,
         "num_stages": config.num_stages,
