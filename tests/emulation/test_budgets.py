@@ -13,9 +13,11 @@ from .budgets import COMPILED, FILE, PROBLEMS, Problem, Resources, measure, nvcc
 from .kernels import ARCHITECTURES, DEVICES, SOURCES, entries, needs_nvcc
 from .triton_kernels import needs_triton
 
+SAMPLED = [a if a == "sm_90" else pytest.param(a, marks=pytest.mark.full) for a in ARCHITECTURES]
+
 
 @needs_nvcc()
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", SAMPLED)
 def test_costs(architecture: str) -> None:
     now = measure(architecture)
     compiled = {readable(name) for source in COMPILED for name in entries(SOURCES[source], architecture)}
@@ -24,7 +26,7 @@ def test_costs(architecture: str) -> None:
 
 
 @needs_triton()
-@pytest.mark.parametrize("architecture", [pytest.param("sm_80", marks=pytest.mark.full), "sm_90"])
+@pytest.mark.parametrize("architecture", SAMPLED)
 def test_costs_of_triton_kernels(architecture: str) -> None:
     now = triton_budgets.measure(architecture)
     assert_kept("triton", architecture, now, triton_budgets.PROBLEMS, triton_budgets.release())
