@@ -54,9 +54,12 @@ def add_rows(x, b, h, row, there, adds, before, value, D: tl.constexpr, BLOCK_D:
 
 
 @triton.jit
-def row_products(a, b, there):
-    """a . b of each row. What is selected cannot be fused with the sum, or lanes would differ in the last bit."""
-    return tl.sum(tl.where(there[:, None], a.to(tl.float32) * b.to(tl.float32), 0.0), 1)
+def row_products(p, a, b, there):
+    """a . b of each row. What is selected cannot be fused with the sum, or lanes would differ in the last bit.
+
+    Whatever the compiler finds out of `there`, it cannot know that the scale is a number.
+    """
+    return tl.sum(tl.where(there[:, None] & (p.scale == p.scale), a.to(tl.float32) * b.to(tl.float32), 0.0), 1)
 
 
 @triton.jit
@@ -78,7 +81,7 @@ def factor_kernel(p, x, factors, heads, length, D: tl.constexpr, BLOCK_D: tl.con
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     x = load_rows(x, head // heads, head % heads, row, row < length, D, BLOCK_D)
-    factor = p.scale * LOG2E / key_length(p, row_products(x, x, row < length), D)
+    factor = p.scale * LOG2E / key_length(p, row_products(p, x, x, row < length), D)
     tl.store(factors + head.to(tl.int64) * length + row, factor, mask=row < length)
 
 
@@ -198,7 +201,7 @@ def forward_kernel(
                 own_rows = load_rows(value, s.b, s.key_head, s.offset + q.position, alone, E, BLOCK_E).to(tl.float32)
                 share = p.keep_factor * kept.to(tl.float32) / tl.maximum(times, 1).to(tl.float32)
                 result = tl.where(alone[:, None], own_rows * share[:, None], result)
-                square = row_products(query_rows, query_rows, q.some)
+                square = row_products(p, query_rows, query_rows, q.some)
                 counted = times.to(tl.float32)
                 if p.dedup:
                     counted = tl.where(s.single != 0, counted, 1.0)

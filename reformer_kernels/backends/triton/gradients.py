@@ -67,7 +67,7 @@ def residual_kernel(
     there, at = row < n, head.to(tl.int64) * n + row
     out_rows = load_rows(out, b, h, row, there, E, BLOCK_E)
     grad_rows = load_rows(grad_out, b, h, row, there, E, BLOCK_E)
-    tl.store(delta + at, row_products(out_rows, grad_rows, there), mask=there)
+    tl.store(delta + at, row_products(p, out_rows, grad_rows, there), mask=there)
     exponent = tl.load(lse + at, mask=there, other=0.0) * LOG2E
     exponent = tl.where(exponent == float("-inf"), float("inf"), exponent)
     if p.shared:
@@ -75,7 +75,7 @@ def residual_kernel(
         if tl.max(alone.to(tl.int32)) > 0:
             # Where a key counts once, the rule of the pair has the number of times.
             x = load_rows(query, b, h, row, alone, D, BLOCK_D)
-            square = row_products(x, x, alone)
+            square = row_products(p, x, x, alone)
             counted = tl.exp2(exponent - p.scale * LOG2E * square / tl.where(alone, key_length(p, square, D), 1.0))
             exponent = tl.where(alone, tl.log2(tl.floor(counted + 0.5)), exponent)
     tl.store(times + at, exponent, mask=there)
@@ -183,9 +183,9 @@ def grad_keys_kernel(
     add_rows(grad_value, s.b, head, row, k.some, adds, 1.0, grad_v, E, BLOCK_E)
     if p.shared:
         # key = query / length: its gradient is (g - query (g . query) / length^2) / length.
-        x, square = key_rows.to(tl.float32), row_products(key_rows, key_rows, k.some)
+        x, square = key_rows.to(tl.float32), row_products(p, key_rows, key_rows, k.some)
         inverse = 1.0 / key_length(p, square, D)
-        along = row_products(x, grad_k, k.some) * inverse * inverse
+        along = row_products(p, x, grad_k, k.some) * inverse * inverse
         along = tl.where(p.l2 & ~(square > 1e-24), 0.0, along)
         grad_k = (grad_k - x * along[:, None]) * (p.scale * inverse)[:, None]
         adds |= k.some & (k.position < s.n_queries)  # which have gradients as queries

@@ -64,7 +64,7 @@ def take_rest(p, rest, query, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: t
     unseen = visible - seen
     query_rows = load_rows(query, s.b, s.h, position, some, D, BLOCK_D)
     sums = load_rows(rest.key_sums, s.b, s.key_head, row, some, D, BLOCK_D)
-    score = p.scale * (row_products(query_rows, sums, some) / tl.maximum(visible, 1))
+    score = p.scale * (row_products(p, query_rows, sums, some) / tl.maximum(visible, 1))
     score = tl.where(unseen > 0, score + tl.log(tl.maximum(unseen, 1).to(tl.float32)), float("-inf"))
     return s, position, some, row, tl.maximum(visible, 1), score
 
@@ -109,8 +109,8 @@ def rest_backward_kernel(
     grad_rows = load_rows(grad_out, s.b, s.h, position, some, E, BLOCK_E)
     out_rows = load_rows(out, s.b, s.h, position, some, E, BLOCK_E)
     values = load_rows(rest.value_sums, s.b, s.key_head, row, some, E, BLOCK_E)
-    mean = row_products(grad_rows, values, some) / visible
-    slope = weight * (mean - row_products(grad_rows, out_rows, some)) * p.scale
+    mean = row_products(p, grad_rows, values, some) / visible
+    slope = weight * (mean - row_products(p, grad_rows, out_rows, some)) * p.scale
     store_rows(value_terms, s.b, s.h, position, some, grad_rows.to(tl.float32) * weight[:, None], E, BLOCK_E)
     query_rows = load_rows(query, s.b, s.h, position, some, D, BLOCK_D).to(tl.float32)
     store_rows(query_terms, s.b, s.h, position, some, query_rows * slope[:, None], D, BLOCK_D)
