@@ -115,7 +115,7 @@ LISTS = [
     ("keys after a query are seen", "lists", "sees &= key <= position[:, None]", "sees &= key <= position[:, None] + 1"),
     ("shown keys count twice", "lists", "some & (r > 0))\n", "some & (r > 1))\n"),
     ("lse without the rest", "rest", "both = top + tl.log(tl.exp(earlier - top) + tl.exp(score - top))", "both = earlier"),
-    ("the gradient of a pseudo-key's score", "rest", "mean - row_products(grad_rows, out_rows, some)", "mean"),
+    ("the gradient of a pseudo-key's score", "rest", "mean - row_products(p, grad_rows, out_rows, some)", "mean"),
     ("padding gets the rest's gradient", "rest", "counts &= tl.load(p.padding", "counts |= tl.load(p.padding"),
     ("the context gets the rest's gradient", "lists", "counts = key < p.keys - p.context", "counts = key < p.keys"),
     ("heads that share a key", "lists", "range(key_head * p.group, (key_head + 1) * p.group)", "range(key_head * p.group, key_head * p.group + 1)"),

@@ -52,7 +52,7 @@ from .attention import (
 )  # fmt: skip
 from .configs import choose, seconds
 
-RESIDUALS = Config(64, 16, num_stages=1)
+RESIDUALS = Config(32, 16, num_stages=1)
 
 
 @triton.jit(do_not_specialize=["p", "n"])
