@@ -117,14 +117,12 @@ class Resources:
 def resources(source: str, architecture: str) -> dict[str, Resources]:
     """Of each kernel, by mangled name."""
     report = build.ptxas_report(SOURCES[source], architecture, [CSRC])
-    return {part.split("'")[0]: reported(part) for part in report.split("Compiling entry function '")[1:]}
-
-
-def reported(by_ptxas: str) -> Resources:
-    """What ptxas says of a kernel."""
-    number = lambda pattern: int(m[1]) if (m := re.search(pattern, by_ptxas)) else 0  # noqa: E731
-    spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-    return Resources(number(r"Used (\d+) registers"), spilled, number(r"(\d+) bytes smem"))
+    found = {}
+    for part in report.split("Compiling entry function '")[1:]:
+        number = lambda pattern, part=part: int(m[1]) if (m := re.search(pattern, part)) else 0  # noqa: E731
+        spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+        found[part.split("'")[0]] = Resources(number(r"Used (\d+) registers"), spilled, number(r"(\d+) bytes smem"))
+    return found
 
 
 def readable(mangled: str) -> str:

@@ -14,6 +14,7 @@ from reformer_kernels.backends.triton import missing
 
 from .attention import PAPER, Attention
 from .cases import Hash
+from .kernels import ARCHITECTURES
 from .select import Select
 from .triton_budgets import Measured
 from .triton_kernels import EmulatedTriton, needs_triton
@@ -54,19 +55,24 @@ def check(emulator: Measured, *problem: Any) -> None:
         assert_launched(emulator, kernel, expected)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_of_the_table(problem: tuple[int, int, bool, bool]) -> None:
-    if problem[3] and not any(
-        configs.heuristic(Kind(k, *problem)) != configs.heuristic(Kind(k, *problem[:3])) for k in KERNELS
-    ):
-        return  # long chunks have the same
-    check(Measured(("sm_80", "sm_90")[PROBLEMS.index(problem) % 2]), *problem)
+def on_both(problems: list[Any]) -> list[Any]:
+    """Problems on both architectures, of which make test has one."""
+    return [
+        pytest.param(architecture, problem, marks=() if i % 2 == j else pytest.mark.full)
+        for i, problem in enumerate(problems)
+        for j, architecture in enumerate(ARCHITECTURES)
+    ]
 
 
-@pytest.mark.parametrize("element_size", (2, 4))
-@pytest.mark.parametrize("width", (64, 128, 256))
-def test_of_hashes_and_choices(element_size: int, width: int) -> None:
-    emulator = Measured("sm_80")
+@pytest.mark.parametrize(("architecture", "problem"), on_both(PROBLEMS), ids=str)
+def test_of_the_table(architecture: str, problem: tuple[int, int, bool, bool]) -> None:
+    check(Measured(architecture), *problem)
+
+
+@pytest.mark.parametrize(("architecture", "problem"), on_both(list(product((2, 4), (64, 128, 256)))), ids=str)
+def test_of_hashes_and_choices(architecture: str, problem: tuple[int, int]) -> None:
+    element_size, width = problem
+    emulator = Measured(architecture)
     Hash(70, width, (200,), DTYPES[element_size]).check(emulator)
     assert_launched(emulator, "hash", configs.heuristic(Kind("hash", element_size, width)))
     Select(100, width, DTYPES[element_size], causal=True).check(emulator)

@@ -55,7 +55,7 @@ TABLE: dict[tuple[str, int, bool], tuple[tuple[int, Config, Config | None], ...]
     ("hash", 2, False): (
         (64, Config(128, 32, 4, 1), None),
         (128, Config(64, 16, 4, 1), None),
-        (256, Config(32, 16, 8, 1), None),
+        (256, Config(16, 16, 8, 1), None),
     ),
     ("hash", 4, False): ((128, Config(32, 32, 4, 1, 255), None), (256, Config(32, 16, 8, 1, 255), None)),
     ("weigh", 2, False): ((128, Config(64, 64, 4, 1), None), (256, Config(64, 32, 4, 1), None)),
