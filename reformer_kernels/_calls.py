@@ -114,9 +114,11 @@ class SelectCall(NamedTuple):
     query_padding_mask: Tensor | None  # bool [B, L], True: the query chooses nothing, unless all of its chunk are such
     key_padding_mask: Tensor | None  # bool [B, S]
     attn_mask: Tensor | None  # bool (True: ignored) or float (added) [B|1, H|1, L, S]
+    windows: Tensor  # int32 [B, chunks, 3], of chunks of positions: the local window's first key and its end, and how
+    # many keys the last round's list of that number has at most, with the window where that is the only round
     chunk_length: int
     budget: int  # keys a query attends, without the context
-    local: int  # how many of them are its local window
+    local: int  # how many of them are its local window, at most
     context_keys: int  # the last keys, which every query attends
     causal: bool
     scale: float
@@ -136,7 +138,9 @@ class SelectCall(NamedTuple):
         batch, heads, length = self.query.shape[:3]
         rounds = 1 if self.order is None else self.order.shape[2]
         context, keys = self.context_keys, self.key.shape[2] - self.context_keys
-        most = torch.sym_min(self.budget if rounds == 1 else self.budget - self.local, keys)
+        padded = self.query_padding_mask is not None or self.key_padding_mask is not None
+        # A sequence that with its padding would have a window may have none.
+        most = torch.sym_min(self.budget if rounds == 1 or padded else self.budget - self.local, keys)
         width = context + most
         if rounds == 2:
             width = torch.sym_max(context + torch.sym_min(self.local, keys), most)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as check
@@ -48,6 +49,11 @@ def clustered_attention(
     attention (Vyas, Katharopoulos, Fleuret, arXiv 2007.04825). Selecting costs L * S * 4 / chunk_length
     products of rows a head up to 16,384 keys; beyond, blocks of 64 keys are chosen first by their means.
 
+    The result of a sequence does not depend on its batch: windows and groups are those of the sequence without its
+    trailing padding, and what padding holds has no effect. By the padded length go only the default ``chunk_length``
+    and whether blocks of keys are chosen first (and ``exact_below`` of the drop-ins), by the place in the batch only
+    dropout.
+
     Which keys a chunk takes depends on all its queries, so ``causal`` masks values and keys of later positions exactly,
     but an earlier query of the same chunk can see other (earlier) keys when a later one changes.
 
@@ -66,7 +72,7 @@ def clustered_attention(
         rest_term: use the pseudo-key. It is off with an ``attn_mask``.
         causal: keys at later positions are masked (position i of the queries is position i of the keys).
         query_padding_mask: bool [B, L], True: the query has no say in the choice of keys, so that what it holds has no
-            effect on other rows of the output.
+            effect on other rows of the output. None: ``key_padding_mask``, if there are as many queries as keys.
         key_padding_mask: bool [B, S], True: ignored.
         attn_mask: [B or 1, H or 1, L, S], bool (True: ignored) or floating (added to the score; -1e30 and below:
             ignored).
@@ -146,20 +152,25 @@ def attend(
     check.check_padding_mask(key_padding_mask, "key", key)
     check.check_attn_mask(attn_mask, "query", query, length, size)
     keys = size - context_keys
+    if query_padding_mask is None and key_padding_mask is not None and length == keys:
+        query_padding_mask = key_padding_mask[:, :length]
     chunk = _default_chunk_length(size) if chunk_length is None else chunk_length
-    # Without a window where positions of queries and keys have nothing to do with each other, and where the hashed
-    # groups' own share of the budget is to hold all keys.
-    local = 0
-    if (causal or length == keys) and not (grouping == "hash" and budget >= keys):
-        local = round(budget * local_fraction)
+    padded = query_padding_mask is not None or key_padding_mask is not None
+    local = round(budget * local_fraction)
+    if not padded and ((not causal and length != keys) or (grouping == "hash" and budget >= keys)):
+        local = 0  # see local_windows
+    windows = local_windows(
+        query, keys, query_padding_mask, None if key_padding_mask is None else key_padding_mask[:, :keys], chunk,
+        budget, local, grouping == "hash", causal,
+    )  # fmt: skip
     seed = seed_tensor(hash_seed)
     factor = float(head_dim**-0.5 if scale is None else scale)
     order = None
     if grouping == "hash":
         order = _hash_order(query[..., :hash_width], query_padding_mask, seed, backend)
     lists = _ops.select_keys(
-        query.detach(), key.detach(), order, query_padding_mask, key_padding_mask, attn_mask, chunk, budget,
-        local, context_keys, causal, factor, backend or "",
+        query.detach(), key.detach(), order, query_padding_mask, key_padding_mask, attn_mask, windows, chunk,
+        budget, local, context_keys, causal, factor, backend or "",
     )  # fmt: skip
     arguments = (
         query, key, value, order, lists, key_padding_mask, attn_mask, dropout_seed, chunk, context_keys, causal,
@@ -189,6 +200,41 @@ def _check(
     check.check_bool("rest_term", rest_term)
 
 
+def local_windows(
+    query: Tensor, keys: int, query_padding: Tensor | None, key_padding: Tensor | None, chunk: int, budget: int,
+    local: int, hashed: bool, causal: bool,
+) -> Tensor:  # fmt: skip
+    """int32 [B, chunks, 3], see ``_calls.SelectCall``: the windows of sequences without their trailing padding."""
+    batch, _, length, _ = query.shape
+    last_query = _length_without_padding(query_padding, batch, length, query.device)  # [B, 1]
+    last_key = _length_without_padding(key_padding, batch, keys, query.device)
+    # None where positions of queries and keys have nothing to do with each other, and where the hashed groups' own
+    # share of the budget is to hold all keys.
+    used = torch.ones_like(last_key, dtype=torch.bool) if causal else last_query == last_key
+    if hashed:
+        used = used & (last_key > budget)
+    share = used * local
+    width = torch.minimum(share, last_key)
+    start = torch.arange(0, length, chunk, device=query.device)
+    end = torch.minimum(start + chunk, last_query)
+    if causal:
+        end = torch.minimum(end, last_key)
+        first = (end - width).clamp(min=0)
+    else:
+        first = ((start + end - width) // 2).clamp(min=0).minimum(last_key - width)
+        end = first + width
+    most = budget - share if hashed else torch.full_like(share, budget)
+    return torch.stack([first, end, most.minimum(last_key).expand_as(end)], dim=2).to(torch.int32)
+
+
+def _length_without_padding(padding: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """int64 [B, 1]: up to the last token that is no padding."""
+    if padding is None:
+        return torch.full((batch, 1), length, device=device)
+    ends = F.pad(~padding * torch.arange(1, length + 1, device=device), (1, 0))
+    return ends.amax(dim=1, keepdim=True)
+
+
 def _hash_order(query: Tensor, padding: Tensor | None, seed: Tensor, backend: str | None) -> Tensor:
     """int32 [B, H, 2, L]: the order of positions, and that by segment and bucket of the centred queries.
 
@@ -199,8 +245,9 @@ def _hash_order(query: Tensor, padding: Tensor | None, seed: Tensor, backend: st
     if padding is None:
         centred = query - query.mean(dim=2, keepdim=True)
     else:
-        real = ~padding[:, None, :, None]
-        centred = query - (query * real).sum(dim=2, keepdim=True) / real.sum(dim=2, keepdim=True).clamp(min=1)
+        padded = padding[:, None, :, None]
+        total = query.masked_fill(padded, 0.0).sum(dim=2, keepdim=True)
+        centred = query - total / (~padded).sum(dim=2, keepdim=True).clamp(min=1)
     buckets = _ops.hash_buckets(centred, None, padding, seed, [BUCKETS], 1, SEGMENT, backend or "")
     positions = torch.arange(length, dtype=torch.int32, device=query.device)
     segments = -(-length // SEGMENT)

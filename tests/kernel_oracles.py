@@ -86,8 +86,8 @@ def assert_best(call: SelectCall, lists: Tensor) -> None:
     taken = taken.scatter(3, torch.where(last < 0, size, last), True)[..., : score.shape[3]]
     if rounds.shape[2] == 1:
         keys = torch.arange(size - call.context_keys)
-        windows = reference_lists.local_windows(call)
-        window = ((keys >= windows[:, :1]) & (keys < windows[:, 1:])).expand_as(taken)
+        window = (keys >= call.windows[..., :1]) & (keys < call.windows[..., 1:2])  # [B, n, S']
+        window = window[:, None].expand_as(taken)
         if call.key_padding_mask is not None:
             window = window & ~call.key_padding_mask[:, None, None, : len(keys)]
         assert (taken | ~window).all()

@@ -98,19 +98,27 @@ def clustered_attention(
     chunk_length: int, rest_term: bool = True, causal: bool = False, key_padding_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """float64 [B, H, L, E], with as many keys as queries; ``hashed`` [B, H, L]: positions in the order of groups."""
+    """float64 [B, H, L, E], with as many keys as queries and the same padding of both.
+
+    ``hashed`` [B, H, L]: positions in the order of groups.
+    """
     batch, heads, length, width = query.shape
     group = heads // key.shape[1]
     out = torch.zeros(batch, heads, length, value.shape[3], dtype=torch.float64)
     local = round(budget * local_fraction)
 
-    def window(i: int) -> set[int]:
-        start = i // chunk_length * chunk_length
-        end = min(start + chunk_length, length)
-        first = end - local if causal else min(max(0, (start + end - local) // 2), length - local)
-        return set(range(max(0, first), max(0, first) + local)) if not causal else set(range(max(0, first), end))
-
     for b in range(batch):
+        real = [j for j in range(length) if key_padding_mask is None or not key_padding_mask[b, j]]
+        last = max(real, default=-1) + 1
+
+        def window(i: int, last: int = last) -> set[int]:
+            start = i // chunk_length * chunk_length
+            end = min(start + chunk_length, last)
+            if causal:
+                return set(range(max(0, end - local), end))
+            first = min(max(0, (start + end - local) // 2), last - min(local, last))
+            return set(range(first, first + min(local, last)))
+
         for h in range(heads):
             q, k, v = query[b, h].tolist(), key[b, h // group].tolist(), value[b, h // group]
             dot = lambda x, y: sum(a * c for a, c in zip(x, y, strict=True)) * width**-0.5  # noqa: E731
@@ -125,9 +133,10 @@ def clustered_attention(
             for start in range(0, length, chunk_length):
                 chunk = order[start : start + chunk_length]
                 score = [0.0] * length
-                size = -(-min(chunk_length, length) // 4)
-                for first in range(0, len(chunk), size):
-                    members = chunk[first : first + size]
+                size = -(-chunk_length // 4)
+                choosing = [i for i in chunk if i in real] or chunk
+                for first in range(0, len(choosing), size):
+                    members = choosing[first : first + size]
                     mean = [sum(x) / len(members) for x in zip(*(q[i] for i in members), strict=True)]
                     weights = {}
                     for j in range(length):
@@ -138,8 +147,7 @@ def clustered_attention(
                     for j, w in weights.items():
                         new = [i for i in members if (not causal or j <= i) and j not in window(i)]
                         score[j] += len(new) / len(members) * (w / sum(weights.values()) + 1e-30)
-                padded = lambda j, b=b: key_padding_mask is not None and key_padding_mask[b, j]  # noqa: E731
-                local_keys = {j for j in window(chunk[0]) if not padded(j)}
+                local_keys = window(chunk[0]) & set(real)
                 count = budget - len(local_keys) if hashed is None else budget - local
                 best = sorted((j for j in range(length) if score[j] > 0), key=lambda j: (-score[j], j))[:count]
                 for i in chunk:

@@ -101,15 +101,15 @@ inline void set_gradients(Attention& a, const Tensor& grad_out, const Tensor& gr
   "Tensor query, Tensor key, Tensor value, Tensor? order, Tensor key_lists, Tensor? key_padding_mask, " \
   "Tensor? dropout_seed, int chunk_length, int context_keys, float scale, int drop_threshold, "         \
   "float keep_factor, int flags, "
-#define RK_SELECT_PARAMETERS                                                                                  \
-  Tensor query, Tensor key, OptionalTensor order, OptionalTensor query_padding, OptionalTensor padding,       \
-      int64_t chunk_length, int64_t budget, int64_t local, int64_t context_keys, double scale, int64_t flags, \
+#define RK_SELECT_PARAMETERS                                                                                   \
+  Tensor query, Tensor key, OptionalTensor order, OptionalTensor query_padding, OptionalTensor padding,        \
+      Tensor windows, int64_t chunk_length, int64_t budget, int64_t context_keys, double scale, int64_t flags, \
       Tensor lists
 #define RK_SELECT_ARGUMENTS \
-  query, key, order, query_padding, padding, chunk_length, budget, local, context_keys, scale, flags, lists
+  query, key, order, query_padding, padding, windows, chunk_length, budget, context_keys, scale, flags, lists
 #define RK_SELECT_SCHEMA                                                                            \
   "Tensor query, Tensor key, Tensor? order, Tensor? query_padding_mask, Tensor? key_padding_mask, " \
-  "int chunk_length, int budget, int local, int context_keys, float scale, int flags, "
+  "Tensor windows, int chunk_length, int budget, int context_keys, float scale, int flags, "
 
 // Attention to lists of keys, or (without value and lists) the choice of the lists.
 inline Attention list_params(const Tensor& query, const Tensor& key, const Tensor* value, const OptionalTensor& order,
@@ -162,11 +162,13 @@ struct Selection {
 inline Selection selection(RK_SELECT_PARAMETERS) {
   Selection s{list_params(query, key, nullptr, order, padding, chunk_length, lists, context_keys, scale, flags), {}};
   AttentionParams& p = s.a.p;
-  require(local >= 0 && local <= budget, "the local window must be between 0 and the budget");
-  const int64_t keys = p.S - context_keys, most = std::min(p.R == 1 ? budget : budget - local, keys);
-  const int64_t longest = p.R == 1 ? context_keys + most : std::max(context_keys + std::min(local, keys), most);
-  require(p.list_length >= longest, "lists must have room for ", longest, " keys, got ", p.list_length);
-  s.p.budget = std::min<int64_t>(budget, INT32_MAX), s.p.local = std::min<int64_t>(local, INT32_MAX);
+  // Not cut at the rows: quarters of a chunk do not depend on how many rows there are.
+  p.chunk_length = std::min<int64_t>(chunk_length, INT32_MAX);
+  require(budget >= 1, "budget must be positive, got ", budget);
+  require(p.list_length >= context_keys, "lists must have room for ", context_keys, " keys, got ", p.list_length);
+  s.p.budget = std::min<int64_t>(budget, INT32_MAX);
+  s.p.windows = contiguous<LocalWindow>("windows", windows, ScalarType::Int,
+                                        {p.B, (p.L + p.chunk_length - 1) / p.chunk_length, 3});
   s.p.query_padding = contiguous<bool>("query_padding_mask", query_padding, ScalarType::Bool, {p.B, p.L});
   s.p.lists = const_cast<int32_t*>(p.key_lists), p.key_lists = nullptr;
   s.p.attention = p;

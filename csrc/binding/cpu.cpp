@@ -132,6 +132,14 @@ void select_keys(OptionalTensor mask, RK_SELECT_PARAMETERS) {
   Selection s = selection(RK_SELECT_ARGUMENTS);
   check_order(s.a.p);
   set_mask(s.a, mask);
+  const int64_t keys = s.a.p.S - s.a.p.context_keys, room = s.a.p.list_length - s.a.p.context_keys;
+  for (int64_t i = 0; i < windows.numel() / 3; ++i) {
+    const rk::LocalWindow& w = s.p.windows[i];
+    require(0 <= w.begin && w.begin <= w.end && w.end <= keys && w.end - w.begin <= room && w.most <= s.a.p.list_length,
+            "windows must lie in the ", keys, " keys and fit into the lists, got ", w.begin, " to ", w.end, ", ",
+            w.most);
+    require(s.a.p.R > 1 || w.most <= room, "windows must leave room for the context, got ", w.most);
+  }
   s.p.attention = s.a.p;
   with_kernels(s.a.type, [&](const auto& k) { k.select(s.p, threads()); });
 }

@@ -209,7 +209,7 @@ void list_attention_backward(RK_LIST_PARAMETERS, Tensor grad_out, OptionalTensor
 
 void select_keys(RK_SELECT_PARAMETERS) {
   constexpr char kName[] = "select_keys";
-  check_one_device(kName, {&query, &key, pointer(order), pointer(query_padding), pointer(padding), &lists});
+  check_one_device(kName, {&query, &key, pointer(order), pointer(query_padding), pointer(padding), &windows, &lists});
   const Selection s = selection(RK_SELECT_ARGUMENTS);
   check_rows(kName, s.a);
   on_device_of(kName, query, [&](const rk::cuda::Device&, void* stream) {
@@ -286,7 +286,7 @@ std::vector<int64_t> select_plan(std::vector<int64_t> shape, int64_t S, int64_t 
   p.B = shape[0], p.H = shape[1], p.L = shape[2], p.D = shape[3], p.S = S, p.key_heads = key_heads;
   p.context_keys = context_keys, select.budget = budget;
   p.element = element_size == 2 ? rk::Element::kBFloat16 : rk::Element::kSame;
-  p.chunk_length = std::min(chunk_length, std::max<int64_t>(1, p.L));
+  p.chunk_length = chunk_length;
   const rk::cuda::SelectPlan plan = rk::cuda::plan_select(select);
   std::vector<int64_t> numbers{plan.steps, plan.blocks, plan.chosen};
   for (const rk::cuda::SelectPass& pass : {plan.of_blocks, plan.of_keys})

@@ -81,14 +81,21 @@ struct OrderParams {
   int32_t* order;                      // [rows, rounds * L]
 };
 
+// Of a chunk in the order of positions, its local window of keys; and how many keys the list of that number has at most
+// in the last round, beside the context, with the window where that round is the only one.
+struct LocalWindow {
+  int32_t begin, end, most;
+};
+
 // Chooses AttentionParams::key_lists. With one round a row is the context, the local window and the best of the other
 // keys. With two the first round has the context and the local windows, for chunks in the order of positions, the
 // second the best keys.
 struct SelectParams {
-  AttentionParams attention;  // without value; its key_lists are null
-  int64_t budget, local;      // keys of a query without the context, and how many of them are its local window
-  const bool* query_padding;  // [B, L], true: chooses nothing (unless all of its chunk are such), or null
-  int32_t* lists;             // [B, H, R * chunks, list_length]
+  AttentionParams attention;   // without value; its key_lists are null
+  int64_t budget;              // keys of a query without the context
+  const LocalWindow* windows;  // [B, chunks of a round]
+  const bool* query_padding;   // [B, L], true: chooses nothing (unless all of its chunk are such), or null
+  int32_t* lists;              // [B, H, R * chunks, list_length]
 };
 
 }  // namespace rk

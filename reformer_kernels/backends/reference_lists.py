@@ -71,20 +71,10 @@ def _allowed(call: SelectCall | ListCall, position: Tensor, key: Tensor, dtype: 
 # ---- the choice of keys
 
 
-def local_windows(call: SelectCall) -> Tensor:
-    """int64 [chunks, 2]: first key and end of the local window of every chunk in the order of positions."""
-    length, keys = call.query.shape[2], call.key.shape[2] - call.context_keys
-    width, chunk = min(call.local, keys), call.chunk_length
-    start = torch.arange(0, length, chunk, device=call.query.device)
-    end = (start + chunk).clamp(max=length)
-    if width == 0:
-        return torch.zeros(len(start), 2, dtype=torch.int64, device=start.device)
-    if call.causal:
-        end = end.clamp(max=keys)
-        return torch.stack([(end - width).clamp(min=0), end], dim=1)
-    # Towards zero, as C++ divides.
-    first = ((start + end - width) / 2).trunc().long().clamp(0, keys - width)
-    return torch.stack([first, first + width], dim=1)
+def _in_windows(call: SelectCall) -> Tensor:
+    """bool [B, chunks, S']: whether keys are in the local window of a chunk in the order of positions."""
+    keys = torch.arange(call.key.shape[2] - call.context_keys, device=call.query.device)
+    return (keys >= call.windows[..., :1]) & (keys < call.windows[..., 1:2])
 
 
 def _rows_of_flags(flags: Tensor, context: range, width: int) -> Tensor:
@@ -130,7 +120,7 @@ def selection_scores(call: SelectCall) -> Tensor:
     if call.query_padding_mask is not None:
         position = _choosing(position, call.query_padding_mask)
     chunk = position.shape[3]
-    size = -(-chunk // SUBGROUPS)
+    size = min(-(-call.chunk_length // SUBGROUPS), chunk)
     groups = torch.nn.functional.pad(position, (0, -chunk % size), value=-1)
     groups = groups.unflatten(-1, (-1, size))  # [B, H, n, M, size]
     real = (groups >= 0)[..., None].to(dtype)  # [B, H, n, M, size, 1]
@@ -155,16 +145,12 @@ def selection_scores(call: SelectCall) -> Tensor:
     if keys > EXACT_KEYS and call.attn_mask is None:
         candidate = candidate & _candidates(call, mean, key, groups)
     weight = _softmax(score, candidate)
-    windows = local_windows(call)
-    all_keys = torch.arange(keys, device=key.device)
+    inside = _in_windows(call)  # [B, chunks, S']
     if rounds == 1:
-        share = new.sum(dim=-2) / members.clamp(min=1)
-        inside = (all_keys >= windows[:, :1]) & (all_keys < windows[:, 1:])  # [n, S']
-        share = share * ~inside[:, None]
+        share = new.sum(dim=-2) / members.clamp(min=1) * ~inside[:, None, :, None]
     else:
-        own = windows[groups.clamp(min=0) // call.chunk_length]  # [B, H, n, M, size, 2]
-        inside = (all_keys >= own[..., :1]) & (all_keys < own[..., 1:])
-        share = (new & ~inside).sum(dim=-2) / members.clamp(min=1)
+        own = inside[torch.arange(batch)[:, None, None, None, None], groups.clamp(min=0) // call.chunk_length]
+        share = (new & ~own).sum(dim=-2) / members.clamp(min=1)  # own [B, H, n, M, size, S']
     return (share * (weight + LEAST) * candidate).sum(dim=-2)
 
 
@@ -206,16 +192,15 @@ def select_keys(call: SelectCall) -> Tensor:
     keys = size - call.context_keys
     context = range(keys, size)
     score = selection_scores(call)
-    all_keys = torch.arange(keys, device=score.device)
-    windows = local_windows(call)
-    local = (all_keys >= windows[:, :1]) & (all_keys < windows[:, 1:])  # [chunks, S']
+    local = _in_windows(call)
     if call.key_padding_mask is not None:
-        local = local & ~call.key_padding_mask[:, None, None, :keys]
-    local = local.expand(*shape[:2], -1, -1)
+        local = local & ~call.key_padding_mask[:, None, :keys]
+    local = local[:, None].expand(-1, shape[1], -1, -1)
+    most = call.windows[:, None, :, 2:]
     if call.order is None or call.order.shape[2] == 1:
-        best = _best(score, call.budget - local.sum(dim=-1, keepdim=True))
+        best = _best(score, most - local.sum(dim=-1, keepdim=True))
         return _rows_of_flags(local | best, context, shape[3])
-    best = _best(score, call.budget - call.local)
+    best = _best(score, most)
     rows = [_rows_of_flags(local, context, shape[3]), _rows_of_flags(best, range(0), shape[3])]
     return torch.cat(rows, dim=2)
 

@@ -156,7 +156,8 @@ rk::SelectParams select_params(const py::dict& given) {
   rk::SelectParams select{};
   select.attention = attention_params(given);
   select.budget = std::min<int64_t>(given["budget"].cast<int64_t>(), INT32_MAX);
-  select.local = given["local"].cast<int64_t>();
+  select.windows = static_cast<const rk::LocalWindow*>(given["windows"].cast<py::array>().data());
+  select.attention.chunk_length = given["chunk_length"].cast<int64_t>();
   if (!given["query_padding"].is_none())
     select.query_padding = static_cast<const bool*>(given["query_padding"].cast<py::array>().data());
   py::array lists = given["lists"];

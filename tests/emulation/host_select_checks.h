@@ -41,15 +41,21 @@ bool select_is_right(const SelectProblem& problem, Element element) {
   for (int64_t i = 0; padded && i < keys; ++i) padding[i] = random() % 3 == 0;
   for (int64_t i = 0; padded && !causal && i < L; ++i) query_padding[i] = random() % 2 == 0;
   std::vector<int32_t> lists(H * R * chunks * width, -9);
+  std::vector<LocalWindow> windows;
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t end = std::min({i * C + C, L, keys}), begin = std::max<int64_t>(0, end - local);
+    windows.push_back({int32_t(begin), int32_t(end), int32_t(R == 1 ? budget : budget - local)});
+  }
 
   SelectParams s{};
   AttentionParams& p = s.attention;
   p.element = element, p.B = 1, p.H = H, p.key_heads = key_heads, p.L = L, p.S = S, p.D = D, p.R = R;
-  p.chunk_length = std::min(C, L), p.context_keys = context, p.list_length = width, p.scale = 0.3;
+  p.chunk_length = C, p.context_keys = context, p.list_length = width, p.scale = 0.3;
   p.flags = causal ? kCausal : 0;
   p.query = {query.data(), H * L * D, L * D, D}, p.key = {key.data(), key_heads * S * D, S * D, D};
   p.order = R > 1 ? order.data() : nullptr, p.padding = padded ? padding.get() : nullptr;
-  s.budget = budget, s.local = local, s.query_padding = padded ? query_padding.get() : nullptr, s.lists = lists.data();
+  s.budget = budget, s.windows = windows.data(), s.query_padding = padded ? query_padding.get() : nullptr;
+  s.lists = lists.data();
   const cuda::SelectPlan plan = cuda::plan_select(s);
   settings().shared_limit = std::max(plan.of_blocks.shared_bytes, plan.of_keys.shared_bytes);
   const auto memory = scratch_memory(plan.bytes);

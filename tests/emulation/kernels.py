@@ -254,7 +254,7 @@ LIST = (
 )  # fmt: skip
 
 SELECT = (
-    "query", "key", "order", "query_padding", "padding", "chunk_length", "budget", "local", "context_keys", "scale",
+    "query", "key", "order", "query_padding", "padding", "windows", "chunk_length", "budget", "context_keys", "scale",
     "flags",
 )  # fmt: skip
 

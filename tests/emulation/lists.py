@@ -34,6 +34,7 @@ class Clustered:
     context: int = 0
     causal: bool = False
     padded: float = 0.0  # of all keys
+    trailing: int = 0  # keys at the end of the first sequence are padding
     layout: str = "contiguous"
     device: str = "H100"
 
@@ -52,6 +53,9 @@ class Clustered:
             return LAYOUTS[self.layout](normal.to(self.dtype))
 
         padding = torch.rand(self.batch, size, generator=generator) < self.padded if self.padded else None
+        if self.trailing:
+            padding = torch.zeros(self.batch, size, dtype=torch.bool) if padding is None else padding
+            padding[0, size - self.context - self.trailing : size - self.context] = True
         query = rows(self.heads, self.length, self.head_dim).mul_(spread)
         key, value = (rows(self.key_heads, size, width) for width in (self.head_dim, value_dim))
         if distinct:

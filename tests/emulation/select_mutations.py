@@ -21,7 +21,8 @@ def _problem(name: str, length: int, head_dim: int, kind: str = "float", **optio
 
 PROBLEMS: dict[str, tuple[tuple[str, ...], Select]] = {
     **_problem(
-        "causal", 150, 30, heads=4, key_heads=2, batch=2, causal=True, padded=0.3, padded_queries=0.6, context=3
+        "causal", 150, 30, heads=4, key_heads=2, batch=2, causal=True, padded=0.3, padded_queries=0.6, context=3,
+        trailing=40,
     ),
     **_problem("hash", 300, 30, grouping="hash", causal=True, padded=0.3, context=3, heads=2),
     **_problem("plain", 150, 64, "rk::cuda::bf16"),
@@ -37,10 +38,8 @@ PROBLEMS: dict[str, tuple[tuple[str, ...], Select]] = {
 FILES: dict[str, list[tuple[str, str, str, str, str]]] = {
     "select.cuh": [
         # the local window, and what can be chosen
-        ("a causal window begins with its chunk", "causal", "wrong", "min(end, int64_t{keys}) - most :", "begin :"),
-        ("a window begins with its chunk", "plain", "wrong", "(begin + end - most) / 2", "begin"),
-        ("a window goes beyond the keys", "small weights", "wrong",
-         "min((begin + end - most) / 2, int64_t{keys} - most)", "(begin + end - most) / 2"),
+        ("windows of the first of the batch", "causal", "wrong", "windows[b * chunks + chunk]", "windows[chunk]"),
+        ("the window of the first chunk", "plain", "wrong", "windows[b * chunks + chunk]", "windows[b * chunks]"),
         ("the last key that is seen is left out", "fewer keys", "wrong",
          "min(position / unit, n - 1) + 1", "min(position / unit, n - 1)"),
         ("a list is one shorter", "two steps", "global race", "if (list[middle] >= 0)", "if (list[middle + 1] >= 0)"),
@@ -113,12 +112,12 @@ FILES: dict[str, list[tuple[str, str, str, str, str]]] = {
         ("chunks of others are written", "two steps", "global race", "if (has(chunk)) *reinterpret_cast<float2*>",
          "*reinterpret_cast<float2*>"),
         ("later keys have a share", "causal", "wrong",
-         "key <= last && !(key >= shown.first", "!(key >= shown.first"),
+         "key <= last && !(key >= shown.begin", "!(key >= shown.begin"),
         ("a tile is new to those that see a part of it", "causal", "wrong", "last >= to - 1 &&", "last >= from &&"),
         ("what the window has shown is new", "hash", "wrong",
-         "p.R > 1 ? p.window(position / p.chunk_length) : Range{0, 0}", "Range{0, 0}"),
+         "p.R > 1 ? p.window(first.b, position / p.chunk_length) : LocalWindow{}", "LocalWindow{}"),
         ("the window of another chunk has shown it", "hash", "wrong",
-         "p.window(position / p.chunk_length)", "p.window(first.chunk)"),
+         "p.window(first.b, position / p.chunk_length)", "p.window(first.b, first.chunk)"),
         ("shares are numbers of queries", "causal", "wrong", "(shares[n][j] + all) / count", "(shares[n][j] + all)"),
     ],
     "select_take.cuh": [
@@ -128,15 +127,15 @@ FILES: dict[str, list[tuple[str, str, str, str, str]]] = {
          "(candidates + kAttentionThreads - 1) / kAttentionThreads * kWarp", "candidates / kAttentionThreads * kWarp"),
         ("runs overlap", "plain", "wrong", "min(first + run, candidates)", "min(first + run + kWarp, candidates)"),
         ("the context has the first keys", "causal", "wrong", "list[i] = p.keys + i;", "list[i] = i;"),
-        ("the window is not counted", "plain", "global race", "p.wanted - local, local", "p.wanted, local"),
+        ("the window is not counted", "plain", "global race", "window.most - local, local", "window.most, local"),
         ("a list is not filled up", "causal", "wrong",
          "i < p.list_length; i += kAttentionThreads) list[i] = -1", "i < 0; i += kAttentionThreads) list[i] = -1"),
         ("keys of the window are taken again", "plain", "wrong",
-         "key >= window.first && key < window.behind ? 0.f : totals[i]", "totals[i]"),
+         "key >= window.begin && key < window.end ? 0.f : totals[i]", "totals[i]"),
         ("candidates of blocks", "two steps", "wrong", "* kSelectBlock + i % kSelectBlock : i",
          "* kSelectBlock + i / kSelectBlock : i"),
         ("padding of the window is taken", "causal", "wrong",
-         "key < window.behind && !p.is_padded(at.b, key)", "key < window.behind"),
+         "key < window.end && !p.is_padded(at.b, key)", "key < window.end"),
         ("counts are used before they are zero", "plain", "uninitialised",
          "state.counts[i] = 0;\n      __syncthreads();", "state.counts[i] = 0;"),
         ("counts are used before they are complete", "plain", "shared race",
@@ -159,8 +158,8 @@ FILES: dict[str, list[tuple[str, str, str, str, str]]] = {
          "tied + before(same) < ties", "tied + before(same) + 1 < ties"),
         ("all that are equal come before a warp", "few distinct keys", "global race",
          "written += min(tied, ties);", "written += tied;"),
-        ("the window has no room", "plain", "wrong", "(key >= window.behind ? local : 0)", "0"),
-        ("all that are taken come before the window", "plain", "wrong", "taken && key < window.first", "taken"),
+        ("the window has no room", "plain", "wrong", "(key >= window.end ? local : 0)", "0"),
+        ("all that are taken come before the window", "plain", "wrong", "taken && key < window.begin", "taken"),
         ("counts of warps are read before they are there", "plain", "shared race",
          "state.equal[warp] = equal;\n    __syncthreads();", "state.equal[warp] = equal;"),
         ("the window is written before its place is known", "plain", "shared race",

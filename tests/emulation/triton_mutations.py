@@ -29,7 +29,9 @@ PROBLEMS: dict[str, Case] = {
     "lists": Lists(100, 32, F, grouping="hash", causal=True, heads=2, key_heads=1, batch=2, padded=0.2, context=3),
     "lists of all": Lists(100, 32, F, heads=2, key_heads=2, budget=100, dropout=0.2),
     "rest": Lists(100, 32, F, padded=0.2, context=3),
-    "choice": Select(150, 16, F, grouping="hash", causal=True, padded=0.3, padded_queries=0.3, heads=2, batch=2),
+    "choice": Select(
+        150, 16, F, grouping="hash", causal=True, padded=0.3, padded_queries=0.3, heads=2, batch=2, trailing=40
+    ),
     "half choice": Select(150, 16, grouping="hash", causal=True, padded=0.3, padded_queries=0.3, heads=2, batch=2),
     "choice of causal": Select(150, 16, F, causal=True, chunk_length=40, budget=60),
     "many keys": Select(20, 8, F, keys=MANY, padded=0.2),
@@ -142,7 +144,7 @@ SELECT = [
     ("room for the window", "choice of causal", "tl.where(key >= window.behind, local, 0)", "local"),
     ("the context's keys", "equal weights", "p.keys + start + n, mask", "start + n, mask"),
     ("what is left of a list", "choice", "n * 0 - 1, mask", "n * 0, mask"),
-    ("windows begin with their chunk", "choice of causal", "tl.maximum(behind - most, 0)", "tl.minimum(begin, behind)"),
+    ("windows of the first of the batch", "choice", "(b.to(tl.int64) * p.chunks + chunk) * 3\n", "chunk * 3\n"),
 ]  # fmt: skip
 HASH = [
     ("the last of equals", "ties of tiles", "tl.where(largest > best, start + at, index)", "tl.where(largest >= best, start + at, index)"),

@@ -204,9 +204,14 @@ void list_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::Typed
     p.flags |= chance(0.7) ? kRest : 0;
   p.mask_stride_q = p.S, p.mask_stride_k = 1;
   const int64_t chunks = (p.L + p.chunk_length - 1) / p.chunk_length;
+  std::vector<LocalWindow> windows;
+  for (int64_t i = 0; i < p.B * chunks; ++i) {
+    const int64_t begin = between(0, keys), end = std::min(keys, begin + between(0, local));
+    windows.push_back({int32_t(begin), int32_t(end), int32_t(p.R == 1 ? budget : budget - local)});
+  }
   auto select = [&](const cpu::TypedKernels<T>& kernels, int n_threads) {
     std::vector<int32_t> lists(heads * p.R * chunks * p.list_length, -7);
-    kernels.select(SelectParams{p, budget, local, query_padding, lists.data()}, threads(n_threads));
+    kernels.select(SelectParams{p, budget, windows.data(), query_padding, lists.data()}, threads(n_threads));
     return lists;
   };
   const std::vector<int32_t> lists = select(cpu::kernels_baseline()->*type, 1);

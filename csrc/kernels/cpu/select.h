@@ -33,7 +33,7 @@ struct SelectScratch {
 
   explicit SelectScratch(const AttentionParams& p) : Dp(round_up(p.D, kRowPad)) {
     const int64_t chunk = std::min(p.chunk_length, std::max<int64_t>(p.L, 1));
-    size = (chunk + kSubgroups - 1) / kSubgroups, subgroups = (chunk + size - 1) / size;
+    size = std::min((p.chunk_length + kSubgroups - 1) / kSubgroups, chunk), subgroups = (chunk + size - 1) / size;
     batch = kQueries / kSubgroups, rows = batch * subgroups;
     queries.resize(round_up(size, kRowPad) * Dp), means.resize(rows * Dp);
     keys.resize(kKeyBlock * Dp), KT.resize(Dp * kKeyBlock), tile.resize(rows * kKeyBlock);
@@ -63,25 +63,14 @@ class Selection {
         blocks_(blocks),
         padding_(p.padding ? p.padding + u_.b * p.S : nullptr) {}
 
-  // The local window of a chunk in the order of positions.
-  Range window(int64_t chunk) const {
-    const int64_t n = blocks_.n_keys, width = std::min(select_.local, n), start = chunk * p_.chunk_length;
-    const int64_t end = std::min(start + p_.chunk_length, p_.L);
-    if (width == 0) return {0, 0};
-    if (p_.has(kCausal)) {
-      const int64_t to = std::min(end, n);
-      return {static_cast<int>(std::max<int64_t>(0, to - width)), static_cast<int>(to)};
-    }
-    const int64_t from = std::clamp<int64_t>((start + end - width) / 2, 0, n - width);
-    return {static_cast<int>(from), static_cast<int>(from + width)};
-  }
+  const LocalWindow& window(int64_t chunk) const { return select_.windows[u_.b * u_.round_begin[1] + chunk]; }
 
   // The rows of the first of two rounds.
   void local_row(int64_t chunk) const {
     int32_t* list = row(chunk);
     list = write_context(list);
-    const Range w = window(chunk);
-    for (int k = w.from; k < w.to; ++k)
+    const LocalWindow& w = window(chunk);
+    for (int k = w.begin; k < w.end; ++k)
       if (!padded(k)) *list++ = k;
     std::fill(list, row(chunk) + p_.list_length, -1);
   }
@@ -254,19 +243,18 @@ class Selection {
     s.total.assign(n, T(0));
     each_subgroup(s, first_row, [&](int64_t m, const int* position, int count) { add_weights(s, m, position, count); });
     int32_t* list = row(chunk);
-    int64_t wanted = select_.budget - select_.local;
-    Range local{0, 0};
+    LocalWindow local = window(chunk % u_.round_begin[1]);
     s.positions.clear();
     if (u_.R == 1) {
-      local = window(chunk);
       list = write_context(list);
-      for (int k = local.from; k < local.to; ++k)
+      for (int k = local.begin; k < local.end; ++k)
         if (!padded(k)) s.positions.push_back(k);
-      wanted = select_.budget - static_cast<int64_t>(s.positions.size());
+    } else {
+      local.begin = local.end = 0;
     }
     for (int64_t j = 0; j < n; ++j)
-      if (const int k = s.candidates[j]; padded(k) || (k >= local.from && k < local.to)) s.total[j] = 0;
-    take_largest(s, wanted);
+      if (const int k = s.candidates[j]; padded(k) || (k >= local.begin && k < local.end)) s.total[j] = 0;
+    take_largest(s, local.most - static_cast<int64_t>(s.positions.size()));
     for (int& j : s.chosen) j = s.candidates[j];
     list = std::merge(s.chosen.begin(), s.chosen.end(), s.positions.begin(), s.positions.end(), list);
     std::fill(list, row(chunk) + p_.list_length, -1);
@@ -284,8 +272,8 @@ class Selection {
       const int to = p_.has(kCausal) ? below(s, position[i] + 1) : s.n_seen[m];
       step(0, to, 1);
       if (u_.R == 1) continue;  // its whole chunk's window is left out later
-      const Range w = window(position[i] / p_.chunk_length);
-      step(std::min(below(s, w.from), to), std::min(below(s, w.to), to), -1);
+      const LocalWindow& w = window(position[i] / p_.chunk_length);
+      step(std::min(below(s, w.begin), to), std::min(below(s, w.end), to), -1);
     }
     std::sort(s.steps.begin(), s.steps.end());
     int queries = 0;

@@ -315,7 +315,8 @@ inline SelectPlan plan_select(const SelectParams& select) {
   const int64_t heads = p.B * p.H;
   plan.steps = p.D <= 64 ? 4 : 8;
   plan.keys = p.S - p.context_keys, plan.chunks = ceil_div(p.L, p.chunk_length);
-  plan.subgroup = ceil_div(p.chunk_length, kSelectSubgroups), plan.width = ceil_div(p.D, 4) * 4;
+  plan.subgroup = std::min(ceil_div(p.chunk_length, kSelectSubgroups), std::max<int64_t>(p.L, 1));
+  plan.width = ceil_div(p.D, 4) * 4;
   if (plan.keys > kSelectExactKeys) {
     plan.blocks = ceil_div(plan.keys, kSelectBlock);
     plan.chosen = std::min(plan.blocks, std::max(kSelectBlocks, 2 * ceil_div(select.budget, kSelectBlock)));

@@ -60,7 +60,7 @@ int select_keys(const SelectParams& select, void* memory, void* stream) {
   const auto numbers = [&](int64_t bytes) { return reinterpret_cast<int32_t*>(at(bytes)); };
   SelectArguments a{};
   a.query = p.query, a.key = p.key, a.order = p.order;
-  a.query_padding = select.query_padding, a.padding = p.padding;
+  a.query_padding = select.query_padding, a.padding = p.padding, a.windows = select.windows;
   a.members = numbers(plan.members), a.facts = reinterpret_cast<SelectFacts*>(at(plan.facts));
   a.means = reinterpret_cast<float*>(at(plan.means));
   a.block_means = reinterpret_cast<float*>(at(plan.block_means)), a.block_sizes = numbers(plan.block_sizes);
@@ -69,7 +69,7 @@ int select_keys(const SelectParams& select, void* memory, void* stream) {
   a.chunk_length = static_cast<int>(p.chunk_length), a.chunks = static_cast<int>(plan.chunks);
   a.subgroup = static_cast<int>(plan.subgroup), a.keys = static_cast<int>(plan.keys);
   a.blocks = static_cast<int>(plan.blocks), a.width = static_cast<int>(plan.width);
-  a.local = static_cast<int>(select.local), a.scale = static_cast<float>(p.scale), a.causal = p.has(kCausal);
+  a.scale = static_cast<float>(p.scale), a.causal = p.has(kCausal);
 
   const Kernels kernels = kernels_of(p.element, plan);
   int error = launch_warps(kernels.means, a, a.heads * plan.chunks, stream);
@@ -86,22 +86,23 @@ int select_keys(const SelectParams& select, void* memory, void* stream) {
     error = run_pass(weigh_kernel<float>(false, plan.steps), of_blocks, plan.of_blocks, stream);
     a.chosen = numbers(plan.chosen_blocks), a.n_chosen = static_cast<int>(plan.chosen);
   }
-  a.candidates = p.key, a.row_width = a.D, a.n = a.keys, a.unit = 1;
+  a.candidates = p.key, a.row_width = a.D, a.n = a.keys, a.unit = 1, a.wanted = -1;
   a.aligned = is_aligned(p.key, p.D, p.element == Element::kSame ? 4 : 2);
   a.lists = select.lists, a.list_rows = p.R * plan.chunks, a.list_length = static_cast<int>(p.list_length);
   const int context = static_cast<int>(p.context_keys);
   if (p.R == 1) {
-    a.context = context, a.with_window = true, a.wanted = static_cast<int>(select.budget);
+    a.context = context, a.with_window = true;
     return error ? error : run_pass(kernels.weigh, a, plan.of_keys, stream);
   }
   if (!error) {
     SelectArguments of_first = a;
     of_first.context = context, of_first.with_window = true, of_first.n = 0, of_first.chosen = nullptr;
+    of_first.wanted = 0;
     SelectPass pass;
     pass.chunks = 1, pass.units = pass.slice = a.heads * plan.chunks;
     error = run_pass(nullptr, of_first, pass, stream);
   }
-  a.lists += plan.chunks * p.list_length, a.wanted = static_cast<int>(select.budget - select.local);
+  a.lists += plan.chunks * p.list_length;
   return error ? error : run_pass(kernels.weigh, a, plan.of_keys, stream);
 }
 

@@ -21,13 +21,14 @@ struct SelectArguments {
   Rows query, key;
   const int32_t* order;                 // [B, H, R * L] or null
   const bool *query_padding, *padding;  // [B, L] and [B, S], or null
+  const LocalWindow* windows;           // [B, chunks]
   int32_t* members;                     // [B, H, L]: of each chunk the positions of the queries that choose
   SelectFacts* facts;                   // [B, H, chunks, sub-groups]
   float* means;                         // [B, H, chunks, sub-groups, width]
   float* block_means;                   // [B, key heads, blocks, width]
   int32_t* block_sizes;                 // [B, key heads, blocks]: keys that are no padding
   int64_t heads;                        // B * H
-  int L, S, R, H, group, D, chunk_length, chunks, subgroup, keys, blocks, width, local;
+  int L, S, R, H, group, D, chunk_length, chunks, subgroup, keys, blocks, width;
   float scale;
   bool causal;
 
@@ -44,22 +45,14 @@ struct SelectArguments {
   int64_t first_unit;  // of the slice
   int unit_chunks;     // of a block of threads that weighs
   // and what is taken:
-  int wanted;        // so many, less the local window
+  int wanted;        // so many, less the local window; -1: as many as that says
   int context;       // keys that a list begins with
   bool with_window;  // of local keys, which follow
   int32_t* lists;    // [B, H, list_rows, list_length], from the first chunk's on
   int64_t list_rows;
   int list_length;
 
-  // The local window of a chunk in the order of positions.
-  __device__ Range window(int chunk) const {
-    const int64_t begin = int64_t{chunk} * chunk_length, end = min(begin + chunk_length, int64_t{L});
-    const int64_t most = min(local, keys);
-    if (most == 0) return {0, 0};
-    const int64_t from = causal ? min(end, int64_t{keys}) - most : min((begin + end - most) / 2, int64_t{keys} - most);
-    const int first = static_cast<int>(max(from, int64_t{0}));
-    return {first, causal ? static_cast<int>(min(end, int64_t{keys})) : first + static_cast<int>(most)};
-  }
+  __device__ LocalWindow window(int64_t b, int chunk) const { return windows[b * chunks + chunk]; }
   __device__ bool is_padded(int64_t b, int key) const { return padding && padding[b * S + key]; }
   // Candidates that are seen up to a position.
   __device__ int seen(int position) const { return position < 0 ? 0 : min(position / unit, n - 1) + 1; }
@@ -387,9 +380,9 @@ struct SelectWeights {
       for (int i = 0; i < row.facts.count; ++i) {
         const int position = row.members[i], last = p.causal ? position : INT32_MAX;
         // With one round the window of the whole chunk is left out when keys are taken.
-        const Range shown = p.R > 1 ? p.window(position / p.chunk_length) : Range{0, 0};
+        const LocalWindow shown = p.R > 1 ? p.window(first.b, position / p.chunk_length) : LocalWindow{};
         if (last < from) continue;
-        if (last >= to - 1 && (shown.first >= to || shown.behind <= from)) {
+        if (last >= to - 1 && (shown.begin >= to || shown.end <= from)) {
           ++all;
           continue;
         }
@@ -398,7 +391,7 @@ struct SelectWeights {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             const int key = from + column(n, j);
-            if (key <= last && !(key >= shown.first && key < shown.behind)) shares[n][j] += 1.f;
+            if (key <= last && !(key >= shown.begin && key < shown.end)) shares[n][j] += 1.f;
           }
       }
     }

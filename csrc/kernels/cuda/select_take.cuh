@@ -24,7 +24,7 @@ struct SelectTake {
   SelectState& state;
   int warp, lane;
   SelectChunk at;
-  Range window;
+  LocalWindow window;
   const int32_t* chosen;
   const float* totals;
   int32_t* list;
@@ -33,7 +33,9 @@ struct SelectTake {
   __device__ void run() {
     at.take(p, blockIdx.x);
     if (at.head >= p.heads || at.chunk >= p.chunks) return;
-    window = p.with_window ? p.window(at.chunk) : Range{0, 0};
+    window = p.window(at.b, at.chunk);
+    if (!p.with_window) window.begin = window.end = 0;
+    if (p.wanted >= 0) window.most = p.wanted;
     chosen = p.chosen ? p.chosen + at.row(p) * p.n_chosen : nullptr;
     totals = p.totals + int64_t{blockIdx.x} * p.stride;
     list = p.lists + (at.head * p.list_rows + at.chunk) * p.list_length;
@@ -43,7 +45,7 @@ struct SelectTake {
 
     for (int i = threadIdx.x; i < p.context; i += kAttentionThreads) list[i] = p.keys + i;
     const int local = write_window(list + p.context, false);
-    const int taken = take(list + p.context, p.wanted - local, local);
+    const int taken = take(list + p.context, window.most - local, local);
     for (int i = p.context + local + taken + threadIdx.x; i < p.list_length; i += kAttentionThreads) list[i] = -1;
   }
 
@@ -60,7 +62,7 @@ struct SelectTake {
   // Of a total, which rise with it; 0: not to be taken.
   __device__ uint32_t bits(int i) const {
     const int key = candidate(i);
-    const float total = key >= window.first && key < window.behind ? 0.f : totals[i];
+    const float total = key >= window.begin && key < window.end ? 0.f : totals[i];
     return total > 0.f ? __float_as_uint(total) : 0;
   }
 
@@ -74,9 +76,9 @@ struct SelectTake {
   // Writes the window's keys that are no padding, where asked to; how many they are. Every warp counts them.
   __device__ int write_window(int32_t* to, bool writes) const {
     int count = 0;
-    for (int i = window.first; i < window.behind; i += kWarp) {
+    for (int i = window.begin; i < window.end; i += kWarp) {
       const int key = i + lane;
-      const bool there = key < window.behind && !p.is_padded(at.b, key);
+      const bool there = key < window.end && !p.is_padded(at.b, key);
       const uint32_t votes = __ballot_sync(~0u, there);
       if (writes && there) to[count + before(votes)] = key;
       count += __popc(votes);
@@ -131,8 +133,8 @@ struct SelectTake {
       const bool taken = x > least || (x == least && tied + before(same) < ties);
       const uint32_t votes = __ballot_sync(~0u, taken);
       const int key = candidate(min(i, candidates - 1));
-      if (taken) to[written + before(votes) + (key >= window.behind ? local : 0)] = key;
-      below += __popc(__ballot_sync(~0u, taken && key < window.first));
+      if (taken) to[written + before(votes) + (key >= window.end ? local : 0)] = key;
+      below += __popc(__ballot_sync(~0u, taken && key < window.begin));
       written += __popc(votes), tied += __popc(same);
     });
     if (lane == 0) state.below[warp] = below;

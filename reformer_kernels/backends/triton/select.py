@@ -37,6 +37,7 @@ class Chunks(NamedTuple):
     order: Tensor | None  # int32 [B, H, R * L]
     query_padding: Tensor | None  # bool [B, L]
     padding: Tensor | None  # bool [B, S]
+    windows: Tensor  # int32 [B, chunks, 3]: first key, end, and how many keys are taken at most
     members: Tensor  # int32 [B, H, L]: of each chunk the positions of the queries that choose
     counts: Tensor  # int32 [B, H, chunks, sub-groups]: of such queries,
     smallest: Tensor  # and their smallest position,
@@ -51,7 +52,6 @@ class Chunks(NamedTuple):
     chunk_length: int
     chunks: int
     subgroup: int
-    local: int
     scale: float
     causal: Any  # constexpr
 
@@ -74,22 +74,16 @@ class Lists(NamedTuple):
     rows: int
     first_row: int
     length: int
-    wanted: int  # so many, less the local window
+    wanted: int  # so many, less the local window; -1: as many as that says
     context: int  # keys that a list begins with
     with_window: bool
 
 
 @triton.jit
-def window_of(p, chunk):
+def window_of(p, b, chunk):
     """The local window of a chunk in the order of positions."""
-    begin = chunk * p.chunk_length
-    end, most = tl.minimum(begin + p.chunk_length, p.length), tl.minimum(p.local, p.keys)
-    if p.causal:
-        behind = tl.minimum(end, p.keys)
-        return Range(tl.where(most > 0, tl.maximum(behind - most, 0), 0), tl.where(most > 0, behind, 0))
-    else:
-        first = tl.maximum(tl.minimum((begin + end - most) // 2, p.keys - most), 0)
-        return Range(tl.where(most > 0, first, 0), tl.where(most > 0, first + most, 0))
+    at = p.windows + (b.to(tl.int64) * p.chunks + chunk) * 3
+    return Range(tl.load(at), tl.load(at + 1))
 
 
 @triton.jit
@@ -205,7 +199,7 @@ def take_scores(
 
 
 @triton.jit
-def new_shares(p, members, count, smallest, key, WINDOWS: tl.constexpr):
+def new_shares(p, b, members, count, smallest, key, WINDOWS: tl.constexpr):
     """To which share of a sub-group's queries keys are new."""
     share = (count > 0).to(tl.float32)[:, None] + (key * 0)[None, :].to(tl.float32)
     if p.causal or WINDOWS:
@@ -217,7 +211,7 @@ def new_shares(p, members, count, smallest, key, WINDOWS: tl.constexpr):
                 if p.causal:
                     is_new &= key[None, :] <= position[:, None]
                 if WINDOWS:
-                    window = window_of(p, tl.maximum(position, 0) // p.chunk_length)
+                    window = window_of(p, b, tl.maximum(position, 0) // p.chunk_length)
                     is_new &= ~((key[None, :] >= window.first[:, None]) & (key[None, :] < window.behind[:, None]))
                 new += is_new.to(tl.int32)
             share = new.to(tl.float32) / tl.maximum(count, 1).to(tl.float32)[:, None]
@@ -268,7 +262,7 @@ def weigh_kernel(
         )
         share = (count > 0).to(tl.float32)[:, None]
         if NEW:
-            share = new_shares(p, members, count, smallest, key, WINDOWS)
+            share = new_shares(p, b, members, count, smallest, key, WINDOWS)
         chooses = (score > float("-inf")) & (count > 0)[:, None]
         # What is selected is not fused with the sum; see attention.row_products.
         total = tl.where(chooses, share * (tl.exp2(score - top[:, None]) + LEAST), 0.0)
@@ -326,8 +320,9 @@ def take_kernel(p, c, t, totals, first_unit, stride, UNIT: tl.constexpr, BLOCK_M
     if chunk >= p.chunks:
         return
     b, chunk_row = head // p.heads, head.to(tl.int64) * p.chunks + chunk
-    window = window_of(p, chunk)
+    window = window_of(p, b, chunk)
     window = Range(tl.where(t.with_window, window.first, 0), tl.where(t.with_window, window.behind, 0))
+    most = tl.where(t.wanted >= 0, t.wanted, tl.load(p.windows + (b.to(tl.int64) * p.chunks + chunk) * 3 + 2))
     if c.chosen is None:
         group = tl.arange(0, GROUPS)
         candidates = seen(c, tl.max(tl.load(p.largest + chunk_row * GROUPS + group)))
@@ -340,7 +335,7 @@ def take_kernel(p, c, t, totals, first_unit, stride, UNIT: tl.constexpr, BLOCK_M
         tl.store(lists + start + n, p.keys + start + n, mask=start + n < t.context)
     to = lists + t.context
     local = window_keys(p, b, to, window, False, BLOCK_M)
-    wanted = t.wanted - local
+    wanted = most - local
     # No candidate has as many bits.
     least, ties = tl.where(wanted > 0, 0, HIDDEN), 0
     if wanted > 0:
@@ -392,12 +387,13 @@ def take_chunks(call: SelectCall, query: Tensor, widths: dict[str, int]) -> Chun
     order = native.contiguous(call.order)
     p = Chunks(
         order=order, query_padding=native.contiguous(call.query_padding_mask),
-        padding=native.contiguous(call.key_padding_mask), members=numbers(length), counts=numbers(chunks, SUBGROUPS),
+        padding=native.contiguous(call.key_padding_mask), windows=call.windows.contiguous(), members=numbers(length),
+        counts=numbers(chunks, SUBGROUPS),
         smallest=numbers(chunks, SUBGROUPS), largest=numbers(chunks, SUBGROUPS),
         means=query.new_empty((batch * heads * chunks * SUBGROUPS, head_dim), dtype=torch.float32), heads=heads,
         group=heads // call.key.shape[1], length=length, size=size, keys=size - call.context_keys,
         rounds=1 if order is None else order.shape[2], chunk_length=chunk_length, chunks=chunks,
-        subgroup=triton.cdiv(chunk_length, SUBGROUPS), local=call.local, scale=call.scale,
+        subgroup=min(triton.cdiv(call.chunk_length, SUBGROUPS), length), scale=call.scale,
         causal=tl.constexpr(call.causal),
     )  # fmt: skip
     launch(means_kernel, batch * heads * chunks, query.device, p, rows(query), config=SUMS, **widths)
@@ -430,10 +426,10 @@ def select_keys(call: SelectCall) -> Tensor:
     widths = {"D": query.shape[3], "BLOCK_D": block_width(query.shape[3])}
     p, batch = take_chunks(call, query, widths), len(query)
     keys = Candidates(rows(key), p.keys, 1, None, None, 0, None)
-    taken = Lists(lists, None, lists.shape[2], 0, lists.shape[3], call.budget, call.context_keys, True)
+    taken = Lists(lists, None, lists.shape[2], 0, lists.shape[3], -1, call.context_keys, True)
     if p.rounds == 2:  # the first has the windows
         take(p, keys._replace(n=0), taken._replace(wanted=0), batch, widths)
-        taken = taken._replace(first_row=p.chunks, wanted=call.budget - call.local, context=0, with_window=False)
+        taken = taken._replace(first_row=p.chunks, wanted=-1, context=0, with_window=False)
     if p.keys > EXACT_KEYS:
         chosen, filled = choose_blocks(call, p, key, widths)
         keys = keys._replace(chosen=chosen, n_chosen=chosen.shape[3], filled=filled)

@@ -1,0 +1,103 @@
+"""Clustered attention of a sequence does not depend on what it is padded to, nor on what padding holds."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import reformer_kernels as rk
+from reformer_kernels.testing import capture
+
+BACKENDS = ("cpu", "reference")
+LENGTHS = {"self": ((61, 61), (40, 40), (9, 9)), "cross": ((61, 33), (20, 61), (40, 40))}  # of queries and keys
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "hash": {"grouping": "hash"},
+    "hash, causal": {"grouping": "hash", "causal": True},
+    "all local": {"local_fraction": 1.0},
+    "budget of the shortest": {"budget": 45, "grouping": "hash", "rest_term": False},
+    "long chunks": {"chunk_length": 70},
+    "float mask": {"attn_mask": True},
+}
+
+
+def problem(kind: str, padded: int, dtype: torch.dtype) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """Query, key and value of sequences of different lengths, alone; and a batch of all, with its two masks."""
+    alone = [
+        tuple(torch.randn(1, heads, n, 8).to(dtype) for heads, n in ((2, length), (1, size), (1, size)))
+        for length, size in LENGTHS[kind]
+    ]
+    rows, masks = [], []
+    for tensors in zip(*alone, strict=True):
+        longest = max(x.shape[2] for x in tensors) + padded
+        row = torch.full((len(tensors), tensors[0].shape[1], longest, 8), torch.nan, dtype=dtype)
+        mask = torch.ones(len(tensors), longest, dtype=torch.bool)
+        for i, x in enumerate(tensors):
+            row[i, :, : x.shape[2]], mask[i, : x.shape[2]] = x[0], False
+        rows.append(row)
+        masks.append(mask)
+    return alone, (*rows, masks[0], masks[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("kind", "padded"), list(itertools.product(LENGTHS, (0, 19))))
+def test_a_result_does_not_depend_on_its_batch(kind: str, padded: int, mode: str, backend: str) -> None:
+    alone, (query, key, value, query_mask, key_mask) = problem(kind, padded, torch.float64)
+    query, key, value = (x.nan_to_num(7.0).requires_grad_() for x in (query, key, value))
+    options = {"budget": 12, "chunk_length": 8, "backend": backend, **MODES[mode]}
+    mask = None
+    if options.pop("attn_mask", None):
+        mask = torch.randn(1, 1, query.shape[2], key.shape[2], dtype=torch.float64)
+    masks: dict[str, Tensor] = {"key_padding_mask": key_mask}
+    if kind == "cross":
+        masks["query_padding_mask"] = query_mask  # otherwise it is that of the keys
+    out = rk.clustered_attention(query, key, value, attn_mask=mask, **masks, **options)
+    upstream = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (query, key, value), upstream.masked_fill(query_mask[:, None, :, None], 0.0))
+    for i, tensors in enumerate(alone):
+        q, k, v = (x.clone().requires_grad_() for x in tensors)
+        length, size = q.shape[2], k.shape[2]
+        own = None if mask is None else mask[..., :length, :size]
+        expected = rk.clustered_attention(q, k, v, attn_mask=own, **options)
+        torch.testing.assert_close(out[i : i + 1, :, :length], expected, rtol=1e-12, atol=1e-12)
+        own_grads = torch.autograd.grad(expected, (q, k, v), upstream[i : i + 1, :, :length])
+        for x, grad, own_grad in zip((q, k, v), grads, own_grads, strict=True):
+            torch.testing.assert_close(grad[i : i + 1, :, : x.shape[2]], own_grad, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("grouping", ["position", "hash"])
+def test_what_padding_holds_has_no_effect(grouping: str) -> None:
+    _, (query, key, value, _, mask) = problem("self", 19, torch.float32)
+    outs = []
+    for garbage in (0.0, 1e4, torch.inf, torch.nan):
+        q, k, v = (x.masked_fill(mask[:, None, :, None], garbage) for x in (query, key, value))
+        out = rk.clustered_attention(q, k, v, budget=12, chunk_length=8, grouping=grouping, key_padding_mask=mask)
+        outs.append(out.masked_fill(mask[:, None, :, None], 0.0))
+        assert torch.equal(outs[0], outs[-1])
+
+
+def test_fewer_keys_than_the_budget_are_all_attended() -> None:
+    """However long the batch is: exact for the short sequence, and by all its keys."""
+    query, key, value = (torch.randn(1, 1, 300, 8) for _ in range(3))
+    mask = torch.arange(300)[None] >= 100
+    for grouping in ("position", "hash"):
+        out = rk.clustered_attention(query, key, value, budget=100, grouping=grouping, key_padding_mask=mask)
+        exact = torch.nn.functional.scaled_dot_product_attention(query[:, :, :100], key[:, :, :100], value[:, :, :100])
+        torch.testing.assert_close(out[:, :, :100], exact)
+
+
+def test_a_given_query_mask_goes_first() -> None:
+    query, key, value = (torch.randn(1, 1, 40, 8) for _ in range(3))
+    mask, none = torch.arange(40)[None] >= 30, torch.zeros(1, 40, dtype=torch.bool)
+    for given, expected in ((None, mask), (none, none)):
+        call = capture(
+            rk.clustered_attention, query, key, value, op="select_keys", budget=8, key_padding_mask=mask,
+            query_padding_mask=given,
+        )  # fmt: skip
+        assert torch.equal(call.query_padding_mask, expected)
