@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .hashing import bucket_factors, cached_rotations
@@ -114,8 +115,6 @@ class SelectCall(NamedTuple):
     query_padding_mask: Tensor | None  # bool [B, L], True: the query chooses nothing, unless all of its chunk are such
     key_padding_mask: Tensor | None  # bool [B, S]
     attn_mask: Tensor | None  # bool (True: ignored) or float (added) [B|1, H|1, L, S]
-    windows: Tensor  # int32 [B, chunks, 3], of chunks of positions: the local window's first key and its end, and how
-    # many keys the last round's list of that number has at most, with the window where that is the only round
     chunk_length: int
     budget: int  # keys a query attends, without the context
     local: int  # how many of them are its local window, at most
@@ -146,6 +145,42 @@ class SelectCall(NamedTuple):
             width = torch.sym_max(context + torch.sym_min(self.local, keys), most)
         width = torch.sym_max(1, width)  # a list without keys has its -1
         return batch, heads, rounds * (-(-length // self.chunk_length)), width
+
+    @property
+    def windows(self) -> Tensor:
+        """int32 [B, chunks, 3]: of every chunk in the order of positions the local window's first key and its end, and
+        how many keys the list of that number has at most in the last round, with the window where there is no other.
+
+        They are those of sequences without their trailing padding.
+        """
+        length, keys = self.query.shape[2], self.key.shape[2] - self.context_keys
+        last_query = self._length_without(self.query_padding_mask, length)  # [B, 1]
+        last_key = self._length_without(self.key_padding_mask, keys)
+        # No window where positions of queries and keys have nothing to do with each other, and where the hashed groups'
+        # own share of the budget is to hold all keys.
+        used = torch.ones_like(last_key, dtype=torch.bool) if self.causal else last_query == last_key
+        hashed = self.order is not None
+        if hashed:
+            used = used & (last_key > self.budget)
+        share = used * self.local
+        width = torch.minimum(share, last_key)
+        start = torch.arange(0, length, self.chunk_length, device=self.device)
+        end = torch.minimum(start + self.chunk_length, last_query)
+        if self.causal:
+            end = torch.minimum(end, last_key)
+            first = (end - width).clamp(min=0)
+        else:
+            first = ((start + end - width) // 2).clamp(min=0).minimum(last_key - width)
+            end = first + width
+        most = self.budget - share if hashed else torch.full_like(share, self.budget)
+        return torch.stack([first, end, most.minimum(last_key).expand_as(end)], dim=2).to(torch.int32)
+
+    def _length_without(self, padding: Tensor | None, length: int) -> Tensor:
+        """int64 [B, 1]: up to the last of ``length`` tokens that is no padding."""
+        if padding is None:
+            return torch.full((self.query.shape[0], 1), length, device=self.device)
+        ends = F.pad(~padding[:, :length] * torch.arange(1, length + 1, device=self.device), (1, 0))
+        return ends.amax(dim=1, keepdim=True)
 
 
 class ListCall(NamedTuple):

@@ -33,8 +33,9 @@ _SCHEMAS = {
     "SymInt n_hashes, SymInt chunk_length, str backend) -> Tensor",
     "bucket_order": "(Tensor buckets, Tensor? cu_seqlens, SymInt n_buckets, str backend) -> Tensor",
     "select_keys": "(Tensor query, Tensor key, Tensor? order, Tensor? query_padding_mask, "
-    "Tensor? key_padding_mask, Tensor? attn_mask, Tensor windows, SymInt chunk_length, SymInt budget, "
-    "SymInt local, SymInt context_keys, bool causal, float scale, str backend) -> Tensor",
+    "Tensor? key_padding_mask, Tensor? attn_mask, SymInt chunk_length, SymInt budget, SymInt local, "
+    "SymInt context_keys, bool causal, float scale, str backend)"
+    " -> Tensor",
     "chunk_attention": f"({_ATTENTION_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor self_only)",
     "chunk_attention_backward": f"(Tensor grad_out, Tensor out, Tensor lse, Tensor self_only, {_ATTENTION_ARGUMENTS})"
     f" -> {_GRADIENTS}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as check
@@ -158,19 +157,15 @@ def attend(
     padded = query_padding_mask is not None or key_padding_mask is not None
     local = round(budget * local_fraction)
     if not padded and ((not causal and length != keys) or (grouping == "hash" and budget >= keys)):
-        local = 0  # see local_windows
-    windows = local_windows(
-        query, keys, query_padding_mask, None if key_padding_mask is None else key_padding_mask[:, :keys], chunk,
-        budget, local, grouping == "hash", causal,
-    )  # fmt: skip
+        local = 0  # as SelectCall.windows says where there is padding
     seed = seed_tensor(hash_seed)
     factor = float(head_dim**-0.5 if scale is None else scale)
     order = None
     if grouping == "hash":
         order = _hash_order(query[..., :hash_width], query_padding_mask, seed, backend)
     lists = _ops.select_keys(
-        query.detach(), key.detach(), order, query_padding_mask, key_padding_mask, attn_mask, windows, chunk,
-        budget, local, context_keys, causal, factor, backend or "",
+        query.detach(), key.detach(), order, query_padding_mask, key_padding_mask, attn_mask, chunk, budget,
+        local, context_keys, causal, factor, backend or "",
     )  # fmt: skip
     arguments = (
         query, key, value, order, lists, key_padding_mask, attn_mask, dropout_seed, chunk, context_keys, causal,
@@ -198,41 +193,6 @@ def _check(
     check.check_fraction("local_fraction", local_fraction)
     check.check_choice("grouping", grouping, GROUPINGS)
     check.check_bool("rest_term", rest_term)
-
-
-def local_windows(
-    query: Tensor, keys: int, query_padding: Tensor | None, key_padding: Tensor | None, chunk: int, budget: int,
-    local: int, hashed: bool, causal: bool,
-) -> Tensor:  # fmt: skip
-    """int32 [B, chunks, 3], see ``_calls.SelectCall``: the windows of sequences without their trailing padding."""
-    batch, _, length, _ = query.shape
-    last_query = _length_without_padding(query_padding, batch, length, query.device)  # [B, 1]
-    last_key = _length_without_padding(key_padding, batch, keys, query.device)
-    # None where positions of queries and keys have nothing to do with each other, and where the hashed groups' own
-    # share of the budget is to hold all keys.
-    used = torch.ones_like(last_key, dtype=torch.bool) if causal else last_query == last_key
-    if hashed:
-        used = used & (last_key > budget)
-    share = used * local
-    width = torch.minimum(share, last_key)
-    start = torch.arange(0, length, chunk, device=query.device)
-    end = torch.minimum(start + chunk, last_query)
-    if causal:
-        end = torch.minimum(end, last_key)
-        first = (end - width).clamp(min=0)
-    else:
-        first = ((start + end - width) // 2).clamp(min=0).minimum(last_key - width)
-        end = first + width
-    most = budget - share if hashed else torch.full_like(share, budget)
-    return torch.stack([first, end, most.minimum(last_key).expand_as(end)], dim=2).to(torch.int32)
-
-
-def _length_without_padding(padding: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-    """int64 [B, 1]: up to the last token that is no padding."""
-    if padding is None:
-        return torch.full((batch, 1), length, device=device)
-    ends = F.pad(~padding * torch.arange(1, length + 1, device=device), (1, 0))
-    return ends.amax(dim=1, keepdim=True)
 
 
 def _hash_order(query: Tensor, padding: Tensor | None, seed: Tensor, backend: str | None) -> Tensor:

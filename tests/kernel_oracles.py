@@ -86,7 +86,8 @@ def assert_best(call: SelectCall, lists: Tensor) -> None:
     taken = taken.scatter(3, torch.where(last < 0, size, last), True)[..., : score.shape[3]]
     if rounds.shape[2] == 1:
         keys = torch.arange(size - call.context_keys)
-        window = (keys >= call.windows[..., :1]) & (keys < call.windows[..., 1:2])  # [B, n, S']
+        windows = call.windows
+        window = (keys >= windows[..., :1]) & (keys < windows[..., 1:2])  # [B, n, S']
         window = window[:, None].expand_as(taken)
         if call.key_padding_mask is not None:
             window = window & ~call.key_padding_mask[:, None, None, : len(keys)]

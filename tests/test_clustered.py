@@ -327,11 +327,6 @@ def select_call(
     return attend_call("select_keys", length, size, dtype, options, context_keys)
 
 
-def call_without_windows(q: Tensor, k: Tensor, chunk_length: int, budget: int, scale: float) -> SelectCall:
-    windows = torch.tensor([0, 0, budget], dtype=torch.int32).expand(len(q), -(-q.shape[2] // chunk_length), 3)
-    return SelectCall(q, k, None, None, None, None, windows, chunk_length, budget, 0, 0, False, scale, "")
-
-
 @pytest.mark.parametrize(("length", "size", "context"), [(61, 61, 0), (50, 53, 3), (20, 90, 0), (90, 20, 0), (1, 1, 0)])
 @pytest.mark.parametrize("mode", modes(9, 9))
 def test_the_kernel_chooses_what_the_oracle_chooses(mode: str, length: int, size: int, context: int) -> None:
@@ -355,7 +350,7 @@ def test_two_steps_for_many_keys(causal: bool) -> None:
     # The best keys are still found where their blocks stand out.
     q, k = torch.randn(1, 1, 32, 16), torch.randn(1, 1, size, 16)
     k[0, 0, 9000:9064] += 3 * q[0, 0].mean(dim=0) / q[0, 0].mean(dim=0).norm() ** 2
-    lists = native.select_keys(call_without_windows(q, k, 32, 32, 1.0))
+    lists = native.select_keys(SelectCall(q, k, None, None, None, None, 32, 32, 0, 0, False, 1.0, ""))
     found = ((lists >= 9000) & (lists < 9064)).float().mean()
     assert found > 0.9, found
 
@@ -372,7 +367,7 @@ def test_of_equal_keys_the_first_are_chosen(size: int) -> None:
     q, k = torch.randn(1, 2, 20, 4, dtype=torch.float64), torch.randn(1, 2, 1, 4, dtype=torch.float64)
     k = k.repeat(1, 1, size, 1)
     k[:, :, ::3] = -k[:, :, ::3]
-    call = call_without_windows(q, k, 10, 8, 0.5)
+    call = SelectCall(q, k, None, None, None, None, 10, 8, 0, 0, False, 0.5, "")
     # Not the reference: a BLAS may round the scores of equal keys differently.
     for row in native.select_keys(call).flatten(0, 2).tolist():
         assert row in ([0, 3, 6, 9, 12, 15, 18, 21], [1, 2, 4, 5, 7, 8, 10, 11])

@@ -139,8 +139,7 @@ def test_it_refuses_lists_with_reasons() -> None:
 
 def select_call(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, **options: Any) -> SelectCall:
     rows = lambda heads: torch.empty(2, heads, 1000, head_dim, dtype=dtype, device="cuda")  # noqa: E731
-    windows = torch.empty(2, 63, 3, dtype=torch.int32, device="cuda")
-    call = SelectCall(rows(8), rows(2), None, None, None, None, windows, 16, 96, 24, 0, True, 0.125, "")
+    call = SelectCall(rows(8), rows(2), None, None, None, None, 16, 96, 24, 0, True, 0.125, "")
     return call._replace(**options)
 
 

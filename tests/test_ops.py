@@ -307,8 +307,7 @@ def test_opcheck_of_lists(backend: str) -> None:
     q, k, v = clustered_tensors()
     order = torch.arange(20, dtype=torch.int32).expand(1, 4, 2, 20).contiguous()
     for o in (None, order):
-        windows = torch.tensor([0, 2, 8 if o is None else 6], dtype=torch.int32).expand(len(q), 5, 3).contiguous()
-        select = (q.detach(), k.detach(), o, None, None, None, windows, 4, 8, 2, 1, True, 0.5, backend)
+        select = (q.detach(), k.detach(), o, None, None, None, 4, 8, 2, 1, True, 0.5, backend)
         torch.library.opcheck(OPS.select_keys.default, select)
         lists = OPS.select_keys.default(*select)
         arguments = (q, k, v, o, lists, None, None, None, 4, 1, True, True, 0.5, 0.0, backend)

@@ -12,7 +12,6 @@ import torch
 import reformer_kernels as rk
 from reformer_kernels._calls import AttentionCall, ListCall, SelectCall
 from reformer_kernels._dispatch import BACKENDS
-from reformer_kernels.clustered import local_windows
 
 from .. import roofline
 from .timing import Row, median_ms, median_ms_in_graph
@@ -126,8 +125,7 @@ def _clustered(shape: roofline.Shape, backend: str, timed: Callable[..., Row]) -
     rows = [torch.randn(1, shape.heads, shape.length, shape.head_dim, device="cuda").bfloat16() for _ in range(4)]
     query, key, value, grad_out = rows
     scale, chunk, bytes_of_row = shape.head_dim**-0.5, shape.chunk_length, 2 * shape.head_dim
-    windows = local_windows(query, shape.length, None, None, chunk, 128, 32, hashed=False, causal=True)
-    select = SelectCall(query, key, None, None, None, None, windows, chunk, 128, 32, 0, True, scale, backend)
+    select = SelectCall(query, key, None, None, None, None, chunk, 128, 32, 0, True, scale, backend)
     lists = kernels.select_keys(select)
     tokens, listed = shape.heads * shape.length, shape.heads * (shape.length // chunk) * lists.shape[3]
     ms = median_ms_in_graph(functools.partial(kernels.select_keys, select))

@@ -191,7 +191,7 @@ def select_arguments(call: SelectCall) -> tuple[Any, ...]:
     """What this library and the CUDA one take."""
     return (
         rows(call.query), rows(call.key), contiguous(call.order), contiguous(call.query_padding_mask),
-        contiguous(call.key_padding_mask), call.windows.contiguous(), call.chunk_length, call.budget,
+        contiguous(call.key_padding_mask), call.windows, call.chunk_length, call.budget,
         call.context_keys, call.scale, _flags(causal=call.causal),
     )  # fmt: skip
 

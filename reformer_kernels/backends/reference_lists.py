@@ -71,10 +71,10 @@ def _allowed(call: SelectCall | ListCall, position: Tensor, key: Tensor, dtype: 
 # ---- the choice of keys
 
 
-def _in_windows(call: SelectCall) -> Tensor:
+def _in_windows(call: SelectCall, windows: Tensor) -> Tensor:
     """bool [B, chunks, S']: whether keys are in the local window of a chunk in the order of positions."""
     keys = torch.arange(call.key.shape[2] - call.context_keys, device=call.query.device)
-    return (keys >= call.windows[..., :1]) & (keys < call.windows[..., 1:2])
+    return (keys >= windows[..., :1]) & (keys < windows[..., 1:2])
 
 
 def _rows_of_flags(flags: Tensor, context: range, width: int) -> Tensor:
@@ -145,7 +145,7 @@ def selection_scores(call: SelectCall) -> Tensor:
     if keys > EXACT_KEYS and call.attn_mask is None:
         candidate = candidate & _candidates(call, mean, key, groups)
     weight = _softmax(score, candidate)
-    inside = _in_windows(call)  # [B, chunks, S']
+    inside = _in_windows(call, call.windows)  # [B, chunks, S']
     if rounds == 1:
         share = new.sum(dim=-2) / members.clamp(min=1) * ~inside[:, None, :, None]
     else:
@@ -192,11 +192,12 @@ def select_keys(call: SelectCall) -> Tensor:
     keys = size - call.context_keys
     context = range(keys, size)
     score = selection_scores(call)
-    local = _in_windows(call)
+    windows = call.windows
+    local = _in_windows(call, windows)
     if call.key_padding_mask is not None:
         local = local & ~call.key_padding_mask[:, None, :keys]
     local = local[:, None].expand(-1, shape[1], -1, -1)
-    most = call.windows[:, None, :, 2:]
+    most = windows[:, None, :, 2:]
     if call.order is None or call.order.shape[2] == 1:
         best = _best(score, most - local.sum(dim=-1, keepdim=True))
         return _rows_of_flags(local | best, context, shape[3])

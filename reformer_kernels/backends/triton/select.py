@@ -387,7 +387,7 @@ def take_chunks(call: SelectCall, query: Tensor, widths: dict[str, int]) -> Chun
     order = native.contiguous(call.order)
     p = Chunks(
         order=order, query_padding=native.contiguous(call.query_padding_mask),
-        padding=native.contiguous(call.key_padding_mask), windows=call.windows.contiguous(), members=numbers(length),
+        padding=native.contiguous(call.key_padding_mask), windows=call.windows, members=numbers(length),
         counts=numbers(chunks, SUBGROUPS),
         smallest=numbers(chunks, SUBGROUPS), largest=numbers(chunks, SUBGROUPS),
         means=query.new_empty((batch * heads * chunks * SUBGROUPS, head_dim), dtype=torch.float32), heads=heads,
