@@ -171,8 +171,8 @@ for _name, _op in (("hash_buckets", _hash_op), ("bucket_order", _order_op), ("se
     torch.library.register_vmap(f"{NAMESPACE}::{_name}", _loop_over_slices(_op), lib=_library)
 
 
-def _has_tangent(x: Tensor | None) -> bool:
-    return x is not None and forward_ad.unpack_dual(x).tangent is not None
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _transformed() -> bool:
@@ -194,6 +194,13 @@ def _no_double_backward(ctx: Any, *_: Any) -> Any:
     raise RuntimeError(
         "the backward of this attention cannot be differentiated again: second derivatives are not supported by "
         "lsh_attention, local_attention and clustered_attention"
+    )
+
+
+def _no_forward_mode(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "forward-mode derivatives of lsh_attention, local_attention and clustered_attention are not supported (a "
+        "Hessian needs them, or second derivatives, and there are neither)"
     )
 
 
@@ -241,6 +248,7 @@ def _differentiable(name: str) -> Callable[..., Any]:
 
         setup_context = staticmethod(_nothing_to_save)
         backward = staticmethod(_no_double_backward)
+        jvp = staticmethod(_no_forward_mode)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -251,8 +259,14 @@ def _differentiable(name: str) -> Callable[..., Any]:
         def forward(*args: Any) -> Any:
             return op(*args)
 
-        setup_context = staticmethod(save)
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            if any(ctx.needs_input_grad[3:]):  # under vmap a mask does not say so before
+                raise ValueError("attn_mask must not require a gradient (there is none for it), got one that does")
+            save(ctx, inputs, output)
+
         backward = staticmethod(gradients)
+        jvp = staticmethod(_no_forward_mode)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -262,10 +276,8 @@ def _differentiable(name: str) -> Callable[..., Any]:
         return TransformedBackward.apply(*args) if _transformed() else backward_op(*args)
 
     def call(*args: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, args[:3])):
-            raise RuntimeError(
-                "forward-mode derivatives of lsh_attention, local_attention and clustered_attention are not supported"
-            )
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            _no_forward_mode(None)
         if _transformed():
             return Transformed.apply(*args)
         if torch.compiler.is_compiling() or _tracked(args):
