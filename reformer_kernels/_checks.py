@@ -19,10 +19,32 @@ def is_readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() > 0
 
 
-def check_tensor(name: str, x: Any, dims: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
-    """x is a tensor with one dimension for each name in ``dims`` and one of the dtypes."""
+_ADVICE = {  # of tensors that mean something else than what their memory holds, by their class
+    "torch.nn.attention.bias.CausalBias": "give causality as an argument; scaled_dot_product_attention takes these",
+    "torch.masked.maskedtensor.core.MaskedTensor": "give its data, and its mask as a mask of attention",
+    "torch.nn.parameter.UninitializedTensorMixin": "initialize it first",
+}
+
+
+def check_kind(name: str, x: Any) -> None:
+    """x is a dense tensor, of a class that means what it holds or that answers itself when an op of ours is called."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: pad it, and say by a mask what is padding")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}: make it one by to_dense()")
+    if type(x) is Tensor or type(x) is torch.nn.Parameter:
+        return
+    for kind in type(x).__mro__:
+        advice = _ADVICE.get(f"{kind.__module__}.{kind.__qualname__}")
+        if advice is not None:
+            raise TypeError(f"{name} must be a tensor of values, got a {kind.__qualname__}: {advice}")
+
+
+def check_tensor(name: str, x: Any, dims: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
+    """x is a tensor with one dimension for each name in ``dims`` and one of the dtypes."""
+    check_kind(name, x)
     rank = len(dims.split())
     if x.dim() != rank:
         raise ValueError(f"{name} must have {rank} dimensions [{', '.join(dims.split())}], got shape {tuple(x.shape)}")
@@ -116,6 +138,7 @@ def check_dropout(dropout_p: Any, dropout_seed: Any, device: torch.device | None
         return
     if not isinstance(dropout_seed, Tensor):
         raise TypeError(f"dropout_seed must be an int64 tensor of one element, got {dropout_seed!r}")
+    check_kind("dropout_seed", dropout_seed)
     if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
         raise ValueError(
             f"dropout_seed must be an int64 tensor of one element, got {dropout_seed.dtype} {list(dropout_seed.shape)}"

@@ -304,6 +304,7 @@ def _check_rotations(rotations: Any, x_name: str, x: Tensor, columns: int, n_has
 def seed_tensor(hash_seed: int | Tensor) -> Tensor:
     """A hash seed as an int64 tensor of one element on the CPU."""
     if isinstance(hash_seed, Tensor):
+        check.check_kind("hash_seed", hash_seed)
         if hash_seed.dtype != torch.int64 or hash_seed.numel() != 1 or hash_seed.device.type != "cpu":
             raise ValueError(
                 "hash_seed must be an int or an int64 tensor of one element on the CPU, got "

@@ -16,11 +16,13 @@ from .._checks import (
     check_choice,
     check_fraction,
     check_int,
+    check_kind,
     check_like,
     check_padding_mask,
     check_shape,
     check_tensor,
 )
+from .._exact import scaled_dot_product_attention
 from ..rules import AttentionRules
 from .position import RotaryPositionEmbedding, check_base, check_row_positions
 
@@ -120,6 +122,7 @@ class AttentionBase(nn.Module):
         return self.output(x.transpose(1, 2).flatten(2))
 
     def _check_input(self, x: Tensor) -> None:
+        check_kind("x", x)
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise ValueError(f"x must have shape [B, L, {self.embed_dim}], got {list(x.shape)}")
 
@@ -427,7 +430,7 @@ class FullAttention(AttentionBase):
         if is_causal:
             # Queries for the memory, too: the causal mask of a square takes its first query and its first key together.
             q = F.pad(q, (0, 0, self.memory_keys, 0))
-        out = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal)
+        out = scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal)
         if is_causal:
             out = out[:, :, self.memory_keys :]
         if sees_none is not None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .multihead import LSHMultiheadAttention, not_supported_reasons
+from ._options import not_supported_reasons
+from .multihead import LSHMultiheadAttention
 
 
 def convert_attention(model: nn.Module, **options: Any) -> dict[str, LSHMultiheadAttention]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import clustered, functional
-from .._checks import check_bool, check_choice, check_fraction, check_int
-from .._dispatch import check_backend
-from ..hashing import bucket_factors
-from .attention import check_hash_seed, draw_seed, seed_of
+from .._checks import check_bool, check_kind, check_shape, check_tensor, is_readable
+from .._exact import attend_exactly
+from .._nested import nested_like, padded
+from ._masks import add_bias, four_dimensional, split_padding, with_bias
+from ._options import check_clustered_options, check_reformer_options, not_supported_reasons
+from .attention import draw_seed, seed_of
 
-_MASKED = -1e4  # added to a score, this leaves no weight in any dtype; float16's most negative number is -65504
 _CLUSTERED = ("budget", "local_fraction", "grouping", "rest_term", "chunk_length", "backend")
 
 
@@ -44,16 +43,21 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         budget, local_fraction, grouping, rest_term, chunk_length, hash_seed, backend: as in
             ``functional.clustered_attention``. A ``hash_seed`` of None draws a new one in every training forward, and
             is 0 in evaluation.
-        causal: query i sees the keys 0 ... i, without any L x L mask.
+        causal: query i sees the keys 0 ... i, without any L x L mask. No value or key of a later position has a part in
+            an output. But which keys a long sequence's chunk attends is decided by all queries of the chunk: an output
+            can change with a later token of the same ``chunk_length``, in what it approximates.
         exact_below: the largest number of keys that is attended exactly; None: ``budget``.
         shared_qk: the Reformer's attention instead (``functional.lsh_attention``): **another function**, at every
             length, for training from scratch. The query projection makes queries and keys, keys have unit length, and
             a token attends itself only if it sees nothing else. The key projection is unused (its gradient is 0).
-            Only for self-attention with ``need_weights=False``, without ``add_bias_kv``, ``add_zero_attn``, ``kdim``
-            and ``vdim``; of the options only ``chunk_length``, ``causal``, ``hash_seed`` and ``backend`` apply.
+            Only for self-attention (``key`` equals ``query``, by its values where they can be read) with
+            ``need_weights=False``, without ``add_bias_kv``, ``add_zero_attn``, ``kdim`` and ``vdim``; of the options
+            only ``chunk_length``, ``causal``, ``hash_seed`` and ``backend`` apply.
         n_hashes, n_buckets: as in ``functional.lsh_attention``, only with ``shared_qk``. None: 4, and by the length.
 
-    torch.fx keeps it as one node, as it does the stock module; torch.jit.script does not take it.
+    torch.fx keeps it as one node, as it does the stock module; torch.jit.script does not take it. torch.onnx exports
+    it only as exact attention (``exact_below`` at least the number of keys), and static quantization (torch.ao) has to
+    leave it out (``qconfig = None``).
 
     Shape: as in ``nn.MultiheadAttention``.
 
@@ -98,7 +102,7 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         )
         check_bool("causal", causal)
         check_bool("shared_qk", shared_qk)
-        _check_reformer_options(shared_qk, n_hashes, n_buckets, exact_below)
+        check_reformer_options(shared_qk, n_hashes, n_buckets, exact_below)
         self._set_options(
             budget=budget,
             local_fraction=local_fraction,
@@ -122,6 +126,10 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         self.options = options
         self.register_forward_pre_hook(_no_fused_path)
 
+    def reset_parameters(self) -> None:
+        """Draws all values anew, as the constructor does. (The stock module has it as ``_reset_parameters``.)"""
+        self._reset_parameters()
+
     def forward(
         self,
         query: Tensor,
@@ -132,8 +140,18 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        query_padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As ``nn.MultiheadAttention.forward``, for which see shapes and errors.
+
+        Args:
+            query_padding_mask: bool [N, L], unbatched [L], True: padding, which has no say in the choice of keys, so
+                that what it holds has no effect on other rows. None: with as many queries as keys it is the
+                ``key_padding_mask``, which is right for self-attention; otherwise all queries choose. Not with
+                ``shared_qk``, where queries are keys.
+
+        Nested tensors, strided or jagged, are taken with ``batch_first`` and without masks; the weights are padded.
 
         Of long sequences:
 
@@ -149,14 +167,31 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
             The output, and the weights [N, L, S], unaveraged [N, H, L, S], or None without ``need_weights``.
         """
         given = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        masks = {
+            "key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "query_padding_mask": query_padding_mask
+        }  # fmt: skip
         tracer: Any = getattr(query, "tracer", None)
         if tracer is not None:  # a torch.fx.Proxy: fx keeps modules of torch.nn whole, and so this one
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), given, {})
-        own_nested = query.is_nested and query.layout == torch.strided and self.batch_first and query is key is value
-        if own_nested and key_padding_mask is None and attn_mask is None:
-            return self._forward_nested(query, need_weights, average_attn_weights)
+            extra = {} if query_padding_mask is None else {"query_padding_mask": query_padding_mask}
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), given, extra)
+        if query.is_nested or key.is_nested or value.is_nested:
+            if query_padding_mask is not None:
+                raise ValueError("query_padding_mask must be None with nested tensors, got a tensor")
+            all_nested = query.is_nested and key.is_nested and value.is_nested
+            if all_nested and self.batch_first and key_padding_mask is None and attn_mask is None:
+                return self._forward_nested(query, key, value, need_weights, average_attn_weights)
+            return super().forward(*given)  # raises the stock error
+        for name, x in {"query": query, "key": key, "value": value, **masks}.items():
+            if x is not None:
+                check_kind(name, x)
         if not self._fits(query, key, value, key_padding_mask, attn_mask, is_causal):
             return super().forward(*given)  # raises the stock error
+        self._check_query_padding(query_padding_mask, query)
+        if not isinstance(self.out_proj.weight, Tensor):  # torch.ao makes it a method
+            raise TypeError(
+                f"out_proj must be a linear layer of floating weights, got {type(self.out_proj).__qualname__}: leave "
+                "the attention out of static quantization by setting its qconfig = None before prepare"
+            )
         options, batched = self.options, query.dim() == 3
         rows_first = self.batch_first or not batched
         context_keys = int(self.bias_k is not None) + int(self.add_zero_attn)
@@ -164,25 +199,28 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         limit = options["budget"] if options["exact_below"] is None else options["exact_below"]
         exact = not options["shared_qk"] and n_keys <= limit
         causal = options["causal"]
-        if exact and not causal and key_padding_mask is None and attn_mask is None:
-            return super().forward(*given)
-
         if options["shared_qk"]:
-            if key is not query:
+            if not _is_same(key, query):
                 raise ValueError("key must be query with shared_qk=True (it is self-attention), got another tensor")
             if need_weights:
                 raise ValueError("need_weights must be False with shared_qk=True (it has no weights), got True")
-        if is_causal and not need_weights and (key_padding_mask is None or not exact):
+            if query_padding_mask is not None:
+                raise ValueError("query_padding_mask must be None with shared_qk=True (key_padding_mask is of both)")
+        if is_causal and not need_weights and (key_padding_mask is None or not (exact or _is_learned(attn_mask))):
             causal, attn_mask = True, None
         q, k, v = self._project(query, key, value, rows_first)
         if context_keys:
             k, v = self._append_context(k, v)
-        masks = _four_dimensional(key_padding_mask, attn_mask, (q.shape[0], q.shape[1]), context_keys)
+        padding, mask = four_dimensional(key_padding_mask, attn_mask, (q.shape[0], q.shape[1]), context_keys)
         if exact:
             dropout_p = self.dropout if self.training else 0.0
-            out, weights = _attend_exactly(q, k, v, *masks, causal, context_keys, dropout_p, need_weights)
+            out, weights = attend_exactly(q, k, v, padding, mask, causal, context_keys, dropout_p, need_weights)
         else:
-            out, weights = self._attend_long(q, k, v, *masks, causal, context_keys, need_weights, key is query)
+            if query_padding_mask is not None and not batched:
+                query_padding_mask = query_padding_mask[None]
+            out, weights = self._attend_long(
+                q, k, v, query_padding_mask, padding, mask, causal, context_keys, need_weights
+            )
         out = out.permute(0, 2, 1, 3) if rows_first else out.permute(2, 0, 1, 3)
         out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         if weights is not None and average_attn_weights:
@@ -196,20 +234,20 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        query_padding_mask: Tensor | None,
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         causal: bool,
         context_keys: int,
         need_weights: bool,
-        self_attention: bool,
     ) -> tuple[Tensor, Tensor | None]:
         options = self.options
         scale = self.head_dim**-0.5
-        key_padding_mask, bias = _split_padding(key_padding_mask)
+        key_padding_mask, bias = split_padding(key_padding_mask)
         if bias is not None and options["shared_qk"]:
-            attn_mask = _add_bias(attn_mask, bias, q.shape[2])
+            attn_mask = add_bias(attn_mask, bias, q.shape[2])
         elif bias is not None:
-            q, k = _with_bias(q, k, bias, scale)
+            q, k = with_bias(q, k, bias, scale)
         arguments: dict[str, Any] = {"causal": causal, "key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
         dropping = self.training and self.dropout > 0
         arguments["dropout_p"] = self.dropout if dropping else 0.0
@@ -220,9 +258,8 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
             arguments |= {name: options[name] for name in ("n_buckets", "backend")}
             arguments["chunk_length"] = options["chunk_length"] or 64
             return functional.lsh_attention(q, v, n_hashes=options["n_hashes"] or 4, **arguments), None
-        arguments |= {name: options[name] for name in _CLUSTERED} | {"hash_width": self.head_dim}
-        if self_attention and key_padding_mask is not None:
-            arguments["query_padding_mask"] = key_padding_mask[:, : q.shape[2]]
+        arguments |= {name: options[name] for name in _CLUSTERED}
+        arguments |= {"query_padding_mask": query_padding_mask, "hash_width": self.head_dim}
         return clustered.attend(q, k, v, **arguments, scale=scale, context_keys=context_keys, need_weights=need_weights)
 
     def _fits(
@@ -235,7 +272,7 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
     ) -> bool:
         """Whether the stock module takes these shapes and types."""
-        if query.is_nested or key.is_nested or value.is_nested or (is_causal and attn_mask is None):
+        if is_causal and attn_mask is None:
             return False
         if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
             return False
@@ -258,6 +295,14 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
             if not (mask.dtype == torch.bool or mask.is_floating_point()) or tuple(mask.shape) not in shapes:
                 return False
         return True
+
+    def _check_query_padding(self, mask: Tensor | None, query: Tensor) -> None:
+        """bool [N, L] of queries in the layout of the module, [L] of unbatched ones."""
+        if mask is None:
+            return
+        rows = query.shape[:-1] if self.batch_first or query.dim() == 2 else (query.shape[1], query.shape[0])
+        check_tensor("query_padding_mask", mask, "N L" if query.dim() == 3 else "L", (torch.bool,))
+        check_shape("query_padding_mask", mask, tuple(rows))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, rows_first: bool) -> tuple[Tensor, Tensor, Tensor]:
         """[B, H, L, D] and twice [B, H, S, D], views of as few products as there are different inputs."""
@@ -299,161 +344,33 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         return torch.cat(ks, 2), torch.cat(vs, 2)
 
     def _forward_nested(
-        self, x: Tensor, need_weights: bool, average_attn_weights: bool
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Self-attention of a strided NestedTensor of [L_i, E], as nn.TransformerEncoder makes of padding."""
-        lengths = [row.shape[0] for row in x.unbind()]
-        padded = x.to_padded_tensor(0.0)
-        positions = torch.arange(padded.shape[1], device=x.device)
-        mask = positions >= torch.tensor(lengths, device=x.device)[:, None]
-        out, weights = self.forward(padded, padded, padded, mask, need_weights, None, average_attn_weights)
-        rows = [row[:length] for row, length in zip(out, lengths, strict=True)]
-        return torch.nested.as_nested_tensor(rows, layout=torch.strided), weights
+        """Of NestedTensors of [L_i, E]: strided ones are what nn.TransformerEncoder makes of padding."""
+        dense_query, query_padding, lengths = padded("query", query)
+        dense_key, key_padding, key_lengths = padded("key", key)
+        dense_value, _, value_lengths = padded("value", value)
+        if value_lengths != key_lengths:
+            raise ValueError(f"value must have the lengths of key, {key_lengths[:8]}, got {value_lengths[:8]}")
+        out, weights = self.forward(
+            dense_query, dense_key, dense_value, key_padding, need_weights, None, average_attn_weights,
+            query_padding_mask=None if self.options["shared_qk"] else query_padding,
+        )  # fmt: skip
+        return nested_like(query, out, lengths), weights
 
     def extra_repr(self) -> str:
         shown = {"num_heads": self.num_heads, "dropout": self.dropout, "batch_first": self.batch_first, **self.options}
         return ", ".join([str(self.embed_dim), *(f"{name}={value}" for name, value in shown.items())])
 
 
-def _four_dimensional(
-    key_padding_mask: Tensor | None, attn_mask: Tensor | None, sizes: tuple[int, int], context_keys: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """The masks as [B, S] and [B or 1, H or 1, L, S], where S counts context keys; views if there are none."""
-    if key_padding_mask is not None:
-        key_padding_mask = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask[None]
-    if attn_mask is not None:
-        attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, sizes)
-    if context_keys:
-        key_padding_mask, attn_mask = (
-            None if mask is None else F.pad(mask, (0, context_keys)) for mask in (key_padding_mask, attn_mask)
-        )
-    return key_padding_mask, attn_mask
-
-
-def _split_padding(key_padding_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """``key_padding_mask`` [B, S] as a bool mask, and what else a float one adds to the scores, [B, S]."""
-    if key_padding_mask is None or key_padding_mask.dtype == torch.bool:
-        return key_padding_mask, None
-    ignored = key_padding_mask <= _MASKED
-    bias = key_padding_mask.masked_fill(ignored, 0.0)
-    return ignored, None if _is_known_to_be_zero(bias) else bias
-
-
-def _with_bias(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q [B, H, L, D + 1] and k [B, H, S, D + 1], whose scores are those of D columns plus the bias [B, S] of the keys.
-
-    So the keys are also selected by it, and nothing of size L x S is made.
-    """
-    constant = 2.0 ** round(-math.log2(scale))  # exact in every dtype, and keeps the keys' column in float16's range
-    column = (bias / (scale * constant)).to(k.dtype)[:, None, :, None].expand(-1, k.shape[1], -1, -1)
-    return F.pad(q, (0, 1), value=constant), torch.cat([k, column], -1)
-
-
-def _add_bias(attn_mask: Tensor | None, bias: Tensor, length: int) -> Tensor:
-    """``attn_mask`` [B or 1, H or 1, L, S] plus the bias [B, S] of the keys."""
-    bias = bias[:, None, None]
-    if attn_mask is None:
-        return bias.expand(-1, -1, length, -1)
-    return torch.where(attn_mask, float("-inf"), bias) if attn_mask.dtype == torch.bool else attn_mask + bias
-
-
-def _is_known_to_be_zero(x: Tensor) -> bool:
-    """False where the values cannot be read."""
-    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+def _is_same(key: Tensor, query: Tensor) -> bool:
+    """Whether the key is the query by its values, as far as they can be read."""
+    if key is query:
+        return True
+    if key.shape != query.shape:
         return False
-    if torch._C._are_functorch_transforms_active() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return False
-    return not bool(x.any())
+    return not (is_readable(key) and is_readable(query)) or torch.allclose(key, query, 0.0, 0.0, equal_nan=True)
 
 
-def _attend_exactly(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    causal: bool,
-    context_keys: int,
-    dropout_p: float,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The stock module's attention without its NaN: [B, H, L, D], and the weights [B, H, L, S].
-
-    The stock module itself gives NaN for a query that sees no key, with weights and in its native inference path.
-    """
-    terms = [attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]]
-    L, S = q.shape[2], k.shape[2]
-    if causal:
-        if not need_weights and attn_mask is None and key_padding_mask is None and not context_keys:
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True), None
-        hidden = torch.ones(L, S - context_keys, dtype=torch.bool, device=q.device).triu(1)
-        terms.append(F.pad(hidden, (0, context_keys)))
-    mask = None
-    for term in terms:
-        if term is None:
-            continue
-        if term.dtype == torch.bool:
-            term = torch.zeros_like(term, dtype=q.dtype).masked_fill(term, float("-inf"))
-        mask = term if mask is None else mask + term
-    if not need_weights:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p), None
-    scores = (q * q.shape[3] ** -0.5) @ k.transpose(-2, -1)
-    if mask is None:
-        weights = scores.softmax(-1)
-    else:
-        sees_none = (mask == float("-inf")).all(-1, keepdim=True)
-        weights = (scores + mask).masked_fill(sees_none, 0.0).softmax(-1).masked_fill(sees_none, 0.0)
-    weights = F.dropout(weights, dropout_p)
-    return weights @ v, weights
-
-
-def check_clustered_options(
-    budget: Any,
-    local_fraction: Any,
-    chunk_length: Any,
-    grouping: Any,
-    rest_term: Any,
-    hash_seed: Any,
-    backend: Any,
-    exact_below: Any,
-) -> None:
-    """The options that modules and ``scaled_dot_product_attention`` share."""
-    check_int("budget", budget, 1)
-    check_fraction("local_fraction", local_fraction)
-    if chunk_length is not None:
-        check_int("chunk_length", chunk_length, 1)
-    check_choice("grouping", grouping, clustered.GROUPINGS)
-    check_bool("rest_term", rest_term)
-    check_hash_seed(hash_seed)
-    check_backend(backend)
-    if exact_below is not None:
-        check_int("exact_below", exact_below, 0)
-
-
-def _check_reformer_options(shared_qk: bool, n_hashes: Any, n_buckets: Any, exact_below: Any) -> None:
-    if not shared_qk:
-        for name, value in (("n_hashes", n_hashes), ("n_buckets", n_buckets)):
-            if value is not None:
-                raise ValueError(f"{name} must be None without shared_qk=True, got {value!r}")
-        return
-    if exact_below is not None:
-        raise ValueError(f"exact_below must be None with shared_qk=True (it is never exact), got {exact_below!r}")
-    if n_hashes is not None:
-        check_int("n_hashes", n_hashes, 1)
-    if n_buckets is not None:
-        bucket_factors(n_buckets, 1, 1)
-
-
-def not_supported_reasons(module: nn.MultiheadAttention, options: dict[str, Any]) -> list[str]:
-    """Why a module with these arguments of ``nn.MultiheadAttention`` cannot have the options; empty if it can."""
-    if not options["shared_qk"]:
-        return []
-    reasons = []
-    if module.bias_k is not None:
-        reasons.append("add_bias_kv must be False with shared_qk=True, got True")
-    if module.add_zero_attn:
-        reasons.append("add_zero_attn must be False with shared_qk=True, got True")
-    if not module._qkv_same_embed_dim:
-        sizes = f"{module.embed_dim}, got {module.kdim} and {module.vdim}"
-        reasons.append(f"kdim and vdim must be embed_dim with shared_qk=True, {sizes}")
-    return reasons
+def _is_learned(mask: Tensor | None) -> bool:
+    return mask is not None and mask.requires_grad
