@@ -109,17 +109,53 @@ def test_options_are_checked(options: dict[str, Any], error: type[Exception], me
 
 
 def test_options_are_checked_without_attention() -> None:
-    assert convert_attention(nn.Linear(2, 2)) == {}
     assert convert_attention(LSHMultiheadAttention(E, H)) == {}
     with pytest.raises(ValueError, match="budget must be at least 1, got 0"):
         convert_attention(nn.Linear(2, 2), budget=0)
-    for name in ("bugdet", "dropout", "batch_first"):
-        with pytest.raises(TypeError, match=name):
+    for name, meant in (
+        ("bugdet", r" \(did you mean 'budget'\?\)"),
+        ("group", r" \(did you mean 'grouping'\?\)"),
+        ("dropout", ""),
+        ("batch_first", ""),
+    ):
+        message = f"convert_attention has no option '{name}'{meant}; its options are budget, local_fraction, grouping"
+        with pytest.raises(TypeError, match=message):
             convert_attention(nn.Linear(2, 2), **{name: True})
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got dict"):
         convert_attention({})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"model must contain nn.MultiheadAttention, not be one: build"):
         convert_attention(nn.MultiheadAttention(E, H))
+
+
+class Attn(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Mixer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_says_what_a_model_has_instead() -> None:
+    model = nn.ModuleDict({"a": Attn(), "b": nn.Linear(2, 2), "c": nn.ModuleList([Mixer(), Mixer()])})
+    with pytest.warns(UserWarning, match="nothing was converted") as caught:
+        assert convert_attention(model) == {}
+    (warning,) = caught
+    text = str(warning.message)
+    assert warning.filename == __file__
+    assert f"it has {__name__}.Attn (a), {__name__}.Mixer (c.0). Where these call torch's scaled_dot" in text
+    with pytest.warns(UserWarning, match="nothing in it looks like attention"):
+        assert convert_attention(nn.Linear(2, 2)) == {}
+    assert convert_attention(nn.Sequential(LSHMultiheadAttention(E, H), Attn())) == {}  # converted before
+
+
+def test_says_what_models_of_transformers_take() -> None:
+    model = type("BertModel", (Attn,), {"__module__": "transformers.models.bert.modeling_bert"})()
+    with pytest.warns(
+        UserWarning, match="Models of transformers take other attentions by transformers.AttentionInterface"
+    ):
+        assert convert_attention(model) == {}
 
 
 class Own(nn.MultiheadAttention):
@@ -283,7 +319,7 @@ def test_shared_qk_is_lsh_attention() -> None:
     ours(padding).square().sum().backward()
     assert m.in_proj_weight.grad[E : 2 * E].eq(0).all() and m.in_proj_weight.grad[:E].abs().sum() > 0
     with pytest.raises(ValueError, match="key must be query with shared_qk=True"):
-        m(x, x.clone(), x, need_weights=False)
+        m(x, x + 1, x, need_weights=False)
     with pytest.raises(ValueError, match="need_weights must be False with shared_qk=True"):
         m(x, x, x)
 
