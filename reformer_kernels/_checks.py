@@ -37,9 +37,11 @@ def check_kind(name: str, x: Any) -> None:
     if type(x) is Tensor or type(x) is torch.nn.Parameter:
         return
     for kind in type(x).__mro__:
-        advice = _ADVICE.get(f"{kind.__module__}.{kind.__qualname__}")
-        if advice is not None:
-            raise TypeError(f"{name} must be a tensor of values, got a {kind.__qualname__}: {advice}")
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        if path == "torch.distributed.tensor.DTensor":
+            from . import _sharding  # noqa: F401  (makes our ops take them)
+        if path in _ADVICE:
+            raise TypeError(f"{name} must be a tensor of values, got a {kind.__qualname__}: {_ADVICE[path]}")
 
 
 def check_tensor(name: str, x: Any, dims: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:

@@ -14,7 +14,7 @@ from . import _choices, _dispatch
 from ._calls import AttentionCall, HashCall, ListCall, OrderCall, SelectCall, empty_gradients, empty_results
 
 NAMESPACE = "reformer_kernels"
-_library = torch.library.Library(NAMESPACE, "DEF")
+library = torch.library.Library(NAMESPACE, "DEF")
 
 _ATTENTION_ARGUMENTS = (
     "Tensor query, Tensor? key, Tensor value, Tensor? order, Tensor? buckets, Tensor? key_padding_mask, "
@@ -28,7 +28,7 @@ _LIST_ARGUMENTS = (
     "float scale, float dropout_p, str backend"
 )
 _GRADIENTS = "(Tensor grad_query, Tensor grad_key, Tensor grad_value)"
-_SCHEMAS = {
+SCHEMAS = {
     "hash_buckets": "(Tensor x, Tensor? rotations, Tensor? key_padding_mask, Tensor? hash_seed, SymInt[]? n_buckets, "
     "SymInt n_hashes, SymInt chunk_length, str backend) -> Tensor",
     "bucket_order": "(Tensor buckets, Tensor? cu_seqlens, SymInt n_buckets, str backend) -> Tensor",
@@ -42,8 +42,8 @@ _SCHEMAS = {
     "list_attention": f"({_LIST_ARGUMENTS}) -> (Tensor out, Tensor lse)",
     "list_attention_backward": f"(Tensor grad_out, Tensor out, Tensor lse, {_LIST_ARGUMENTS}) -> {_GRADIENTS}",
 }
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 _packet = getattr(torch.ops, NAMESPACE)
 _hash_op = _packet.hash_buckets.default
 _order_op = _packet.bucket_order.default
@@ -86,14 +86,14 @@ for _name, _kind, _n_residuals in (
     ("list_attention", ListCall, 0),
     ("list_attention_backward", ListCall, 3),
 ):
-    _library.impl(_name, _implementation(_name, _kind, _n_residuals), "CompositeExplicitAutograd")
+    library.impl(_name, _implementation(_name, _kind, _n_residuals), "CompositeExplicitAutograd")
 
 
 # ---- shapes and dtypes
 
 
 def _register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_library)
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=library)
 
 
 @_register_fake("hash_buckets")
@@ -168,7 +168,7 @@ def _loop_over_slices(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _name, _op in (("hash_buckets", _hash_op), ("bucket_order", _order_op), ("select_keys", _select_op)):
-    torch.library.register_vmap(f"{NAMESPACE}::{_name}", _loop_over_slices(_op), lib=_library)
+    torch.library.register_vmap(f"{NAMESPACE}::{_name}", _loop_over_slices(_op), lib=library)
 
 
 def _has_tangent(x: Any) -> bool:
@@ -285,9 +285,9 @@ def _differentiable(name: str) -> Callable[..., Any]:
         with torch._C._AutoDispatchBelowAutograd():  # spares a call of `autograd` by the dispatcher
             return op(*args)
 
-    _library.impl(name, autograd, "Autograd", with_keyset=True)
+    library.impl(name, autograd, "Autograd", with_keyset=True)
     torch.library.register_autograd(
-        f"{NAMESPACE}::{name}_backward", _no_double_backward, setup_context=_nothing_to_save, lib=_library
+        f"{NAMESPACE}::{name}_backward", _no_double_backward, setup_context=_nothing_to_save, lib=library
     )
     return call
 
@@ -304,7 +304,7 @@ def _register_autocast(name: str, function: Callable[..., Any], device_type: str
         with _ExcludeDispatchKeyGuard(DispatchKeySet(key)):
             return function(*cast, *args[cast_first:])
 
-    _library.impl(name, autocast, key.name)
+    library.impl(name, autocast, key.name)
 
 
 # ---- what the layer above calls

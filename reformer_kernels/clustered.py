@@ -209,7 +209,7 @@ def _hash_order(query: Tensor, padding: Tensor | None, seed: Tensor, backend: st
         total = query.masked_fill(padded, 0.0).sum(dim=2, keepdim=True)
         centred = query - total / (~padded).sum(dim=2, keepdim=True).clamp(min=1)
     buckets = _ops.hash_buckets(centred, None, padding, seed, [BUCKETS], 1, SEGMENT, backend or "")
-    positions = torch.arange(length, dtype=torch.int32, device=query.device)
+    positions = torch.ones_like(buckets).cumsum(-1, dtype=torch.int32) - 1  # not by arange: buckets may be sharded
     segments = -(-length // SEGMENT)
     order = _ops.bucket_order(
         buckets + positions // SEGMENT * (BUCKETS + 1),
