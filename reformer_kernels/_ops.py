@@ -199,8 +199,8 @@ def _no_double_backward(ctx: Any, *_: Any) -> Any:
 
 def _no_forward_mode(ctx: Any, *_: Any) -> Any:
     raise RuntimeError(
-        "forward-mode derivatives of lsh_attention, local_attention and clustered_attention are not supported (a "
-        "Hessian needs them, or second derivatives, and there are neither)"
+        "forward-mode derivatives of lsh_attention, local_attention and clustered_attention are not supported "
+        "(torch.func.hessian needs them, and second derivatives)"
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import reformer_kernels as rk
 from reformer_kernels import FullAttention, LocalSelfAttention, LSHSelfAttention, RotaryPositionEmbedding
+from reformer_kernels.modules import attention
 
 from .rounding import assert_equal_to_rounding
 
@@ -142,9 +143,9 @@ def test_full_of_empty_sequences(memory_keys: int) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_what_full_asks_of_torch(causal: bool, memory_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask of queries and keys with causal and padding only, none that hides all keys; no dropout in evaluation."""
-    calls, attend = [], F.scaled_dot_product_attention
+    calls, attend = [], attention.scaled_dot_product_attention
     record = lambda q, k, v, *options: calls.append(options) or attend(q, k, v, *options)  # noqa: E731
-    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", record)
     layer, x = LAYERS["full"](causal=causal, memory_keys=memory_keys, dropout=0.3), torch.randn(B, L, E)
     layer(x)
     layer.eval()(x, PADDING | torch.tensor([[False], [True]]))

@@ -247,6 +247,11 @@ def test_forward_mode_raises() -> None:
         for function in (lambda: rk.lsh_attention(dual, q), lambda: rk.local_attention(q, dual, q)):
             with pytest.raises(RuntimeError, match="forward-mode derivatives"):
                 function()
+    loss = lambda x: rk.clustered_attention(x, x, x, budget=4).square().sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="forward-mode derivatives of lsh_attention"):  # over reverse mode
+        torch.func.hessian(loss)(q)
+    with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+        torch.autograd.functional.hessian(loss, q)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

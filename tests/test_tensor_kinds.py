@@ -83,6 +83,18 @@ def test_causal_bias_of_long_sequences(L: int) -> None:
         assert torch.equal(lower_right, expected[:, :, -L:])
 
 
+def test_causal_bias_compiled() -> None:
+    torch._dynamo.reset()
+
+    def step(q: Tensor, k: Tensor, bias: Any) -> Tensor:
+        return rk.scaled_dot_product_attention(q, k, k, bias, budget=16)
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    for make in (causal_upper_left, causal_lower_right):
+        given = (torch.randn(1, 2, 20, D), torch.randn(1, 2, 40, D), make(20, 40))
+        assert torch.equal(compiled(*given), step(*given))
+
+
 @paths
 def test_causal_bias_with_padding(path: str) -> None:
     q, k, v = r(2, H, 7, D), r(2, H, 9, D), r(2, H, 9, D)
