@@ -7,7 +7,6 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import reformer_kernels as rk
-from reformer_kernels import _dispatch
 
 OPS = torch.ops.reformer_kernels
 BACKENDS = ["cpu", "reference"]
@@ -184,39 +183,6 @@ def test_double_backward_raises(backend: str) -> None:
         torch.func.grad(lambda q: torch.func.grad(loss)(q).sum())(q)
 
 
-def test_use_backend() -> None:
-    q = torch.randn(1, 1, 30, 4)
-    sentinel = {"rules": rk.AttentionRules.huggingface(), "chunk_length": 8}
-    rk.lsh_attention(q, q, **sentinel)  # served by the reference
-    with pytest.raises(NotImplementedError, match=r"cpu: rules.own_position=\"sentinel\" is served by the reference"):
-        rk.lsh_attention(q, q, backend="cpu", **sentinel)
-    with rk.use_backend("cpu"):
-        assert _dispatch._forced == "cpu"
-        with pytest.raises(NotImplementedError, match="is not supported by the backend asked for"):
-            rk.lsh_attention(q, q, **sentinel)
-        rk.lsh_attention(q, q, backend="reference", **sentinel)  # the argument goes first
-    assert _dispatch._forced is None
-    rk.use_backend("reference")
-    assert "reference  serves it" in rk.explain(rk.lsh_attention, q, q)
-    rk.use_backend(None)
-    for name in ("cuda", "triton"):
-        with pytest.raises(NotImplementedError, match=f"{name}: tensors are on cpu, not on a GPU"):
-            rk.lsh_attention(q, q, backend=name)
-    with pytest.raises(ValueError, match="name must be one of 'cpu', 'cuda', 'triton', 'reference' or None, got 'gpu'"):
-        rk.use_backend("gpu")
-
-
-def test_explain_names_the_backend_and_computes_nothing() -> None:
-    q = torch.full((1, 1, 100, 4), float("nan"))
-    text = rk.explain(rk.lsh_attention, q, q, causal=True)
-    assert text.count("serves it") == 3 and "hash_buckets on cpu" in text
-    assert text.split("chunk_attention on cpu:")[1].splitlines()[1].split() == ["cpu", "serves", "it"]
-    assert "not asked for (reference is)" in rk.explain(rk.lsh_attention, q, q, backend="reference")
-    packed = torch.tensor([0, 40, 100], dtype=torch.int32)
-    assert "serves it" in rk.explain(rk.lsh_attention, q, q, cu_seqlens=packed, n_buckets=4)
-    assert "serves it" in rk.explain(rk.local_attention, q, q, q)
-
-
 def test_global_random_state_is_untouched() -> None:
     q = torch.randn(1, 2, 100, 8)
     before = torch.get_rng_state()
@@ -272,14 +238,6 @@ def test_compile_packed() -> None:
     assert torch.equal(torch.compile(step, fullgraph=True, backend="eager")(q), step(q))
 
 
-def test_explain_leaves_no_fake_tensors_behind() -> None:
-    q = torch.randn(1, 2, 40, 8)
-    function = lambda x: rk.hash_buckets(x, rk.random_rotations(78, 2, 8, 4, 4), 4)  # noqa: E731
-    rk.explain(function, q)
-    assert function(q).shape == (1, 2, 4, 40)
-    rk.lsh_attention(q, q, hash_seed=78, n_buckets=4, chunk_length=8)
-
-
 def test_default_device_does_not_matter() -> None:
     q = torch.randn(1, 2, 40, 8)
     expected = rk.lsh_attention(q, q, chunk_length=8)
@@ -288,14 +246,6 @@ def test_default_device_does_not_matter() -> None:
         assert torch.equal(rk.lsh_attention(q, q, chunk_length=8), expected)
     finally:
         torch.set_default_device(None)
-
-
-def test_use_backend_may_be_used_again() -> None:
-    chosen = rk.use_backend("reference")
-    for _ in range(2):
-        with chosen:
-            assert _dispatch._forced == "reference"
-        assert _dispatch._forced is None
 
 
 # ---- clustered attention
