@@ -64,11 +64,10 @@ sanitize:  ## run the CPU kernels under ASan and UBSan (ARGS="cases seed")
 	build/sanitize/harness $(ARGS)
 
 # A GPU machine may have no network, so a python3 that has torch is taken as it is.
-gpu-check:  ## measure a GPU machine (OUT=dir, STAGE=name, PYTHON=python)
-	@python="$(PYTHON)"; \
-	if [ -z "$$python" ] && python3 -c 'import torch' 2>/dev/null; then python=python3; fi; \
-	if [ -z "$$python" ]; then $(MAKE) build && python=$(BIN)/python || exit; fi; \
-	"$$python" -m benchmarks.gpu_check --out "$(OUT)" $(if $(STAGE),--stage $(STAGE))
+HAS_TORCH = import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))
+GPU_PYTHON = $(or $(PYTHON),$(shell python3 -c '$(HAS_TORCH)' && echo python3))
+gpu-check: $(if $(filter gpu-check,$(MAKECMDGOALS)),$(if $(GPU_PYTHON),,build))  ## measure a GPU machine (OUT=dir, STAGE=name, PYTHON=python)
+	"$(or $(GPU_PYTHON),$(BIN)/python)" -m benchmarks.gpu_check --out "$(OUT)" $(if $(STAGE),--stage $(STAGE))
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .venv/built reformer_kernels/*.so

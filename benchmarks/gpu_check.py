@@ -2,6 +2,7 @@
 
 A stage is a function that returns rows to print, or raises. Each runs in its own process, so a crash or a corrupted
 CUDA context ends that stage only. Results are merged into OUT/gpu_check.json, from which OUT/gpu_check.md is written.
+Without a GPU the stages that need none run, unless OUT has what a machine with a GPU said.
 """
 
 from __future__ import annotations
@@ -13,35 +14,43 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .gpu.timing import Row
 from .machine import ROOT, git
 
-# name: (function of benchmarks.gpu, seconds it may take), in the order in which they run
-STAGES: dict[str, tuple[str, int]] = {
-    "versions": ("machine.versions", 60),
-    "build": ("machine.build", 600),
-    "tests": ("machine.gpu_tests", 600),
-    "ceilings": ("machine.ceilings", 120),
-    "sdpa": ("machine.sdpa", 300),
-    "reference": ("kernels.reference", 120),
-    "kernels": ("kernels.kernels", 240),
-    "attention": ("attention.attention", 300),
-    "determinism": ("attention.determinism", 60),
-    "cuda_graph": ("attention.cuda_graph", 60),
-    "compile": ("attention.compiled", 120),
-    "models": ("models.models", 300),
+
+class Stage(NamedTuple):
+    function: str  # of benchmarks.gpu
+    seconds: int  # that it may take
+    needs_gpu: bool = True
+
+
+# In the order in which they run.
+STAGES = {
+    "versions": Stage("machine.versions", 60, needs_gpu=False),
+    "build": Stage("machine.build", 600, needs_gpu=False),
+    "tests": Stage("machine.gpu_tests", 600),
+    "ceilings": Stage("machine.ceilings", 120),
+    "sdpa": Stage("machine.sdpa", 300),
+    "reference": Stage("kernels.reference", 120),
+    "kernels": Stage("kernels.kernels", 240),
+    "attention": Stage("attention.attention", 300),
+    "determinism": Stage("attention.determinism", 60),
+    "cuda_graph": Stage("attention.cuda_graph", 60),
+    "compile": Stage("attention.compiled", 120),
+    "models": Stage("models.models", 300),
 }
+NO_GPU = "no GPU"
 
 
 def stage_function(name: str) -> Callable[[], list[Row]]:
     """Imported when it runs: what it needs may be built by an earlier stage."""
-    module, function = STAGES[name][0].split(".")
+    module, function = STAGES[name].function.split(".")
     return getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
 
 
@@ -55,7 +64,7 @@ def run_stage(name: str) -> Row:
         result: Row = {"status": "ok", "rows": rows}
     except Exception as error:  # a stage may fail in any way, and the report says how
         result = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-    device = torch.cuda.get_device_name()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else NO_GPU
     return result | _origin() | {"device": device, "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -71,9 +80,9 @@ def run_stage_in_process(name: str, out: Path) -> Row:
     before = load(out).get(name)
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(out), "--stage", name, "--in-this-process"]
     try:
-        ended = f"it ended with exit code {subprocess.run(command, cwd=ROOT, timeout=STAGES[name][1]).returncode}"
+        ended = f"it ended with exit code {subprocess.run(command, cwd=ROOT, timeout=STAGES[name].seconds).returncode}"
     except subprocess.TimeoutExpired:
-        ended = f"it took more than {STAGES[name][1]} s"
+        ended = f"it took more than {STAGES[name].seconds} s"
     result = load(out).get(name)
     if result is None or result == before:  # it died before it could write
         result = {"status": "failed", "error": ended, **_origin()}
@@ -113,28 +122,37 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1 else str(value)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("gpu_check_out"), help="directory of the results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu_check_out"), help="folder of the results, made if missing"
+    )
     parser.add_argument("--stage", choices=STAGES, help="run this stage only")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    out = arguments.out.resolve()
+    options = parser.parse_args(arguments)
+    out = options.out.resolve()
+    stages = [options.stage] if options.stage else list(STAGES)
+    left_out = [] if torch.cuda.is_available() else [name for name in stages if is_for_a_gpu(name, out)]
+    if left_out:
+        print(f"Left out, since torch sees no GPU: {', '.join(left_out)}. Results in {out} stay.", flush=True)
+        if options.stage:
+            return 1
     failed = False
-    for name in [arguments.stage] if arguments.stage else STAGES:
-        if not torch.cuda.is_available():
-            result: Row = {"status": "no GPU"}
-            if name not in load(out):  # results of a machine with a GPU are worth more
-                save(out, name, result)
-        elif arguments.in_this_process:
-            result = run_stage(name)
-            save(out, name, result)
+    for name in stages:
+        if name in left_out:
             continue
-        else:
-            result = run_stage_in_process(name, out)
+        if options.in_this_process:
+            save(out, name, run_stage(name))
+            continue
+        result = run_stage_in_process(name, out)
         failed |= result["status"] == "failed"
         print(markdown(name, result), flush=True)
     return int(failed)
+
+
+def is_for_a_gpu(name: str, out: Path) -> bool:
+    """The stage needs one, or what a machine with one said would be lost."""
+    return STAGES[name].needs_gpu or load(out).get(name, {}).get("device", NO_GPU) != NO_GPU
 
 
 if __name__ == "__main__":

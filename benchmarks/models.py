@@ -25,7 +25,7 @@ from reformer_kernels.hashing import bucket_factors
 
 from .machine import environment
 from .memory import fresh_process, peak_of
-from .report import length_name, megabytes, number, table
+from .report import file_to_write, length_name, megabytes, number, table
 from .timing import interleaved
 
 Row = dict[str, Any]
@@ -411,8 +411,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default all)")
     parser.add_argument("--repeats", type=int, default=3, help="steps of which a median is taken (default 3)")
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
-    parser.add_argument("--plot", type=Path, help="write a plot of depth and drift to this PNG file")
+    parser.add_argument("--out", type=file_to_write, help="JSON file for the results; its folder must exist")
+    parser.add_argument("--plot", type=file_to_write, help="PNG file for a plot of depth and drift, likewise")
     parser.add_argument("--memory-of", choices=MODELS, help="only this model's memory, in this process, as JSON")
     parser.add_argument("--case", type=lambda text: ModelCase(**json.loads(text)), help="of --memory-of, as JSON")
     options = parser.parse_args(arguments)
@@ -432,8 +432,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     results = run(options)
     print("\n" + markdown(results))
-    for path in filter(None, (options.out, options.plot)):
-        path.parent.mkdir(parents=True, exist_ok=True)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
     if options.plot:

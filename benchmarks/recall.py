@@ -29,7 +29,7 @@ from reformer_kernels.demo.text import DemoError, split_text
 from . import recall_data as data
 from .machine import environment
 from .recall_data import Heads
-from .report import table
+from .report import file_to_write, table
 
 Row = dict[str, Any]
 BUDGETS = (64, 128, 256)
@@ -456,9 +456,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=4, help="longest windows of held-out text to predict (4)")
     parser.add_argument("--train-seconds", type=float, default=440, help="training time of the LM (default 440)")
     parser.add_argument("--fine-tune-steps", type=int, default=60, help="steps after the conversion (default 60)")
-    parser.add_argument("--cache", type=Path, default=Path("build/recall"), help="where the trained LM is kept")
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
-    parser.add_argument("--plot", type=Path, help="write a plot to this PNG file")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("build/recall"), help="folder of the trained LM, made if missing"
+    )
+    parser.add_argument("--out", type=file_to_write, help="JSON file for the results; its folder must exist")
+    parser.add_argument("--plot", type=file_to_write, help="PNG file for a plot, likewise")
     options = parser.parse_args(arguments)
     for name in ("texts", "embedded_texts", "rows", "windows", "fine_tune_steps"):
         if getattr(options, name) < 1:
@@ -473,8 +475,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (data.MissingError, DemoError) as error:
         sys.exit(f"error: {error}")
     print("\n" + markdown(results))
-    for path in filter(None, (options.out, options.plot)):
-        path.parent.mkdir(parents=True, exist_ok=True)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
     if options.plot:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,18 @@ TITLES = {
     "layer": "Layer, with the projections to queries and values",
     "module": "Self-attention module with all its projections, not causal, without weights",
 }
+
+
+def file_to_write(text: str) -> Path:
+    """The argument of an option; refused before anything is measured if the file cannot be written afterwards."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {str(path.parent)!r} does not exist")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write to {text!r}")
+    return path
 
 
 def length_name(length: int) -> str:

@@ -185,8 +185,10 @@ def rows(gpu: Gpu) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="H100")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpu", choices=GPUS, default="H200", help="to predict for (default H200, which was measured)")
     gpu = parser.parse_args().gpu
     if error := cuda.library().get("error"):
         raise SystemExit(f"The launch plans are in the CUDA library, which is missing: {error}")

@@ -138,7 +138,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="interleaved runs of each (default 5; 1 above 20 s)")
     parser.add_argument("--max-seconds", type=float, default=600, help="skip what is estimated to take longer a run")
     parser.add_argument("--base", metavar="REV", help="also build and measure this revision, and print now / base")
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--out", type=report.file_to_write, help="JSON file for the results; its folder must exist")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
@@ -173,7 +173,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results["base"] = options.base
     print("\n" + report.markdown(results))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 

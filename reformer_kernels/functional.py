@@ -98,8 +98,8 @@ def lsh_attention(
     in L; the same arguments give the same bits, whatever the number of threads.
 
     Args:
-        query_key: [B, H, L, D], float32, bfloat16, float16 or float64, any strides, L at least 1. A row is both query
-            and, scaled to unit length, key.
+        query_key: [B, H, L, D], float32, bfloat16, float16 or float64, any strides; B, H and L may be 0. A row is both
+            query and, scaled to unit length, key.
         value: [B, H, L, E], same dtype.
         n_hashes: R, hash rounds.
         n_buckets: an even integer or even factors; None: ``2 * max(1, L // chunk_length)``, factorised above 128.

@@ -247,6 +247,32 @@ def test_empty(shape: tuple[int, ...]) -> None:
         assert all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_length_zero_is_served_by_every_function(backend: str) -> None:
+    x, some = (torch.randn(1, 2, length, 4, requires_grad=True) for length in (0, 5))
+    options: dict[str, Any] = {"backend": backend}
+    assert rk.local_attention(x, x, x, **options).shape == x.shape
+    assert rk.hash_buckets(x, rk.random_rotations(0, 2, 4, 3, 4), 4, **options).shape == (1, 2, 3, 0)
+    assert rk.bucket_order(torch.zeros(1, 2, 3, 0, dtype=torch.int32), 4, **options).shape == (1, 2, 3, 0)
+    for alignment in ("ring", "bucket"):
+        assert rk.lsh_attention(x, x, alignment=alignment, n_buckets=4, **options).shape == x.shape
+    packed = torch.tensor([0, 0, 0], dtype=torch.int32)
+    assert rk.lsh_attention(x, x, cu_seqlens=packed, n_buckets=4, **options).shape == x.shape
+    for attend in (rk.clustered_attention, rk.scaled_dot_product_attention):
+        more = {**options, "exact_below": 0} if attend is rk.scaled_dot_product_attention else options
+        for grouping in ("position", "hash"):
+            assert attend(x, x, x, grouping=grouping, **more).shape == x.shape
+            assert attend(x, some, some, grouping=grouping, **more).shape == x.shape
+            without_keys = attend(some, x, x, grouping=grouping, **more)
+            assert torch.equal(without_keys, torch.zeros_like(some))
+            assert [g.shape for g in torch.autograd.grad(without_keys.sum(), (some, x))] == [some.shape, x.shape]
+
+
+@pytest.mark.parametrize("layer", [rk.LSHSelfAttention, rk.LocalSelfAttention, rk.FullAttention])
+def test_length_zero_is_served_by_the_layers(layer: Any) -> None:
+    assert layer(8, 2)(torch.randn(2, 0, 8)).shape == (2, 0, 8)
+
+
 def test_extreme_scores() -> None:
     """Rows of any length: the softmax is shifted by the maximum, so nothing overflows."""
     q, v = qv(130, 16)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import base, gate, report, run, timing
+from benchmarks import base, gate, models, recall, report, roofline, run, timing
 from benchmarks.cases import SUITES, Case
 from benchmarks.kernel_cases import VARIANTS, Variant, backward_flop, forward_flop, make_call, seen_keys, window_keys
 from benchmarks.providers import PROVIDERS, TARGETS, inputs
@@ -28,7 +28,7 @@ def command(*arguments):
 
 @needs_cpu_kernels
 def test_the_command_writes_results_that_can_be_reported(tmp_path):
-    out = tmp_path / "results" / "tiny.json"
+    out = tmp_path / "tiny.json"
     ran = command("benchmarks.run", *TINY, "--providers", "ours; torch SDPA", "--out", str(out))
     assert ran.returncode == 0, ran.stderr
     results = json.loads(out.read_text())
@@ -51,6 +51,33 @@ def test_the_command_writes_results_that_can_be_reported(tmp_path):
     assert reported.returncode == 0, reported.stderr
     assert reported.stdout.strip() in ran.stdout
     assert "| torch SDPA takes |" in reported.stdout
+
+
+@pytest.mark.parametrize(
+    ("parse", "option"),
+    [(run.parse, "--out"), *((m.parse, option) for m in (models, recall) for option in ("--out", "--plot"))],
+)
+def test_files_that_cannot_be_written_are_refused_before_the_run(parse, option, tmp_path, capsys):
+    for path, reason in (
+        (tmp_path / "missing" / "results", f"the folder '{tmp_path / 'missing'}' does not exist"),
+        (tmp_path, f"'{tmp_path}' is a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            parse([option, str(path)])
+        assert f"argument {option}: {reason}" in capsys.readouterr().err
+    assert not (tmp_path / "missing").exists()
+    file = tmp_path / "results"
+    assert getattr(parse([option, str(file)]), option[2:]) == file
+    assert getattr(parse([option, "results"]), option[2:]) == Path("results")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_roofline_is_that_of_the_gpu_that_was_measured(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [""])
+    monkeypatch.setattr(roofline.cuda, "library", dict)
+    monkeypatch.setattr(roofline, "SHAPES", [])
+    roofline.main()
+    assert capsys.readouterr().out.startswith("Predicted for one H200, ")
 
 
 @needs_cpu_kernels

@@ -2,9 +2,7 @@
 
 import inspect
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,22 +12,33 @@ from benchmarks.cases import Case
 from benchmarks.gpu import attention
 
 ROOT = Path(__file__).resolve().parent.parent
-WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "benchmarks.gpu_check", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=WITHOUT_GPU, capture_output=True, text=True)
+def test_a_stage_that_needs_no_gpu_runs_without_one(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of its process
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--out", str(tmp_path / "out"), "--stage", "versions"]) == 0
+    results = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    assert results.keys() == {"versions"} and results["versions"]["device"] == "no GPU"
+    assert {"what": "device", "value": "none that torch sees"} in results["versions"]["rows"]
+    said = capsys.readouterr().out
+    assert "## versions: ok" in said and "Left out" not in said
 
 
-def test_every_stage_says_that_there_is_no_gpu(tmp_path):
-    ran = run("--out", str(tmp_path))
+def test_a_stage_that_needs_a_gpu_is_refused_without_one(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--out", str(tmp_path / "out"), "--stage", "kernels"]) == 1
+    said = f"Left out, since torch sees no GPU: kernels. Results in {tmp_path / 'out'} stay.\n"
+    assert capsys.readouterr() == (said, "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_make_runs_nothing_when_it_is_only_to_print(tmp_path):
+    command = ["make", "gpu-check", "PYTHON=false", f"OUT={tmp_path / 'out'}", "STAGE=versions"]
+    ran = subprocess.run([*command, "-n"], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    results = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert results == {name: {"status": "no GPU"} for name in gpu_check.STAGES}
-    for name in gpu_check.STAGES:
-        assert f"## {name}: no GPU" in ran.stdout
-        assert f"## {name}: no GPU" in (tmp_path / "gpu_check.md").read_text()
+    assert ran.stdout == f'"false" -m benchmarks.gpu_check --out "{tmp_path / "out"}" --stage versions\n'
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 2
 
 
 @pytest.mark.parametrize("name", gpu_check.STAGES)
@@ -37,10 +46,11 @@ def test_a_stage_is_a_function_without_arguments(name):
     inspect.signature(gpu_check.stage_function(name)).bind()
 
 
-def test_an_unknown_stage_is_refused(tmp_path):
-    ran = run("--out", str(tmp_path), "--stage", "nonsense")
-    assert ran.returncode == 2
-    assert "nonsense" in ran.stderr and "ceilings" in ran.stderr
+def test_an_unknown_stage_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu_check.main(["--stage", "nonsense"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "nonsense" in said and "ceilings" in said
 
 
 @pytest.fixture
@@ -49,9 +59,33 @@ def stages(monkeypatch):
         raise RuntimeError("broken")
 
     table = {"works": lambda: [{"a": 1, "b": 0.25}, {"a": 2}], "fails": fails}
-    monkeypatch.setattr(gpu_check, "STAGES", dict.fromkeys(table, ("", 9)))
+    monkeypatch.setattr(gpu_check, "STAGES", {name: gpu_check.Stage("", 9, name == "fails") for name in table})
     monkeypatch.setattr(gpu_check, "stage_function", table.get)
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check.torch.cuda, "get_device_name", lambda: "a GPU")
+
+
+def test_without_a_gpu_one_line_names_what_is_left_out(stages, monkeypatch, tmp_path, capsys):
+    def main():
+        return gpu_check.main(["--out", str(tmp_path)]), capsys.readouterr().out
+
+    def run_stage_here(name, out):
+        gpu_check.save(out, name, gpu_check.run_stage(name))
+        return gpu_check.load(out)[name]
+
+    monkeypatch.setattr(gpu_check, "run_stage_in_process", run_stage_here)
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
+    code, said = main()
+    assert code == 0 and said.count("no GPU: fails. ") == said.count("Left out") == 1 and "## works: ok" in said
+    assert gpu_check.load(tmp_path).keys() == {"works"}
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
+    code, said = main()
+    assert code == 1 and "Left out" not in said and "## fails: failed" in said
+    with_gpu = gpu_check.load(tmp_path)
+    assert [result["device"] for result in with_gpu.values()] == ["a GPU"] * 2
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
+    code, said = main()
+    assert code == 0 and "no GPU: works, fails. Results" in said and gpu_check.load(tmp_path) == with_gpu
 
 
 def test_results_of_single_stages_are_merged(stages, tmp_path):

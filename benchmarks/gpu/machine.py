@@ -35,14 +35,18 @@ def our_gather() -> Callable[..., None] | str:
 
 
 def versions() -> list[Row]:
-    device = torch.cuda.get_device_properties(0)
-    found: Row = {
-        "device": device.name,
-        "capability": f"{device.major}.{device.minor}",
-        "memory GiB": round(device.total_memory / 2**30, 1),
-        "multiprocessors": device.multi_processor_count,
-        "L2 MiB": device.L2_cache_size / 2**20,
-        "shared memory per block KiB": device.shared_memory_per_block_optin / 1024,
+    found: Row = {"device": "none that torch sees"}
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        found = {
+            "device": device.name,
+            "capability": f"{device.major}.{device.minor}",
+            "memory GiB": round(device.total_memory / 2**30, 1),
+            "multiprocessors": device.multi_processor_count,
+            "L2 MiB": device.L2_cache_size / 2**20,
+            "shared memory per block KiB": device.shared_memory_per_block_optin / 1024,
+        }
+    found |= {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch CUDA": torch.version.cuda,
@@ -77,19 +81,21 @@ def _output(*command: str) -> str:
 
 
 def build() -> list[Row]:
-    """Builds in place for this GPU, with this python and nothing from the network."""
+    """Builds in place for this GPU (without one, as setup.py does), with this python and nothing from the network."""
     # Without pyproject.toml beside it setup.py runs under any setuptools; older ones reject its licence expression.
     stage = ROOT / "build" / "gpu_check"
     stage.mkdir(parents=True, exist_ok=True)
     for name in ("setup.py", "csrc", "reformer_kernels"):
         if not (stage / name).is_symlink():
             (stage / name).symlink_to(ROOT / name)
-    architecture = "{}.{}".format(*torch.cuda.get_device_capability())
+    environment = dict(os.environ)
+    if torch.cuda.is_available():
+        environment.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
     started = time.perf_counter()
     ran = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=stage,
-        env={"TORCH_CUDA_ARCH_LIST": architecture, **os.environ},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -25,7 +25,7 @@ class Reformer(PretrainedModel):
 
     Both residual streams start from the embeddings. Every layer is normalised first; layers alternate between the
     streams, so with ``context_dim`` in the configuration self-attention, attention to the context and feed-forward
-    do, too (as trax). Any length works, up to ``config.longest``: nothing has to be padded to chunks.
+    do, too (as trax). Any length from 1 to ``config.longest`` works: nothing has to be padded to chunks.
 
     Args:
         config: the architecture.
