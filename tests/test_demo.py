@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from reformer_kernels.demo import __main__ as demo
-from reformer_kernels.demo import cost, figure
+from reformer_kernels.demo import cost, figure, training
 from reformer_kernels.demo.model import ByteLM
 from reformer_kernels.demo.text import DemoError, split_text
 
@@ -33,7 +39,7 @@ def test_tiny_run_from_end_to_end(tmp_path: Path) -> None:
         f"--swap-length 300 --swap-repeats 1 --text {text} --out {out}".split()
     )
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and "wins by" in done.stdout
+    assert "Traceback" not in done.stderr and "bits per byte (two standard errors" in done.stdout
     assert (out / "attention.png").read_bytes().startswith(b"\x89PNG")
     assert len((out / "sample.txt").read_bytes()) == 20
 
@@ -48,10 +54,13 @@ def test_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     assert swapped["length"] == 300 and swapped["seconds"].keys() == {"stock", "swapped"}
     assert 0 <= swapped["short_difference"] < 1e-5
     for name in figure.MODELS:
-        training = results["training"][name]
-        assert training["after"] < training["before"], name
-        assert training["curve"][0] == [0.0, training["before"]] and training["curve"][-1][1] == training["after"]
-        assert training["steps"] >= 1
+        trained = results["training"][name]
+        assert trained["after"] < trained["before"], name
+        assert trained["curve"][0] == [0.0, trained["before"]] and trained["curve"][-1][1] == trained["after"]
+        assert trained["steps"] >= 1
+    after = {name: results["training"][name]["after"] for name in figure.MODELS}
+    assert results["difference"]["bits"] == pytest.approx(after["lsh"] - after["sdpa"])
+    assert results["difference"]["spread"] > 0
     assert 190 <= len(results["sample"]["prompt"]) <= 200
 
 
@@ -151,4 +160,138 @@ def test_text_is_split_behind_nine_tenths() -> None:
 def test_cost_process_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(DemoError, match="LSH attention at L 64 could not be measured: its process ended with code 1"):
-        cost.measure([64], 1, 1.0, iter)
+        list(cost.measure([64], 1, 1.0, iter))
+
+
+def test_a_difference_spreads_over_parts_of_the_text() -> None:
+    a, b = torch.full((3000,), 2.0).double(), torch.full((3000,), 1.5).double()
+    assert training.difference(a, b) == (0.5, 0.0)
+    noise = torch.randn(3000, dtype=torch.float64)
+    bits, spread = training.difference(b + noise, b)
+    assert abs(bits - noise.mean()) < 1e-12
+    assert spread == pytest.approx(2 / 3000**0.5, rel=0.5)  # the standard error of a mean, from 20 samples of it
+    assert training.difference(-noise, noise)[1] == pytest.approx(2 * spread)
+    assert training.difference(a[:1], b[:1]) == (0.5, math.inf)
+
+
+def test_held_out_bits_are_those_of_every_byte() -> None:
+    model = ByteLM("sdpa", 16, 8, 1, 1, 1, 1)
+    data = torch.randint(256, (40,))
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.linspace(0, 3, 256))
+    expected = -torch.log_softmax(model.head.bias.double(), 0)[data[1:]] / math.log(2)
+    torch.testing.assert_close(training.bits_of_bytes(model, data, 16), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("bits", "spread", "said"),
+    [
+        (-0.07, 0.01, "Local + LSH attention wins by 0.070 +- 0.010 bits per byte"),
+        (0.07, 0.01, "torch SDPA wins by 0.070 +- 0.010 bits per byte"),
+        (-0.001, 0.004, "no difference: 0.001 bits per byte are within the spread of 0.004"),
+        (0.004, 0.004, "no difference"),
+        (0.5, math.inf, "no difference"),
+        (0.0, 0.0, "no difference"),
+    ],
+)
+def test_only_more_than_the_spread_is_a_win(bits: float, spread: float, said: str) -> None:
+    assert demo._verdict(bits, spread).startswith(said)
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Stages that take no time, of which the named one is interrupted."""
+
+    def replace(interrupted: str) -> None:
+        def stage(name: str, result: Any) -> Callable[..., Any]:
+            def run(*arguments: Any, **options: Any) -> Any:
+                if name == interrupted:
+                    raise KeyboardInterrupt
+                return result
+
+            return run
+
+        def lengths(*arguments: Any) -> Iterator[list[dict[str, Any]]]:
+            for length in LENGTHS:
+                if interrupted == f"length {length}":
+                    raise KeyboardInterrupt
+                row = {"length": length, "seconds": 1.0, "calls": 1, "extra_bytes": 1}
+                yield [{"name": name, **row} for name in cost.NAMES]
+
+        swapped = {
+            "length": 300,
+            "short_length": 100,
+            "short_difference": 0.0,
+            "seconds": {"stock": 2.0, "swapped": 1.0},
+        }
+        trained = training.Run(
+            ByteLM("lsh", 16, 8, 1, 1, 1, 1), torch.zeros(200).long(), torch.zeros(100).long(),
+            seconds=1.0, context=16, learning_rate=0.1, seed=0,
+        )  # fmt: skip
+        trained.evaluate()
+        trained.steps = 1
+        monkeypatch.setattr(cost, "measure", lengths)
+        monkeypatch.setattr(demo.swap, "measure", stage("swap", swapped))
+        monkeypatch.setattr(demo, "_train", stage("training", dict.fromkeys(figure.MODELS, trained)))
+        monkeypatch.setattr(training, "generate", stage("sample", b"text"))
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "finished"),
+    [
+        ("length 256", []),
+        ("length 512", ["attention"]),
+        ("swap", ["attention"]),
+        ("training", ["attention", "swap"]),
+        ("sample", ["attention", "swap", "training", "difference"]),
+        ("", ["attention", "swap", "training", "difference", "sample"]),
+    ],
+)
+def test_what_was_finished_before_an_interruption_is_kept_and_shown(
+    interrupted: str, finished: list[str], stages: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("attention.png", "sample.txt"):
+        (tmp_path / name).write_text("of an earlier run")
+    stages(interrupted)
+    code = demo.main(["--out", str(tmp_path), "--context", "256"])
+    out, error = capsys.readouterr()
+    results = json.loads((tmp_path / "results.json").read_text()) if finished else {}
+    assert list(results) == (["environment", "options", *finished] if finished else [])
+    if interrupted:
+        kept = f"{tmp_path / 'results.json'} has what was finished: {', '.join(finished)}"
+        assert code == 130
+        assert error == f"\nreformer_kernels.demo: interrupted; {kept if finished else 'nothing finished'}\n"
+    else:
+        assert (code, error) == (0, "")
+    shown = {
+        "attention": "     256  ",
+        "swap": "The one-line swap",
+        "training": "no difference",
+        "sample": "\u2588text",
+    }
+    assert [part for part, text in shown.items() if text in out] == [part for part in finished if part in shown]
+    assert len(results.get("attention", [])) == {"length 256": 0, "length 512": 2}.get(interrupted, 4)
+    if finished:  # nothing of the earlier run lies beside the new numbers
+        drawn = [path.name for path in tmp_path.iterdir() if path.read_bytes() != b"of an earlier run"]
+        assert ("attention.png" in drawn) == ("training" in finished) and ("sample.txt" in drawn) == (
+            "sample" in finished
+        )
+        assert len(list(tmp_path.iterdir())) == len(drawn)
+
+
+def test_ctrl_c_in_a_terminal_ends_all_processes_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "reformer_kernels.demo", "--out", str(tmp_path), "--lengths", "256"]
+    command += ["--repeats", "1000000", "--point-seconds", "1000"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("torch ")  # the first measuring process is about to start
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.endswith("\nreformer_kernels.demo: interrupted; nothing finished\n") and "Traceback" not in error

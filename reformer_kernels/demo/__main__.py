@@ -65,7 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("demo_out"), help="folder for attention.png, results.json and sample.txt")
+    add(
+        "--out",
+        type=Path,
+        default=Path("demo_out"),
+        help="folder for attention.png, results.json and sample.txt, made if missing",
+    )
     add("--text", metavar="FILE", help="text to learn instead of the help topics of CPython, pydoc_data.topics")
     add("--seed", type=partial(_integer, 0), default=0, help="of the initial weights, the windows and the sample")
     part = parser.add_argument_group("one attention layer")
@@ -178,23 +183,44 @@ def _describe(run: training.Run) -> dict[str, Any]:
     }
 
 
-def _print_training(results: dict[str, dict[str, Any]]) -> None:
+def _print_training(results: dict[str, dict[str, Any]], bits: float, spread: float) -> None:
     print(f"{'':23}  {'parameters':>10}  {'steps':>6}  {'time':>8}    bits per byte of held-out text")
     for name, result in results.items():
         print(
             f"{figure.MODELS[name]:23}  {result['parameters']:10,}  {result['steps']:6,}  {result['seconds']:6.1f} s"
             f"    {result['before']:.3f} -> {result['after']:.3f}"
         )
-    lsh, sdpa = results["lsh"], results["sdpa"]
-    winner, loser = ("lsh", "sdpa") if lsh["after"] < sdpa["after"] else ("sdpa", "lsh")
-    margin = results[loser]["after"] - results[winner]["after"]
-    print(
-        f"{figure.MODELS[winner]} wins by {margin:.3f} bits per byte at equal time; "
-        f"{lsh['steps'] / sdpa['steps']:.1f} steps with LSH for each with SDPA"
+    steps = f"{results['lsh']['steps'] / results['sdpa']['steps']:.1f} steps with LSH for each with SDPA"
+    print(f"{_verdict(bits, spread)} at equal time; {steps}")
+
+
+def _verdict(bits: float, spread: float) -> str:
+    """What LSH attention less SDPA, in bits per byte, comes to."""
+    of = f"two standard errors over {training.PARTS} parts of the text"
+    if not abs(bits) > spread:
+        return f"no difference: {abs(bits):.3f} bits per byte are within the spread of {spread:.3f} ({of})"
+    return (
+        f"{figure.MODELS['lsh' if bits < 0 else 'sdpa']} wins by {abs(bits):.3f} +- {spread:.3f} bits per byte ({of})"
     )
 
 
-def _run(options: argparse.Namespace) -> None:
+class _Results:
+    """What is finished, in results.json, which is written anew with every part."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.finished = folder, dict[str, Any]()
+        self.about: dict[str, Any] = {}
+
+    def keep(self, part: str, result: Any) -> None:
+        if not self.finished:  # of an earlier run, and of other numbers
+            for name in ("attention.png", "sample.txt"):
+                (self.folder / name).unlink(missing_ok=True)
+        self.finished[part] = result
+        text = json.dumps(self.about | self.finished, indent=2)
+        (self.folder / "results.json").write_text(text + "\n")
+
+
+def _run(options: argparse.Namespace, results: _Results) -> None:
     if options.width % options.heads:
         raise DemoError(f"--width must be divisible by --heads, got {options.width} and {options.heads}")
     tqdm = partial(_import_extras(), dynamic_ncols=True, mininterval=0.5)
@@ -210,14 +236,22 @@ def _run(options: argparse.Namespace) -> None:
     note = f"torch {torch.__version__}, {environment['threads']} threads, {platform.machine()}, {instructions}"
     print(note, flush=True)
     note = f"Layer: {cost.SETTINGS}.  Model: {options.layers} layers, width {options.width}.  {note}"
+    shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    results.about = {"environment": environment, "options": shown}
 
-    attention = cost.measure(
-        options.lengths, options.repeats, options.point_seconds, partial(tqdm, desc="one attention layer", unit="L")
-    )
-    _print_cost(attention)
+    attention: list[dict[str, Any]] = []
+    progress = partial(tqdm, desc="one attention layer", unit="L")
+    try:
+        for rows in cost.measure(options.lengths, options.repeats, options.point_seconds, progress):
+            attention += rows
+            results.keep("attention", attention)
+    finally:
+        if attention:
+            _print_cost(attention)
     swapped = swap.measure(
         options.swap_length, options.swap_repeats, options.seed, partial(tqdm, desc="one-line swap", unit="pair")
     )
+    results.keep("swap", swapped)
     _print_swap(swapped)
     print(
         f"\nA language model of {options.layers} layers, width {options.width}, context {options.context:,}, on "
@@ -225,8 +259,12 @@ def _run(options: argparse.Namespace) -> None:
         flush=True,
     )
     runs = _train(options, (train_data, held_out), tqdm)
-    results = {name: _describe(run) for name, run in runs.items()}
-    _print_training(results)
+    trained = {name: _describe(run) for name, run in runs.items()}
+    bits, spread = training.difference(runs["lsh"].held_out_bits, runs["sdpa"].held_out_bits)
+    results.keep("training", trained)
+    results.keep("difference", {"bits": bits, "spread": spread})
+    _print_training(trained, bits, spread)
+    figure.draw(options.out / "attention.png", attention, trained, options.context, note)
 
     # Without the white space behind the last word, or the sample is likely to begin with a screenful of it.
     first = bytes(held_out[: min(_PROMPT_BYTES, options.context)].tolist())
@@ -237,32 +275,29 @@ def _run(options: argparse.Namespace) -> None:
     )  # fmt: skip
     prompt_text = bytes(prompt.tolist()).decode(errors="replace")
     sample_text = sample.decode(errors="replace")
-    figure.draw(options.out / "attention.png", attention, results, options.context, note)
     (options.out / "sample.txt").write_bytes(sample)
-    everything = {
-        "environment": environment,
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
-        "attention": attention,
-        "swap": swapped,
-        "training": results,
-        "sample": {"prompt": prompt_text, "text": sample_text},
-    }
-    (options.out / "results.json").write_text(json.dumps(everything, indent=2) + "\n")
+    results.keep("sample", {"prompt": prompt_text, "text": sample_text})
     print(f"\nHeld-out text, and behind the bar what the LSH model makes of it:\n{prompt_text}\u2588{sample_text}")
     print(f"\nWritten to {options.out}: attention.png, results.json, sample.txt")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the demo; returns the exit code: 0, or 2 after one line that says what to change."""
+    """Runs the demo; returns the exit code: 0, 2 after one line that says what to change, or 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sample may have characters that the terminal lacks
+    results = _Results(options.out)
     try:
-        _run(options)
+        _run(options, results)
     except DemoError as error:
         print(f"reformer_kernels.demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        finished = ", ".join(results.finished)
+        kept = (
+            f"{results.folder / 'results.json'} has what was finished: {finished}" if finished else "nothing finished"
+        )
+        print(f"\nreformer_kernels.demo: interrupted; {kept}", file=sys.stderr)
         return 130
     return 0
 

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,11 @@ class _Point:
         self.title = f"{NAMES[name]} at L {length:,}"
         self.process = stack.enter_context(
             subprocess.Popen(
-                [sys.executable, "-m", __name__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+                [sys.executable, "-m", __name__, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,  # or Ctrl-C would reach it, too, and it would print a traceback
             )
         )
         stack.callback(self.process.kill)  # runs before the wait above ends, also after an error or Ctrl-C
@@ -114,15 +118,14 @@ class _Point:
         return sum(answer["seconds"] for answer in self.answers)
 
 
-def measure(lengths: list[int], repeats: int, point_seconds: float, progress: Any) -> list[dict[str, Any]]:
-    """Median seconds and extra peak bytes of both functions at every length.
+def measure(lengths: list[int], repeats: int, point_seconds: float, progress: Any) -> Iterator[list[dict[str, Any]]]:
+    """Median seconds and extra peak bytes of both functions, one length after the other.
 
     Args:
         repeats: timed calls after the first one, which is counted only if it stays alone.
         point_seconds: no more calls of a function at a length that has taken this long.
         progress: ``progress(iterable)`` of lengths, shows how far this is.
     """
-    rows = []
     for length in progress(lengths):
         with ExitStack() as stack:
             points = {name: _Point(stack, name, length) for name in NAMES}
@@ -132,6 +135,7 @@ def measure(lengths: list[int], repeats: int, point_seconds: float, progress: An
                 for point in points.values():
                     if point.spent() < point_seconds:
                         point.run()
+        rows = []
         for name, point in points.items():
             times = [answer["seconds"] for answer in point.answers]
             rows.append(
@@ -143,7 +147,7 @@ def measure(lengths: list[int], repeats: int, point_seconds: float, progress: An
                     "extra_bytes": point.answers[0]["extra_bytes"],
                 }
             )
-    return rows
+        yield rows
 
 
 if __name__ == "__main__":
