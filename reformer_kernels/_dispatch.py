@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall
 from .backends import cuda, native, reference, triton
+from .backends.missing import warn_of_missing_library
 
 
 class Backend(Protocol):
@@ -149,6 +150,8 @@ def select(call: Call) -> Backend:
     for name in (named,) if named else BACKENDS:
         reasons = reasons_against(name, call)
         if not reasons:
+            if name == "reference" and not named:
+                warn_of_missing_library(call)
             return BACKENDS[name]
         why[name] = "; ".join(reasons)
     report = "".join(f"\n  {name}: {reasons}" for name, reasons in why.items())

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "binding/attention.h"
+#include "build_facts.h"  // by setup.py
 #include "kernels/cpu/kernels.h"
 
 namespace {

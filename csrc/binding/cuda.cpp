@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "binding/attention.h"
+#include "build_facts.h"  // by setup.py
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/plan.h"
 

@@ -26,14 +26,25 @@ def library() -> dict[str, Any]:
     libraries = sorted(Path(__file__).resolve().parent.parent.glob("_cuda*.so"))
     if not libraries:
         return {"error": native.build_info().get("no_cuda_because") or "not built"}
-    try:
-        torch.ops.load_library(str(libraries[0]))
-    except OSError as error:
-        return {"error": f"{libraries[0].name} cannot be loaded: {error}"}
+    # It needs libraries that such a torch does not bring; what the loader says of that does not say why.
+    if not torch.version.cuda:
+        return {"error": f"torch {torch.__version__} is not a CUDA build"}
+    if reason := native.load(libraries[0]):
+        return {"error": reason}
     built = json.loads(_ops.build_info())
-    if built["cuda"] != torch.version.cuda:
-        return {"error": f"built for CUDA {built['cuda']}, but this torch has {torch.version.cuda}", **built}
-    return built
+    reason = misfit(built["cuda"], torch.version.cuda)
+    return {"error": reason, **built} if reason else built
+
+
+def misfit(built: str, runtime: str) -> str | None:
+    """Why a library built for one version of CUDA does not run with the other; None if it does.
+
+    Within a major version the runtime may be newer, not older (CUDA's minor version compatibility).
+    """
+    (major, minor), (has, has_minor) = (tuple(map(int, version.split(".")[:2])) for version in (built, runtime))
+    if major == has and minor <= has_minor:
+        return None
+    return f"built for CUDA {built}, but this torch has {runtime}"
 
 
 def not_supported_reasons(call: Call) -> list[str]:

@@ -23,23 +23,24 @@ from .._calls import (
 )  # fmt: skip
 from .philox import drop_threshold, keep_factor
 
-_load_error: str | None = None
 
-
-def _load() -> None:
-    global _load_error
-    folder = Path(__file__).resolve().parent.parent
-    libraries = sorted(folder.glob("_cpu*.so")) + sorted(folder.glob("_cpu*.pyd"))
-    if not libraries:
-        _load_error = f"the library {folder}/_cpu*.so is not built"
-        return
+def load(library: Path) -> str | None:
+    """Registers the ops of a library; the reason why it cannot be loaded, if it cannot."""
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(library))
     except OSError as error:
-        _load_error = f"the library {libraries[0]} cannot be loaded: {error}"
+        has = f"which has CUDA {torch.version.cuda}" if torch.version.cuda else "which has no CUDA"
+        # torch hides what the loader said.
+        return f"{library.name} cannot be loaded beside torch {torch.__version__}, {has}: {error.__cause__ or error}"
+    return None
 
 
-_load()
+def _load(folder: Path) -> str | None:
+    libraries = sorted(folder.glob("_cpu*.so")) + sorted(folder.glob("_cpu*.pyd"))
+    return load(libraries[0]) if libraries else f"{folder}/_cpu*.so is not built"
+
+
+_load_error = _load(Path(__file__).resolve().parent.parent)
 _ops = torch.ops.reformer_kernels_cpu
 
 
@@ -66,11 +67,15 @@ class use_isa:  # noqa: N801
 
 
 def not_supported_reasons(call: Call) -> list[str]:
-    reasons = []
-    if _load_error:
-        reasons.append(_load_error)
+    reasons = [f"the CPU library: {_load_error}"] if _load_error else []
     if call.device.type != "cpu":
         reasons.append(f"tensors are on {call.device}, not on the CPU")
+    return [*reasons, *kernel_reasons(call)]
+
+
+def kernel_reasons(call: Call) -> list[str]:
+    """Why the kernels do not serve a call, wherever its tensors are."""
+    reasons = []
     if isinstance(call, AttentionCall):
         rules = call.rules
         if call.key is None and rules.own_position == "sentinel":
