@@ -1,11 +1,18 @@
-"""What the native libraries link to, and what their sources include."""
+"""What setup.py decides, what the native libraries link to, and what their sources include."""
 
+import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import setuptools
+import torch
+
+from reformer_kernels.backends import cuda, native
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADERS = {"ld-linux-x86-64.so", "ld-linux-aarch64.so"}
@@ -54,3 +61,65 @@ def test_kernels_include_neither_torch_nor_python():
     sources = [file for file in (ROOT / "csrc" / "kernels").rglob("*") if file.is_file()]
     assert sources
     assert not [file for file in sources if FORBIDDEN_INCLUDE.search(file.read_text())]
+
+
+@pytest.fixture
+def run_setup(monkeypatch):
+    """setup.py as a module, and what it would build, for a value of the switch."""
+
+    def run(switch: str | None):
+        monkeypatch.delenv("REFORMER_KERNELS_BUILD_CUDA", raising=False)
+        if switch is not None:
+            monkeypatch.setenv("REFORMER_KERNELS_BUILD_CUDA", switch)
+        asked = {}
+        monkeypatch.setattr(setuptools, "setup", asked.update)
+        monkeypatch.chdir(ROOT)
+        spec = importlib.util.spec_from_file_location("reformer_kernels_setup", ROOT / "setup.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module, [extension.name for extension in asked["ext_modules"]]
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX"))
+    return run
+
+
+def test_switch_leaves_out_cuda_and_is_the_reason(run_setup) -> None:
+    module, built = run_setup("0")
+    assert built == ["reformer_kernels._cpu"]
+    assert module.REASON_AGAINST_CUDA == "the build was told REFORMER_KERNELS_BUILD_CUDA=0"
+
+
+def test_switch_that_asks_for_cuda_fails_without(run_setup, monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    reason = f"torch {torch.__version__} is not a CUDA build"
+    with pytest.raises(SystemExit, match=f"^REFORMER_KERNELS_BUILD_CUDA=1, but {re.escape(reason)}$"):
+        run_setup("1")
+    module, built = run_setup(None)
+    assert built == ["reformer_kernels._cpu"] and module.REASON_AGAINST_CUDA == reason
+
+
+def test_switch_refuses_other_values(run_setup) -> None:
+    with pytest.raises(SystemExit, match=r"^REFORMER_KERNELS_BUILD_CUDA must be 0, 1 or unset, got 'no'$"):
+        run_setup("no")
+
+
+def test_facts_of_a_build_survive_any_text(run_setup, monkeypatch, tmp_path) -> None:
+    module, _ = run_setup("0")
+    monkeypatch.setattr(module, "FACTS", tmp_path / "facts.h")
+    monkeypatch.setattr(module, "REASON_AGAINST_CUDA", 'C:\\nvcc says "no"')
+    module.write_facts()
+    literal = re.search(r"#define RK_REASON_AGAINST_CUDA (.*)", module.FACTS.read_text()).group(1)
+    within_json = json.loads(literal)  # as C++ reads this literal, too
+    assert json.loads(f'{{"reason": "{within_json}"}}') == {"reason": 'C:\\nvcc says "no"'}
+    before = module.FACTS.stat().st_mtime_ns
+    module.write_facts()
+    assert module.FACTS.stat().st_mtime_ns == before  # or everything that includes it would be compiled again
+
+
+def test_libraries_know_what_they_were_built_with() -> None:
+    assert native.build_info()["torch"]
+    if LIBRARIES["_cuda"] and torch.version.cuda:
+        assert cuda.library()["architectures"]
+        assert not native.build_info()["no_cuda_because"]
+    elif not LIBRARIES["_cuda"]:
+        assert native.build_info()["no_cuda_because"]
