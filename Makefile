@@ -11,19 +11,19 @@ CXX_FILES = $(shell find csrc tests/native tests/emulation -name '*.h' -o -name 
 SANITIZE := -std=c++20 -O1 -g -Wall -Icsrc -fno-math-errno -fno-trapping-math -Wno-psabi \
             -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
 
-.PHONY: help build wheel wheel-cpu wheel-cuda wheel-test test emulate-full lint format demo bench sanitize fuzz gpu-check clean
+.PHONY: help build test emulate-full lint format demo bench sanitize fuzz gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 	@echo
 	@echo "The first one makes .venv. torch for CUDA, the default, is a download of about 3 GB, and its CUDA kernels are"
-	@echo "compiled where nvcc is. To try it without: 'make build TORCH_INDEX=cpu', about 0.6 GB and no CUDA kernels."
+	@echo "compiled where nvcc is. To try it without: 'make build TORCH_INDEX=cpu', about 0.7 GB and no CUDA kernels."
 	@echo "TORCH_INDEX=cu126, or an address, is another index of torch, and TORCH=2.13.0 another version."
 
 CHOSEN := .venv/torch-$(TORCH)$(if $(TORCH_INDEX),-$(subst :,_,$(subst /,_,$(TORCH_INDEX))))
 FROM := $(if $(findstring ://,$(TORCH_INDEX)),$(TORCH_INDEX),$(TORCH_INDEX:%=https://download.pytorch.org/whl/%))
 CHOICE := TORCH ?= $(TORCH)\nTORCH_INDEX ?= $(TORCH_INDEX)\n
-FROM_PYPI := PyPI. That is the one for CUDA: about 3 GB to download. TORCH_INDEX=cpu makes do with 0.6, without CUDA kernels.
+FROM_PYPI := PyPI. That is the one for CUDA: about 3 GB to download. TORCH_INDEX=cpu makes do with 0.7, without CUDA kernels.
 INSTALL := $(BIN)/pip install --quiet
 
 $(CHOSEN):
@@ -47,6 +47,7 @@ build: .venv/built  ## set up .venv and build the native libraries in place
 
 # ---- wheels. What they find in torch's own libraries stays out of them.
 
+.PHONY: wheel wheel-cpu wheel-cuda wheel-test
 EXCLUDE := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so 'libcudart.so.*'
 
 wheel-cpu: CUDA = 0
