@@ -47,7 +47,7 @@ class HashCall(NamedTuple):
 
 class OrderCall(NamedTuple):
     buckets: Tensor  # int32 [B, H, R, L]
-    cu_seqlens: Tensor | None  # int32 [n + 1], on the CPU
+    cu_seqlens: Tensor | None  # as in AttentionCall
     n_buckets: int  # more than any bucket
     backend: str
 
@@ -61,7 +61,7 @@ class OrderCall(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Tokens of the longest sequence, at most."""
         return longest_sequence(self.buckets.shape[3], self.cu_seqlens)
 
 
@@ -73,7 +73,7 @@ class AttentionCall(NamedTuple):
     buckets: Tensor | None  # int32 [B, H, R, L], where alignment or the rules need them
     key_padding_mask: Tensor | None  # bool [B, L]
     attn_mask: Tensor | None  # bool (True: ignored) or float (added) [B|1, H|1, num_queries, L]
-    cu_seqlens: Tensor | None  # int32 [n + 1], on the CPU
+    cu_seqlens: Tensor | None  # int32 [n + 1] on the CPU, or of each batch row [B, n + 1], where the tensors are
     dropout_seed: Tensor | None  # int64 [1]
     chunk_length: int
     chunks_before: int
@@ -104,7 +104,7 @@ class AttentionCall(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Tokens of the longest sequence, at most."""
         return longest_sequence(self.query.shape[2], self.cu_seqlens)
 
 
@@ -215,7 +215,13 @@ Call = HashCall | OrderCall | AttentionCall | SelectCall | ListCall
 
 
 def longest_sequence(length: int, cu_seqlens: Tensor | None) -> int:
-    return length if cu_seqlens is None else int(cu_seqlens.diff().max())
+    if cu_seqlens is None or cu_seqlens.dim() == 2:  # of each row: the host does not wait for what a GPU knows
+        return length
+    return int(cu_seqlens.diff().max())
+
+
+def n_sequences(cu_seqlens: Tensor | None) -> int:
+    return 1 if cu_seqlens is None else cu_seqlens.shape[-1] - 1
 
 
 def empty_rows(model: Tensor, length: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as check
@@ -172,6 +173,9 @@ def lsh_attention(
 
     order = None
     single_window = alignment == "ring" and cu_seqlens is None and length <= chunk_length
+    bounds = cu_seqlens
+    if key_padding_mask is not None and rules.cut_padding and cu_seqlens is None:
+        bounds = _cut_padding(key_padding_mask)
     if single_window and buckets is None:
         if return_buckets:
             buckets = query_key.new_zeros((batch, heads, n_hashes, length), dtype=torch.int32)
@@ -182,7 +186,7 @@ def lsh_attention(
             buckets = _ops.hash_buckets(
                 query_key.detach(), rotations, pad_bucket, seed, factors, n_hashes, chunk_length, backend or ""
             )
-        order = _ops.bucket_order(buckets, cu_seqlens, total + 1, backend or "")
+        order = _ops.bucket_order(buckets, bounds, total + 1, backend or "")
     needs_buckets = order is not None and (alignment == "bucket" or rules.within_bucket)
     scale = head_dim**-0.5 if rules.scale is None else rules.scale
     out = _ops.chunk_attention(
@@ -193,7 +197,7 @@ def lsh_attention(
         buckets if needs_buckets else None,
         key_padding_mask,
         attn_mask,
-        cu_seqlens,
+        bounds,
         dropout_seed,
         chunk_length,
         chunks_before,
@@ -260,7 +264,7 @@ def local_attention(
         None,
         key_padding_mask,
         attn_mask,
-        None,
+        None if key_padding_mask is None else _cut_padding(key_padding_mask),
         dropout_seed,
         chunk_length,
         chunks_before,
@@ -273,6 +277,14 @@ def local_attention(
         _DEFAULT_RULES.key,
         backend or "",
     )[0]
+
+
+def _cut_padding(mask: Tensor) -> Tensor:
+    """int32 [B, 3]: where two sequences of each row begin and end, up to its last token that counts and behind it."""
+    length = mask.shape[1]
+    behind = torch.arange(1, length + 1, dtype=torch.int32, device=mask.device)
+    end = F.pad(torch.where(mask, 0, behind), (1, 0)).amax(1, keepdim=True)
+    return torch.cat([torch.zeros_like(end), end, torch.full_like(end, length)], 1)
 
 
 def _check_common(

@@ -33,6 +33,8 @@ class AttentionRules:
         own_value, mask_value: the sentinels; ``mask_value=None`` means ``-finfo(dtype).max``.
         padding_bucket: hash padded tokens into one extra, last bucket (otherwise by content).
         mask_padded_queries: padded tokens see nothing as queries, either.
+        cut_padding: what a row has behind its last token that is no padding is cut off before windows are placed, so
+            that the row does not depend on the length to which its batch is padded; the outputs there are 0.
         within_bucket: a key must share the query's bucket in that round.
         dedup: ``"log_count"`` subtracts ``log N`` from the score of a key that the query meets N times over all rounds,
             so that it counts once.
@@ -52,6 +54,7 @@ class AttentionRules:
     mask_value: float | None = -1e9
     padding_bucket: bool = True
     mask_padded_queries: bool = False
+    cut_padding: bool = True
     within_bucket: bool = False
     dedup: str = "none"
     combine_rounds: str = "softmax"
@@ -68,7 +71,7 @@ class AttentionRules:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
                 raise ValueError(f"AttentionRules.{name} must be a finite number, got {value!r}")
-        for name in ("padding_bucket", "mask_padded_queries", "within_bucket"):
+        for name in ("padding_bucket", "mask_padded_queries", "cut_padding", "within_bucket"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"AttentionRules.{name} must be True or False, got {getattr(self, name)!r}")
         values = asdict(self)
@@ -102,6 +105,7 @@ class AttentionRules:
             mask_value=None,
             padding_bucket=False,
             mask_padded_queries=True,
+            cut_padding=False,
             combine_rounds="exp_lse",
             window_order="self_first",
         )
@@ -110,7 +114,10 @@ class AttentionRules:
     def huggingface(cls, *, half: bool = False) -> AttentionRules:
         """The rules of ``ReformerModel``; ``half=True`` takes the sentinels that it uses in float16."""
         own_value, mask_value = (-1e3, -1e4) if half else (-1e5, -1e9)
-        return cls(own_position="sentinel", own_value=own_value, mask_value=mask_value, combine_rounds="exp_lse")
+        return cls(
+            own_position="sentinel", own_value=own_value, mask_value=mask_value, cut_padding=False,
+            combine_rounds="exp_lse",
+        )  # fmt: skip
 
     def differences(self) -> dict[str, object]:
         """The fields that differ from the default."""

@@ -98,12 +98,10 @@ def _list_terms(call: ListCall, grad_out: Tensor) -> dict[str, float]:
 
 def _chunk_terms(call: AttentionCall, grad_out: Tensor) -> dict[str, float]:
     largest = dict.fromkeys(NAMES, 0.0)
-    parts = reference._split(call)
-    for unit, (part, order, rows) in enumerate(parts):
-        if reference._empty(part):
-            continue
+    parts = [(batch, x) for batch, sequences in reference._split(call) for x in sequences if not x.empty]
+    for batch, (part, order, number, rows) in parts:
         query, key, value = reference.tensors(part, torch.float64)
-        s = reference._score(part, order, query, key, (unit, len(parts)))
+        s = reference._score(part, order, query, key, number)
         _, lse = reference._attend(part, s, value)
         weight = torch.exp(s.scores - reference_lists.finite(reference._of_query(s, lse)))
         dropped = weight * (1.0 if s.dropout is None else s.dropout)
@@ -111,7 +109,7 @@ def _chunk_terms(call: AttentionCall, grad_out: Tensor) -> dict[str, float]:
         score_rounding = 1 + float(scores.max())
         query, key, value = query.abs(), key.abs(), value.abs()
         rest = part.query.shape[2] - part.n_queries
-        grad = torch.nn.functional.pad(grad_out[:, :, rows].abs(), (0, 0, 0, rest))
+        grad = torch.nn.functional.pad(grad_out[batch, :, rows].abs(), (0, 0, 0, rest))
         value_rows, grad_rows = reference._rows(value, s.key_position), reference._rows(grad, s.query_position)
         out = reference._per_query_sum(part, s, dropped @ value_rows)
         delta = reference._of_query(s, (grad * out).sum(-1))

@@ -40,20 +40,23 @@ def lsh_attention(
 ) -> Tensor:  # fmt: skip
     """float64 [B, H, num_queries, E] for the rules that need no sentinel."""
     rules = rules or rk.AttentionRules()
-    batch, heads, length, head_dim = query.shape
-    n_queries = length if num_queries is None else num_queries
+    batch, heads, rows, head_dim = query.shape
+    n_queries = rows if num_queries is None else num_queries
     out = torch.zeros(batch, heads, n_queries, value.shape[3], dtype=torch.float64)
     scale = head_dim**-0.5 if rules.scale is None else rules.scale
     for b in range(batch):
-        for h in range(heads):
+        length = rows
+        if key_padding_mask is not None and rules.cut_padding:
+            length = max((j + 1 for j in range(rows) if not key_padding_mask[b, j]), default=0)
+        for h in range(heads if length else 0):
             q = query[b, h].tolist()
-            rows = buckets[b, h].tolist()
+            hashed = buckets[b, h].tolist()
             single = alignment == "ring" and length <= chunk_length
             if single:
                 chunks, before, after = [[(0, 0, p) for p in range(length)]], 0, 0
             else:
-                order = [sorted(range(length), key=lambda p, row=row: (row[p], p)) for row in rows]
-                chunks, before, after = chunks_of(order, rows, chunk_length, alignment), chunks_before, chunks_after
+                order = [sorted(range(length), key=lambda p, row=row: (row[p], p)) for row in hashed]
+                chunks, before, after = chunks_of(order, hashed, chunk_length, alignment), chunks_before, chunks_after
             met: dict[int, list[int]] = {p: [] for p in range(length)}  # the keys of a query, once for each meeting
             for c, chunk in enumerate(chunks):
                 for r, bucket, i in chunk:
@@ -61,7 +64,7 @@ def lsh_attention(
                         if rules.within_bucket and not single and (key_round, key_bucket) != (r, bucket):
                             continue
                         met[i].append(j)
-            for i in range(n_queries):
+            for i in range(min(n_queries, length)):
 
                 def allowed(j: int, i: int = i, b: int = b, h: int = h) -> bool:
                     if causal and j > i and j < n_queries:

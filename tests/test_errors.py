@@ -151,7 +151,7 @@ def test_steps() -> None:
     ("field", "value"),
     [("key_norm", "l1"), ("own_position", "never"), ("dedup", True), ("combine_rounds", "mean"), ("window_order", ""),
      ("scale", float("nan")), ("own_value", "x"), ("mask_value", float("-inf")),
-     ("own_value", None), ("within_bucket", "off")],
+     ("own_value", None), ("within_bucket", "off"), ("cut_padding", 1)],
 )  # fmt: skip
 def test_rules(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"AttentionRules.{field} must be .* got"):
@@ -172,6 +172,8 @@ def test_the_library_checks_what_memory_safety_needs() -> None:
         ({"chunk_length": 0}, "chunk_length must be positive"),
         ({"num_queries": 50}, "num_queries must be between"),
         ({"cu_seqlens": torch.tensor([0, 30]).int()}, "cu_seqlens must rise"),
+        ({"cu_seqlens": torch.tensor([[0, 21, 20]]).int()}, "cu_seqlens must rise"),
+        ({"cu_seqlens": torch.tensor([[0, 20], [0, 20]]).int()}, "cu_seqlens has a wrong shape"),
         ({"alignment": "bucket"}, "bucket alignment needs"),
     ):
         with pytest.raises(RuntimeError, match=message):

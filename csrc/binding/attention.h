@@ -64,8 +64,7 @@ inline Attention attention(RK_ATTENTION_PARAMETERS) {
   p.buckets = contiguous<int32_t>("buckets", buckets, ScalarType::Int, {p.B, p.H, p.R, p.L});
   require((order && buckets) || !p.has(kBucketAligned), "bucket alignment needs order and buckets");
   p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.L});
-  p.cu_seqlens = sequence_bounds(cu_seqlens, p.n_sequences);
-  require(!p.cu_seqlens || n_queries == p.L, "num_queries must be L with cu_seqlens");
+  set_sequences(p, cu_seqlens, p.B);
   set_dropout(p, dropout_seed, drop_threshold, keep_factor);
   return a;
 }

@@ -41,9 +41,13 @@ void use_large_pages(const Tensor& t) {
 #endif
 }
 
-void check_bounds(const int32_t* bounds, int64_t count, int64_t L) {
-  require(!bounds || (bounds[0] == 0 && bounds[count] == L && std::is_sorted(bounds, bounds + count + 1)),
-          "cu_seqlens must rise from 0 to ", L);
+void check_bounds(const OptionalTensor& cu_seqlens, int64_t L) {
+  if (!cu_seqlens) return;
+  const int64_t size = cu_seqlens->size(cu_seqlens->dim() - 1);
+  const int32_t* bounds = cu_seqlens->const_data_ptr<int32_t>();
+  for (const int32_t* end = bounds + cu_seqlens->numel(); bounds < end; bounds += size)
+    require(bounds[0] == 0 && bounds[size - 1] == L && std::is_sorted(bounds, bounds + size),
+            "cu_seqlens must rise from 0 to ", L);
 }
 
 void check_index(const char* name, const int32_t* index, int64_t size, int64_t limit, int32_t least = 0) {
@@ -74,8 +78,8 @@ void hash_buckets(Tensor x, Tensor rotations, OptionalTensor padding, std::vecto
 // Returns how many rows have a bucket out of range; then the order is not to be used.
 int64_t bucket_order(Tensor buckets, OptionalTensor cu_seqlens, int64_t n_buckets, Tensor order) {
   rk::OrderParams p = order_params(buckets, n_buckets, order);
-  p.cu_seqlens = sequence_bounds(cu_seqlens, p.n_sequences);
-  check_bounds(p.cu_seqlens, p.n_sequences, p.L);
+  set_sequences(p, cu_seqlens, buckets.size(0));
+  check_bounds(cu_seqlens, p.L);
   int64_t invalid = 0;
   with_kernels(ScalarType::Float, [&](const auto&) { invalid = rk::cpu::bucket_order(p, threads()); });
   return invalid;
@@ -97,17 +101,18 @@ void set_mask(Attention& a, const OptionalTensor& mask) {
 
 // Indices are read without another check.
 void check_order(const rk::AttentionParams& p) {
-  check_bounds(p.cu_seqlens, p.n_sequences, p.L);
   if (!p.order) return;
   for (int64_t i = 0; i < p.B * p.H; ++i)
     for (int64_t s = 0; s < p.n_sequences; ++s) {
-      const int64_t begin = p.cu_seqlens ? p.cu_seqlens[s] : 0, end = p.cu_seqlens ? p.cu_seqlens[s + 1] : p.L;
+      const int32_t* bounds = p.cu_seqlens ? p.cu_seqlens + i / p.H * p.bounds_stride : nullptr;
+      const int64_t begin = bounds ? bounds[s] : 0, end = bounds ? bounds[s + 1] : p.L;
       check_index("order", p.order + p.R * (i * p.L + begin), p.R * (end - begin), end - begin);
     }
 }
 
 Attention chunk_attention(OptionalTensor mask, RK_ATTENTION_PARAMETERS) {
   Attention a = attention(RK_ATTENTION_ARGUMENTS);
+  check_bounds(cu_seqlens, a.p.L);
   check_order(a.p);
   set_mask(a, mask);
   return a;

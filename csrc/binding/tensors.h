@@ -79,13 +79,21 @@ inline ScalarType compute_type(const Tensor& t) {
   return element_of(t) == rk::Element::kSame ? t.scalar_type() : ScalarType::Float;
 }
 
-// Of `count` sequences, of which there is one without bounds. They rise from 0 to the length, as others see.
-inline const int32_t* sequence_bounds(const OptionalTensor& bounds, int64_t& count) {
-  count = 1;
-  if (!bounds) return nullptr;
-  require(bounds->dim() == 1 && bounds->size(0) >= 2, "cu_seqlens must have at least two elements");
-  count = bounds->size(0) - 1;
-  return contiguous<int32_t>("cu_seqlens", bounds, ScalarType::Int, {count + 1});
+// The bounds of p's sequences: [n + 1] for all batch rows, or [B, n + 1]; one sequence without them. They rise from 0 to
+// the length, as others see.
+template <class Params>
+void set_sequences(Params& p, const OptionalTensor& bounds, int64_t B) {
+  p.n_sequences = 1, p.bounds_stride = 0, p.cu_seqlens = nullptr;
+  if (!bounds) return;
+  const int64_t dimensions = bounds->dim(), size = dimensions ? bounds->size(dimensions - 1) : 0;
+  require((dimensions == 1 || dimensions == 2) && size >= 2, "cu_seqlens must have at least two elements");
+  p.n_sequences = size - 1;
+  if (dimensions == 1) {
+    p.cu_seqlens = contiguous<int32_t>("cu_seqlens", bounds, ScalarType::Int, {size});
+  } else {
+    p.cu_seqlens = contiguous<int32_t>("cu_seqlens", bounds, ScalarType::Int, {B, size});
+    p.bounds_stride = size;
+  }
 }
 
 // hash_buckets of x [B, H, L, D], rotations [B|1, H|1, D, R, columns], padding [B, L] into buckets [B, H, R, L]. The
@@ -123,7 +131,7 @@ inline OrderParams order_params(const Tensor& buckets, int64_t n_buckets, const 
   OrderParams p{};
   const int64_t B = buckets.size(0), H = buckets.size(1), R = buckets.size(2), L = buckets.size(3);
   require(L <= INT32_MAX, "L must be below 2**31, got ", L);
-  p.rows = B * H, p.rounds = R, p.L = L, p.n_buckets = n_buckets, p.n_sequences = 1, p.longest = L;
+  p.rows = B * H, p.heads = H, p.rounds = R, p.L = L, p.n_buckets = n_buckets, p.n_sequences = 1, p.longest = L;
   p.buckets = contiguous<int32_t>("buckets", buckets, ScalarType::Int, {B, H, R, L});
   p.order = const_cast<int32_t*>(contiguous<int32_t>("order", order, ScalarType::Int, {B, H, R, L}));
   return p;

@@ -48,8 +48,8 @@ struct AttentionParams {
   const bool* bool_mask;              // [B|1, H|1, n_queries, S], true: ignored, or null
   const void* float_mask;             // the same, added to the scores
   int64_t mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
-  const int32_t* cu_seqlens;                        // [n_sequences + 1], or null
-  int64_t n_sequences;                              // 1 without cu_seqlens
+  const int32_t* cu_seqlens;                        // where the sequences of a batch row begin and end, or null
+  int64_t n_sequences, bounds_stride;               // 1 without cu_seqlens; its n + 1 for each batch row, or 0 for all
   Rows out;                                         // [B, H, n_queries, E]; written by forward, read by backward
   void* lse;                                        // [B, H, n_queries] contiguous, natural logarithm, like out
   bool* self_only;                                  // [B, H, n_queries] contiguous, like out
@@ -74,11 +74,11 @@ struct HashParams {
 };
 
 struct OrderParams {
-  int64_t rows, rounds, L, n_buckets;  // rows = B * H
-  const int32_t* buckets;              // [rows, rounds, L]
-  const int32_t* cu_seqlens;           // [n_sequences + 1], or null
-  int64_t n_sequences, longest;        // tokens of the longest sequence
-  int32_t* order;                      // [rows, rounds * L]
+  int64_t rows, heads, rounds, L, n_buckets;    // rows = B * heads
+  const int32_t* buckets;                       // [rows, rounds, L]
+  const int32_t* cu_seqlens;                    // as in AttentionParams
+  int64_t n_sequences, bounds_stride, longest;  // tokens of the longest sequence, at most
+  int32_t* order;                               // [rows, rounds * L]
 };
 
 // Of a chunk in the order of positions, its local window of keys; and how many keys the list of that number has at most

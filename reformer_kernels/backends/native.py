@@ -104,7 +104,7 @@ def hash_buckets(call: HashCall) -> Tensor:
 
 def bucket_order(call: OrderCall) -> Tensor:
     order = torch.empty_like(call.buckets, memory_format=torch.contiguous_format)
-    if _ops.bucket_order(call.buckets.contiguous(), call.cu_seqlens, call.n_buckets, order):
+    if _ops.bucket_order(call.buckets.contiguous(), contiguous(call.cu_seqlens), call.n_buckets, order):
         raise out_of_range(call)
     return order
 

@@ -66,15 +66,21 @@ def bucket_order(call: OrderCall) -> Tensor:
         raise out_of_range(call)
     if call.cu_seqlens is None:
         return torch.sort(call.buckets, dim=-1, stable=True).indices.to(torch.int32)
-    parts = [
-        torch.sort(call.buckets[..., start:end], dim=-1, stable=True).indices.flatten(2)
-        for start, end in _sequences(call.cu_seqlens)
-    ]
-    return torch.cat(parts, dim=-1).to(torch.int32).view(call.buckets.shape)
+    order = torch.empty_like(call.buckets)
+    for batch, sequences in _sequences(call.cu_seqlens, len(order)):
+        parts = [
+            torch.sort(call.buckets[batch, ..., start:end], dim=-1, stable=True).indices.flatten(2)
+            for start, end in sequences
+        ]
+        order[batch] = torch.cat(parts, dim=-1).view(order[batch].shape).to(torch.int32)
+    return order
 
 
-def _sequences(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    return list(pairwise(cu_seqlens.tolist()))
+def _sequences(cu_seqlens: Tensor, batch: int) -> list[tuple[slice, list[tuple[int, int]]]]:
+    """Where the sequences of these batch rows begin and end."""
+    if cu_seqlens.dim() == 1:
+        return [(slice(0, batch), list(pairwise(cu_seqlens.tolist())))]
+    return [(slice(b, b + 1), list(pairwise(bounds))) for b, bounds in enumerate(cu_seqlens.tolist())]
 
 
 # ---- windows
@@ -187,7 +193,7 @@ def _any_per_query(call: AttentionCall, position: Tensor, flags: Tensor) -> Tens
     return counts.scatter_add(2, position.flatten(2), flags.flatten(2).long()) > 0
 
 
-def _score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, unit_offset: tuple[int, int]) -> _Scores:
+def _score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, number: Tensor) -> _Scores:
     """Scores of every (query, key) pair of every window, and what the rules say of it."""
     rules, shared = call.rules, call.key is None
     batch, heads, length = call.query.shape[:3]
@@ -260,11 +266,11 @@ def _score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, unit_
     dropout = None
     if call.dropout_p > 0:
         assert call.dropout_seed is not None
-        unit, n_units = unit_offset
-        head = torch.arange(batch * heads, device=scores.device).view(batch, heads, 1, 1, 1) * n_units + unit
         group, word = window_slots.clamp(min=0)[..., None, :] // 4, window_slots.clamp(min=0)[..., None, :] % 4
         slot = q_slot[..., :, None]
-        words = philox(call.dropout_seed.to(scores.device), group, slot % length, slot // length, head)
+        words = philox(
+            call.dropout_seed.to(scores.device), group, slot % length, slot // length, number[..., None, None, None]
+        )
         words = words.gather(-1, word.expand(scores.shape)[..., None])[..., 0]
         kept = words >= drop_threshold(call.dropout_p)
         dropout = kept.to(scores.dtype) * keep_factor(call.dropout_p)
@@ -303,12 +309,13 @@ def _attend(call: AttentionCall, s: _Scores, value: Tensor) -> tuple[Tensor, Ten
     # The softmax over the rounds' logsumexp of each round's softmax is one softmax over all (round, key) pairs.
     maximum = _per_query_max(call, s, s.scores.detach().amax(dim=-1))
     weight = torch.exp(s.scores - finite(_of_query(s, maximum)))
-    total = _per_query_sum(call, s, weight.sum(dim=-1, keepdim=True))[..., 0]
+    weight_sum = _per_query_sum(call, s, weight.sum(dim=-1, keepdim=True))[..., 0]
     out = _per_query_sum(call, s, (weight * drop) @ value_rows)
-    some = total > 0
-    total = torch.where(some, total, 1.0)
+    some = weight_sum > 0
+    total = torch.where(some, weight_sum, 1.0)
     lse = torch.where(some, finite(maximum) + total.log(), float("-inf"))
-    return out / total[..., None], lse
+    # 0 also where a value that nobody sees is not finite.
+    return (out / total[..., None]).masked_fill((weight_sum == 0)[..., None], 0.0), lse
 
 
 def _round_softmax(s: _Scores) -> tuple[Tensor, Tensor]:
@@ -332,22 +339,22 @@ def tensors(call: AttentionCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     return query, key, per_query_head(call.value.to(dtype), heads)
 
 
-def _one_sequence(call: AttentionCall, order: Tensor, unit: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def _one_sequence(call: AttentionCall, order: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query, key, value = tensors(call, dtype)
-    s = _score(call, order, query, key, unit)
+    s = _score(call, order, query, key, number)
     out, lse = _attend(call, s, value)
     n = call.n_queries
     return out[:, :, :n].to(call.value.dtype), lse[:, :, :n], s.self_only[:, :, :n]
 
 
 def _one_sequence_backward(
-    call: AttentionCall, order: Tensor, unit: tuple[int, int], grad_out: Tensor, out: Tensor, lse: Tensor
+    call: AttentionCall, order: Tensor, number: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P = exp(s - lse), dV = (P drop)^T dO, dS = P (drop dO V^T - rowsum(dO O)): no state of a round is needed."""
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query, key, value = tensors(call, dtype)
-    s = _score(call, order, query, key, unit)
+    s = _score(call, order, query, key, number)
     rest = call.query.shape[2] - call.n_queries
     grad_out, out = (torch.nn.functional.pad(x.to(dtype), (0, 0, 0, rest)) for x in (grad_out, out))
     lse = torch.nn.functional.pad(lse.to(dtype), (0, rest))
@@ -374,7 +381,20 @@ def _one_sequence_backward(
     return tuple(g.to(call.query.dtype) for g in (grad_query, grad_key, grad_value))  # type: ignore[return-value]
 
 
-# ---- the ops: one sequence, or packed ones after each other
+# ---- the ops: one sequence, or those of each batch row after each other
+
+
+class _Part(NamedTuple):
+    """A sequence of some batch rows."""
+
+    call: AttentionCall  # restricted to it
+    order: Tensor  # int64 [B, H, R, L] of its slots
+    number: Tensor  # int64 [B, H] among the sequences of all heads, for dropout
+    rows: slice
+
+    @property
+    def empty(self) -> bool:
+        return 0 in (*self.call.query.shape[:3], self.call.n_queries)
 
 
 def _order(call: AttentionCall) -> Tensor:
@@ -384,44 +404,63 @@ def _order(call: AttentionCall) -> Tensor:
     return torch.arange(length, device=call.query.device).expand(batch, heads, 1, length)
 
 
-def _split(call: AttentionCall) -> list[tuple[AttentionCall, Tensor, slice]]:
-    """The call restricted to each packed sequence, the order of its slots, and its rows."""
-    order = _order(call)
-    if call.cu_seqlens is None:
-        return [(call, order, slice(None))]
-    rounds, flat, parts = order.shape[2], order.flatten(2), []
-    for start, end in _sequences(call.cu_seqlens):
-        rows = slice(start, end)
-        part = call._replace(
-            query=call.query[:, :, rows],
-            key=None if call.key is None else call.key[:, :, rows],
-            value=call.value[:, :, rows],
-            buckets=None if call.buckets is None else call.buckets[..., rows],
-            key_padding_mask=None if call.key_padding_mask is None else call.key_padding_mask[:, rows],
-            attn_mask=None if call.attn_mask is None else call.attn_mask[:, :, rows, rows],
-        )
-        # Positions in identity order count over the whole batch of sequences.
-        slots = order[..., rows] - start if call.order is None else flat[..., rounds * start : rounds * end]
-        parts.append((part, slots.reshape(*order.shape[:3], end - start), rows))
-    return parts
+def _split(call: AttentionCall) -> list[tuple[slice, list[_Part]]]:
+    """Batch rows, and their sequences."""
+    order, (batch, heads) = _order(call), call.query.shape[:2]
+    numbers = torch.arange(batch * heads, device=call.query.device).view(batch, heads)
+    if call.cu_seqlens is None or batch == 0:
+        return [(slice(None), [_Part(call, order, numbers, slice(None))])]
+    rounds, split = order.shape[2], []
+    for of, sequences in _sequences(call.cu_seqlens, batch):
+        parts = []
+        for number, (start, end) in enumerate(sequences):
+            rows = slice(start, end)
+            mask = call.attn_mask
+            part = call._replace(
+                query=call.query[of, :, rows],
+                key=None if call.key is None else call.key[of, :, rows],
+                value=call.value[of, :, rows],
+                buckets=None if call.buckets is None else call.buckets[of, ..., rows],
+                key_padding_mask=None if call.key_padding_mask is None else call.key_padding_mask[of, rows],
+                attn_mask=None if mask is None else (mask if len(mask) == 1 else mask[of])[:, :, rows, rows],
+                num_queries=max(0, min(call.n_queries, end) - start),
+            )
+            # Positions in identity order count over all sequences.
+            slots = order[of, ..., rows] - start
+            if call.order is not None:
+                slots = order[of].flatten(2)[..., rounds * start : rounds * end]
+            slots = slots.reshape(*part.query.shape[:2], rounds, end - start)
+            parts.append(_Part(part, slots, number * batch * heads + numbers[of], rows))
+        split.append((of, parts))
+    return split
 
 
-def _empty(call: AttentionCall) -> bool:
-    return 0 in (*call.query.shape[:3], call.n_queries)
+def _nothing(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of a call without a query or a key."""
+    rows = (*call.query.shape[:2], call.n_queries)
+    lse = call.query.new_zeros(rows, dtype=torch.promote_types(call.query.dtype, torch.float32))
+    return call.value.new_zeros((*rows, call.value.shape[3])), lse, lse > 0
+
+
+def _no_gradients(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    key = call.query.new_empty(0) if call.key is None else torch.zeros_like(call.key)
+    return torch.zeros_like(call.query), key, torch.zeros_like(call.value)
+
+
+def _joined(results: list[list[tuple[Tensor, ...]]]) -> list[Tensor]:
+    """Results of the sequences of batch rows, of all rows."""
+    rows = [[torch.cat(x, dim=2) if x[0].dim() > 1 else x[0] for x in zip(*row, strict=True)] for row in results]
+    return [torch.cat(x) for x in zip(*rows, strict=True)]
 
 
 def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """See ``functional.lsh_attention``. Differentiable by autograd when called directly."""
-    parts = _split(call)
-    results = []
-    for unit, (part, order, _) in enumerate(parts):
-        if not _empty(part):
-            results.append(_one_sequence(part, order, (unit, len(parts))))
-    if not results:
-        rows = (*call.query.shape[:2], call.n_queries)
-        lse = call.query.new_zeros(rows, dtype=torch.promote_types(call.query.dtype, torch.float32))
-        return like(call.query, call.value.new_zeros((*rows, call.value.shape[3]))), lse, lse > 0
-    out, lse, self_only = (torch.cat(x, dim=2) for x in zip(*results, strict=True))
+    out, lse, self_only = _joined(
+        [
+            [_nothing(x.call) if x.empty else _one_sequence(x.call, x.order, x.number) for x in parts]
+            for _, parts in _split(call)
+        ]
+    )
     return like(call.query, out), lse, self_only
 
 
@@ -429,19 +468,11 @@ def chunk_attention_backward(
     call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key (empty when shared) and value, from the residuals alone."""
-    parts = _split(call)
-    results = []
-    for unit, (part, order, rows) in enumerate(parts):
-        if not _empty(part):
-            residuals = grad_out[:, :, rows], out[:, :, rows], lse[:, :, rows]
-            results.append(_one_sequence_backward(part, order, (unit, len(parts)), *residuals))
-    if not results:
-        zeros = [like(x, torch.zeros_like(x)) for x in (call.query, call.value)]
-        return (
-            zeros[0],
-            call.query.new_empty(0) if call.key is None else like(call.key, torch.zeros_like(call.key)),
-            zeros[1],
-        )
-    query, key, value = zip(*results, strict=True)
-    grads = [like(x, torch.cat(g, dim=2)) for x, g in ((call.query, query), (call.value, value))]
-    return grads[0], key[0] if call.key is None else like(call.key, torch.cat(key, dim=2)), grads[1]
+
+    def of_part(batch: slice, x: _Part) -> tuple[Tensor, Tensor, Tensor]:
+        residuals = (y[batch, :, x.rows] for y in (grad_out, out, lse))
+        return _no_gradients(x.call) if x.empty else _one_sequence_backward(x.call, x.order, x.number, *residuals)
+
+    grads = _joined([[of_part(batch, x) for x in parts] for batch, parts in _split(call)])
+    query, value = like(call.query, grads[0]), like(call.value, grads[2])
+    return query, call.query.new_empty(0) if call.key is None else like(call.key, grads[1]), value

@@ -98,10 +98,10 @@ void attention_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::
   AttentionParams p{};
   p.B = between(1, 2), p.H = p.key_heads = between(1, 3), p.S = p.L = pick({1, 2, 7, 16, 63, 64, 65, 100, 130});
   p.D = pick({1, 3, 8, 16, 17, 64, 70}), p.E = chance(0.7) ? p.D : pick({1, 5, 33});
-  const bool shared = chance(0.7), packed = chance(0.2);
+  const bool shared = chance(0.7), packed = chance(0.3), own_bounds = packed && chance(0.7);
   p.R = shared ? between(1, 4) : 1;
   p.chunk_length = pick({1, 3, 8, 16, 64, 100}), p.chunks_before = between(0, 2), p.chunks_after = between(0, 2);
-  p.n_queries = packed || chance(0.8) ? p.L : between(0, p.L);
+  p.n_queries = chance(0.8) ? p.L : between(0, p.L);
   p.flags = (chance(0.5) ? kCausal : 0) | (chance(0.3) ? kL2Norm : 0) | (chance(0.2) ? kMaskPaddedQueries : 0) |
             (shared && chance(0.3) ? kWithinBucket : 0) | (chance(0.2) ? kDedup : 0) |
             (shared && chance(0.3) ? kBucketAligned : 0);
@@ -117,14 +117,21 @@ void attention_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::
   };
   p.query = view(query.data(), p.D), p.value = view(value.data(), p.E);
   if (!shared) p.key = view(key.data(), p.D);
-  std::vector<int32_t> bounds = {0, static_cast<int32_t>(p.L)};
-  if (packed) bounds.insert(bounds.begin() + 1, 2, static_cast<int32_t>(between(0, p.L)));
-  p.cu_seqlens = packed ? bounds.data() : nullptr, p.n_sequences = static_cast<int64_t>(bounds.size()) - 1;
+  const int64_t n_sequences = between(1, 3);
+  std::vector<int32_t> bounds;
+  for (int64_t b = 0; b < (own_bounds ? p.B : 1); ++b) {
+    bounds.push_back(0);
+    for (int64_t s = 1; s < n_sequences; ++s) bounds.push_back(static_cast<int32_t>(between(bounds.back(), p.L)));
+    bounds.push_back(static_cast<int32_t>(p.L));
+  }
+  p.cu_seqlens = packed ? bounds.data() : nullptr, p.bounds_stride = own_bounds ? n_sequences + 1 : 0;
+  p.n_sequences = packed ? n_sequences : 1;
   const int n_buckets = static_cast<int>(pick({1, 2, 7, 500}));
   std::vector<int32_t> buckets(heads * p.R * p.L), order(buckets.size());
   for (auto& b : buckets) b = static_cast<int32_t>(generator() % n_buckets);
   if (shared) {
-    const OrderParams o{heads, p.R, p.L, n_buckets, buckets.data(), p.cu_seqlens, p.n_sequences, p.L, order.data()};
+    const OrderParams o{heads,        p.H,           p.R,             p.L, n_buckets,   buckets.data(),
+                        p.cu_seqlens, p.n_sequences, p.bounds_stride, p.L, order.data()};
     if (cpu::bucket_order(o, threads(2)) != 0) std::exit(1);
     p.order = order.data(), p.buckets = buckets.data();
   }

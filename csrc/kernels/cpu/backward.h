@@ -47,7 +47,7 @@ void start_block(const AttentionParams& p, Shared<T>& shared, BackwardScratch<T>
                  const ChunkRows<T>* own, int first, int count) {
   const Unit& u = shared.unit;
   QueryBlock<T>& b = s.queries;
-  const int n_queries = static_cast<int>(p.n_queries - u.offset);
+  const int n_queries = static_cast<int>(u.n_queries);
   const int* position = chunk.position + first;
   b.chunk = {chunk.start, position, chunk.place + first};
   b.count = count, b.padded = round_up(count, kLanes<T>);
@@ -100,7 +100,7 @@ template <class T>
 class BackwardWalk {
  public:
   BackwardWalk(const AttentionParams& p, Shared<T>& shared, BackwardScratch<T>& s, int64_t begin, int64_t end)
-      : p_(p), u_(shared.unit), shared_(shared), s_(s), n_queries_(static_cast<int>(p.n_queries - u_.offset)) {
+      : p_(p), u_(shared.unit), shared_(shared), s_(s), n_queries_(static_cast<int>(u_.n_queries)) {
     const int64_t n = u_.n_chunks();
     const int64_t turn = u_.ring ? n * ((u_.before + u_.after) / n + 1) : 0;  // keeps unrolled indices positive
     begin_ = begin + turn, end_ = end + turn;
@@ -218,7 +218,7 @@ template <class T>
 void backward_self_only(const AttentionParams& p, Shared<T>& shared) {
   const Unit& u = shared.unit;
   const bool* self_only = p.self_only + (u.b * p.H + u.h) * p.n_queries + u.offset;
-  const int64_t n = std::min(u.L, p.n_queries - u.offset);
+  const int64_t n = u.n_queries;
   if (std::none_of(self_only, self_only + n, [](bool x) { return x; })) return;
   T *weight = shared.row_a, *times = shared.row_b;
   std::fill(weight, weight + n, p.dropout() ? T(0) : T(1));
@@ -242,7 +242,7 @@ void for_each_backward(const AttentionParams& given, const Threads& threads, F&&
     const auto written = {kGradQuery, kGradKey, kGradValue};
     const AttentionParams p =
         shared.half.widen(given, u, {kQueryRows, kKeyRows, kValueRows, kOutRows, kGradOut}, written, parallel);
-    parallel(0, std::min(u.L, p.n_queries - u.offset),
+    parallel(0, u.n_queries,
              [&](Scratch&, int64_t begin, int64_t end) { backward_rows<T>(p, shared, begin, end); });
     gradients(p, shared, parallel);
     shared.half.round(given, p, u, written, parallel);

@@ -97,7 +97,7 @@ struct ChunkRows {
     index = unrolled, count = c.count, fresh = true;
     const bool* padding = p.padding ? p.padding + u.b * p.L + u.offset : nullptr;
     arrange(p, u, c, padding);
-    fetch(p, u, padding, u.L, p.n_queries - u.offset, Dp, Ep);
+    fetch(p, u, padding, u.L, u.n_queries, Dp, Ep);
   }
 
   // A row of AttentionParams::key_lists.
@@ -133,10 +133,10 @@ struct ChunkRows {
 
   void arrange(const AttentionParams& p, const Unit& u, Chunk c, const bool* padding) {
     // The signed order of the keys is: context, the others, padding; a position and u.L are below 2^31.
-    const uint32_t context = static_cast<uint32_t>(std::max<int64_t>(0, p.n_queries - u.offset));
+    const uint32_t context = static_cast<uint32_t>(u.n_queries);
     auto key = [&](int position) {
       const uint32_t at = static_cast<uint32_t>(position), length = static_cast<uint32_t>(u.L);
-      const uint32_t unpadded = at >= context ? at - context : at + (length - std::min(length, context));
+      const uint32_t unpadded = at >= context ? at - context : at + (length - context);
       return static_cast<int32_t>((padding && padding[position] ? 0u : 0x80000000u) + unpadded);
     };
     bool sorted = true;
@@ -180,7 +180,7 @@ struct QueryRules {
     any_hidden = windows || (p.shared() && !p.has(kCausal));
     Int<T> highest = kEveryone<T> - 1;
     for (int l = 0; l < kQueries; ++l) {
-      const bool dead = l >= count || position[l] >= p.n_queries - u.offset || (padding && padding[position[l]]);
+      const bool dead = l >= count || position[l] >= u.n_queries || (padding && padding[position[l]]);
       // Causal: up to the own position, and with shared rows without it.
       limit[l] = dead ? kEveryone<T> - 1 : p.has(kCausal) ? position[l] - p.shared() : kNoKey<T> - 1;
       Range hidden{kEveryone<T> - 1, kEveryone<T> - 1};

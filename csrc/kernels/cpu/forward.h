@@ -47,7 +47,7 @@ void forward_block(const AttentionParams& p, Shared<T>& shared, ForwardScratch<T
   const int64_t queries = round_up(count, kLanes<T>);
   const int round = u.round(chunk.start);
   const bool first = round == 0, last = round == u.R - 1;
-  const int n_queries = static_cast<int>(p.n_queries - u.offset);
+  const int n_queries = static_cast<int>(u.n_queries);
   const int *position = chunk.position + block, *place_of = chunk.place + block;
   const T* rows = s.Q;
   if (own)
@@ -127,7 +127,7 @@ void forward_chunks(const AttentionParams& p, Shared<T>& shared, ForwardScratch<
   const Unit& u = shared.unit;
   const int64_t turn = static_cast<int64_t>(u.n_chunks()) * (u.before / u.n_chunks() + 1);  // keeps indices positive
   for (auto& c : s.chunks) c.index = std::numeric_limits<int64_t>::min();
-  const int n_queries = static_cast<int>(p.n_queries - u.offset);
+  const int n_queries = static_cast<int>(u.n_queries);
   for (int64_t c = begin; c < end; ++c) {
     const int64_t index = u.ring ? c + turn : c;
     s.window.clear();
@@ -167,7 +167,7 @@ void finish_self_only(const AttentionParams& p, Shared<T>& shared) {
   const int64_t head = (u.b * p.H + u.h) * p.n_queries + u.offset;
   const bool* self_only = p.self_only + head;
   T *lse = static_cast<T*>(p.lse) + head, *weight = shared.row_a, *times = shared.row_b;
-  const int64_t n = std::min(u.L, p.n_queries - u.offset);
+  const int64_t n = u.n_queries;
   if (std::none_of(self_only, self_only + n, [](bool x) { return x; })) return;
   std::fill(weight, weight + n, T(0));
   std::fill(times, times + n, T(0));

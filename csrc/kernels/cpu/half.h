@@ -114,7 +114,7 @@ class HalfRows {
   void each_row(const AttentionParams& p, const Unit& u, RowField f, P&& parallel, F&& body) {
     const Rows& rows = p.*f.rows;
     if (!rows.data) return;
-    const int64_t length = f.of == RowField::kQueriesOnly         ? std::min(u.L, p.n_queries - u.offset)
+    const int64_t length = f.of == RowField::kQueriesOnly         ? u.n_queries
                            : f.of == RowField::kKeys && p.lists() ? p.S
                                                                   : u.L;
     parallel(0, length, [&](auto&, int64_t begin, int64_t end) {

@@ -71,7 +71,6 @@ bool comparison_sort(const int32_t* bucket, int64_t length, int64_t n_buckets, i
 
 int64_t bucket_order(const OrderParams& p, const Threads& threads) {
   const int32_t whole[2] = {0, static_cast<int32_t>(p.L)};
-  const int32_t* bounds = p.cu_seqlens ? p.cu_seqlens : whole;
   const int64_t segments = p.rows * p.rounds;
   std::atomic<int64_t> invalid{0};
   std::vector<std::vector<int32_t>> scratch(threads.count);
@@ -80,6 +79,7 @@ int64_t bucket_order(const OrderParams& p, const Threads& threads) {
   threads.for_each_worker([&](int worker) {
     for (int64_t i = segments * worker / threads.count; i < segments * (worker + 1) / threads.count; ++i) {
       const int64_t row = i / p.rounds, round = i % p.rounds;
+      const int32_t* bounds = p.cu_seqlens ? p.cu_seqlens + row / p.heads * p.bounds_stride : whole;
       for (int64_t s = 0; s < p.n_sequences; ++s) {
         const int64_t begin = bounds[s], length = bounds[s + 1] - begin;
         const int32_t* bucket = p.buckets + i * p.L + begin;

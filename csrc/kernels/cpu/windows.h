@@ -23,8 +23,8 @@ struct Range {
 
 // One sequence of one head: the unit of work between which nothing is shared.
 struct Unit {
-  int64_t b, h, key_head, index;  // index counts sequences over all heads: part of the dropout counter
-  int64_t offset, L;              // the sequence's rows
+  int64_t b, h, key_head, index;  // index: among those of all heads, part of the dropout counter
+  int64_t offset, L, n_queries;   // the sequence's rows, and how many of them, the first ones, are queries
   int R, before, after;
   bool ring;
   const int32_t* order;  // [R * L] positions in the sequence, or null
@@ -82,9 +82,11 @@ inline Range list_range(const AttentionParams& p, const int32_t* list) {
 // Fills u with the unit at `index`; bucket_scratch holds its buckets, [R, L] of the sequence, if the rules need them.
 inline void make_unit(const AttentionParams& p, int64_t index, Unit& u, std::vector<int32_t>& bucket_scratch) {
   const int64_t head = index / p.n_sequences, s = index % p.n_sequences;
-  u.b = head / p.H, u.h = head % p.H, u.key_head = u.h / p.group(), u.index = index;
-  u.offset = p.cu_seqlens ? p.cu_seqlens[s] : 0;
-  u.L = (p.cu_seqlens ? p.cu_seqlens[s + 1] : p.L) - u.offset;
+  u.b = head / p.H, u.h = head % p.H, u.key_head = u.h / p.group(), u.index = s * p.B * p.H + head;
+  const int32_t* bounds = p.cu_seqlens ? p.cu_seqlens + u.b * p.bounds_stride : nullptr;
+  u.offset = bounds ? bounds[s] : 0;
+  u.L = (bounds ? bounds[s + 1] : p.L) - u.offset;
+  u.n_queries = std::clamp<int64_t>(p.n_queries - u.offset, 0, u.L);
   u.ring = !p.has(kBucketAligned);
   // A ring sequence that fits one chunk is one window, not hashed: its rounds would only repeat it.
   const bool single = u.ring && u.L <= p.chunk_length && !p.lists();

@@ -64,7 +64,7 @@ class PairRules {
       std::fill(row, row + queries, T(0));
       if (masks())
         for (int l = 0; l < count; ++l)
-          if (query[l] < p_.n_queries - u_.offset) row[l] = mask(query[l], key) * static_cast<T>(kLog2e);
+          if (query[l] < u_.n_queries) row[l] = mask(query[l], key) * static_cast<T>(kLog2e);
       for (int64_t l = 0; l < queries; l += kLanes<T>) {
         Vec<T> x = load<T>(row + l);
         if (p_.has(kDedup)) {
@@ -209,7 +209,7 @@ void visit_self_only(const AttentionParams& p, const Unit& u, const PairRules<T>
     const Chunk q = u.chunks[c];
     for (int i = 0; i < q.count; ++i) {
       const int position = u.position(q.start + i);
-      if (position >= p.n_queries - u.offset || !self_only[position]) continue;
+      if (position >= u.n_queries || !self_only[position]) continue;
       int64_t place = 0;
       int times = 0;
       T weight = 0;
