@@ -98,6 +98,11 @@ def lsh_attention(
     attends the keys of its own chunk and its neighbours. The rounds are combined by their logsumexp. Memory is linear
     in L; the same arguments give the same bits, whatever the number of threads.
 
+    What a row gets does not depend on the batch that it comes in: padding at its end (by ``key_padding_mask``) is cut
+    off before windows are placed, and gives 0. Three things do depend on it: the default ``n_buckets``, which follows
+    from the padded length, and the rotations for it; what ``dropout_p`` drops, by the number of the row; and windows
+    where ``rules.cut_padding`` is off, or where padding is not at the end (as in front of context keys).
+
     Args:
         query_key: [B, H, L, D], float32, bfloat16, float16 or float64, any strides; B, H and L may be 0. A row is both
             query and, scaled to unit length, key.
@@ -107,7 +112,7 @@ def lsh_attention(
         chunk_length: C. If L <= C, everything is one window and nothing is hashed (except with alignment "bucket").
         chunks_before, chunks_after: neighbour chunks a query sees, at most 1024 on each side.
         causal: keys at later positions are masked.
-        key_padding_mask: bool [B, L], True: ignored as key.
+        key_padding_mask: bool [B, L], True: ignored as key, and at the end of a row as query, too.
         attn_mask: [B or 1, H or 1, num_queries, L], bool (True: ignored) or floating (added to the
             score; -1e30 and below: ignored).
         num_queries: the first rows are queries, the rest context keys that every query may see; None: all rows.
@@ -120,7 +125,7 @@ def lsh_attention(
         alignment: "ring" as published; "bucket": chunks start anew in every bucket and windows do not leave it, which
             with ``causal`` is strictly causal: no output depends on later tokens in any way. Needs ``n_buckets``.
         cu_seqlens: int32 [n + 1] on the CPU, rising from 0 to L: the rows are n packed sequences, each attended as if
-            alone. Needs ``n_buckets``.
+            alone, with its padding. Needs ``n_buckets``.
         backend: "cpu", "cuda", "triton" or "reference", or None for the best that supports the call.
         return_buckets: also return the buckets.
 
@@ -232,7 +237,8 @@ def local_attention(
     """Softmax attention of each chunk to itself and its neighbours, as the local layers of trax and Hugging Face.
 
     The chunks form a ring: without ``causal`` the first chunk also sees the last. If L <= chunk_length this is plain
-    attention.
+    attention. Padding at the end of a row is cut off, as in ``lsh_attention``, so that a row does not depend on its
+    batch.
 
     Args:
         query: [B, H, L, D], floating, any strides.

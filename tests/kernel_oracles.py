@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +44,15 @@ def assert_hashes(
     assert (buckets.cpu()[padded] == total).all()
 
 
-def stable_order(buckets: Tensor, bounds: Sequence[int] | None = None) -> Tensor:
-    """Positions sorted by (bucket, position), int32 [B, H, R, L]; packed sequences one by one, each with all rounds."""
+def stable_order(buckets: Tensor, bounds: Sequence[Any] | None = None) -> Tensor:
+    """Positions sorted by (bucket, position), int32 [B, H, R, L]; packed sequences one by one, each with all rounds.
+
+    Args:
+        bounds: of the sequences, or of those of each batch row.
+    """
     bounds = (0, buckets.shape[3]) if bounds is None else bounds
+    if not isinstance(bounds[0], int):
+        return torch.cat([stable_order(row[None], of_row) for row, of_row in zip(buckets, bounds, strict=True)])
     parts = [
         torch.sort(buckets[..., start:end].cpu(), dim=-1, stable=True).indices.flatten(2)
         for start, end in pairwise(bounds)

@@ -53,7 +53,7 @@ void hash_buckets(Tensor x, Tensor rotations, OptionalTensor padding, std::vecto
                [&](const rk::cuda::Device& device, void* stream) { return rk::cuda::hash_buckets(p, device, stream); });
 }
 
-// The longest sequence has `longest` of L tokens, as the caller has seen: the bounds are on the GPU.
+// The longest sequence has up to `longest` of L tokens, as the caller has seen: the bounds are on the GPU.
 void check_longest(int64_t longest, int64_t L) {
   require(longest >= 0 && longest <= L, "longest must be between 0 and ", L, ", got ", longest);
 }
@@ -62,7 +62,8 @@ rk::OrderParams packed_order_params(const Tensor& buckets, const OptionalTensor&
                                     int64_t n_buckets, const Tensor& order) {
   rk::OrderParams p = order_params(buckets, n_buckets, order);
   check_longest(longest, p.L);
-  p.cu_seqlens = sequence_bounds(cu_seqlens, p.n_sequences), p.longest = longest;
+  p.longest = longest;
+  set_sequences(p, cu_seqlens, buckets.size(0));
   return p;
 }
 
@@ -93,8 +94,6 @@ Attention chunk_attention(const char* name, RK_ATTENTION_PARAMETERS, int64_t lon
   const Attention a = attention(RK_ATTENTION_ARGUMENTS);
   const rk::AttentionParams& p = a.p;
   check_rows(name, a);
-  require(!(p.has(rk::kWithinBucket) || p.has(rk::kDedup)) || (p.order && p.buckets), name,
-          ": rules of buckets and of rounds need order and buckets");
   require(p.R * (p.chunks_before + 1 + p.chunks_after) <= rk::cuda::kAttentionMaxChunks, name, ": windows of all ", p.R,
           " rounds must have at most ", rk::cuda::kAttentionMaxChunks, " chunks");
   check_longest(longest, p.L);

@@ -79,8 +79,8 @@ inline ScalarType compute_type(const Tensor& t) {
   return element_of(t) == rk::Element::kSame ? t.scalar_type() : ScalarType::Float;
 }
 
-// The bounds of p's sequences: [n + 1] for all batch rows, or [B, n + 1]; one sequence without them. They rise from 0 to
-// the length, as others see.
+// The bounds of p's sequences: [n + 1] for all batch rows, or [B, n + 1]; one sequence without them. They rise from 0
+// to the length, as others see.
 template <class Params>
 void set_sequences(Params& p, const OptionalTensor& bounds, int64_t B) {
   p.n_sequences = 1, p.bounds_stride = 0, p.cu_seqlens = nullptr;

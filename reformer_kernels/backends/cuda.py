@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall, empty_results
+from .._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall, empty_results, n_sequences
 from ..rules import CHOICES
 from . import native
 
@@ -153,7 +153,7 @@ def _attention_plan(call: AttentionCall | ListCall, part: int, device: Device) -
     lists, sequences, longest = 0, 1, call.query.shape[2]
     if isinstance(call, AttentionCall):
         window = (call.chunk_length, call.chunks_before, call.chunks_after)
-        sequences, longest = _sequences(call), call.longest
+        sequences, longest = n_sequences(call.cu_seqlens), call.longest
     else:
         lists = call.key_lists.shape[3]
     return _ops.attention_plan(
@@ -178,7 +178,7 @@ def describe(call: Call, device: Device | None = None) -> str:
             "column tiles in shared memory", "tokens of a block",
         )  # fmt: skip
     if isinstance(call, OrderCall):
-        plan = _ops.order_plan(call.buckets.shape, _sequences(call), call.longest, call.n_buckets, device)
+        plan = _ops.order_plan(call.buckets.shape, n_sequences(call.cu_seqlens), call.longest, call.n_buckets, device)
         return _named(plan, *LAUNCH, "passes", "base", "keys of a block", "blocks of a sequence", "sorting warps")
     if isinstance(call, SelectCall):
         plan = _ops.select_plan(
@@ -200,10 +200,6 @@ def _named(plan: list[int], *names: str) -> str:
     return ", ".join(f"{name} {value}" for name, value in zip(names, plan, strict=True))
 
 
-def _sequences(call: OrderCall | AttentionCall) -> int:
-    return 1 if call.cu_seqlens is None else len(call.cu_seqlens) - 1
-
-
 def hash_buckets(call: HashCall) -> Tensor:
     rotations, factors = call.resolve()
     x = native.rows(call.x)
@@ -216,7 +212,8 @@ def hash_buckets(call: HashCall) -> Tensor:
 def bucket_order(call: OrderCall) -> Tensor:
     """Buckets are not checked, for which the host would have to wait: one out of range counts as the last."""
     order = torch.empty_like(call.buckets, memory_format=torch.contiguous_format)
-    _ops.bucket_order(call.buckets.contiguous(), _to_device(call.cu_seqlens, call), call.longest, call.n_buckets, order)
+    bounds = native.contiguous(_to_device(call.cu_seqlens, call))
+    _ops.bucket_order(call.buckets.contiguous(), bounds, call.longest, call.n_buckets, order)
     return order
 
 

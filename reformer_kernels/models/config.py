@@ -36,7 +36,8 @@ class ReformerConfig:
             until there are ``num_layers``.
         causal: no token sees later ones.
         context_dim: width of another sequence that every layer also attends, as a decoder does; None: there is none.
-        n_hashes, n_buckets, alignment: of the LSH layers, as in ``lsh_attention``.
+        n_hashes, n_buckets, alignment: of the LSH layers, as in ``lsh_attention``, which says what makes a row depend
+            on its batch.
         hash_seed: an int fixes the rotations; None draws new ones in every training forward.
         rules: the name of a preset of ``AttentionRules``, for the LSH layers: "default", "trax", "paper",
             "lucidrains" or "huggingface".

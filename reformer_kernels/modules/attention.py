@@ -139,6 +139,8 @@ class AttentionBase(nn.Module):
 class LSHSelfAttention(AttentionBase):
     """The Reformer's LSH attention layer: one projection for queries and keys (arXiv 2001.04451, section 2).
 
+    What makes a row depend on its batch is said in ``functional.lsh_attention``.
+
     Args:
         embed_dim: E, size of the input and the output.
         num_heads: H.
@@ -269,6 +271,8 @@ class LSHSelfAttention(AttentionBase):
 
 class LocalSelfAttention(AttentionBase):
     """The Reformer's local attention layer: each chunk attends itself and its neighbours.
+
+    Padding at the end of a row is cut off, as in ``functional.lsh_attention``.
 
     Args:
         embed_dim, num_heads, head_dim, dropout, bias, device, dtype: as in ``LSHSelfAttention``.

@@ -58,7 +58,7 @@ class Attention(OracleCase):
     head_dim: int = 64
     dtype: torch.dtype = torch.bfloat16
     value_dim: int | None = None  # None: that of the query
-    batch: int = 1
+    batch: int = 1  # or as many as there are ends
     heads: int = 1
     key_heads: int | None = None  # None: rows are shared, by LSH; else separate and local
     rounds: int = 2
@@ -68,6 +68,7 @@ class Attention(OracleCase):
     after: int = 0
     causal: bool = False
     padded: float = 0.0  # of all tokens
+    ends: tuple[int, ...] | None = None  # of each batch row, behind which all is padding
     dropout: float = 0.0
     bounds: tuple[int, ...] | None = None  # of packed sequences
     num_queries: int | None = None
@@ -80,31 +81,56 @@ class Attention(OracleCase):
     def call(self) -> AttentionCall:
         generator = torch.Generator().manual_seed(self.length)
         width, own, heads = self.value_dim or self.head_dim, self.heads, self.key_heads or self.heads
+        batch = len(self.ends) if self.ends else self.batch
         normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-        rows = lambda heads, width: LAYOUTS[self.layout](normal(self.batch, heads, self.length, width))  # noqa: E731
+        rows = lambda heads, width: LAYOUTS[self.layout](normal(batch, heads, self.length, width))  # noqa: E731
         options: dict[str, Any] = {
             "chunk_length": self.chunk_length, "chunks_before": self.before, "chunks_after": self.after,
             "causal": self.causal, "dropout_p": self.dropout, "dropout_seed": torch.tensor([2**33 + 5]),
         }  # fmt: skip
         if self.padded:
-            options["key_padding_mask"] = torch.rand(self.batch, self.length, generator=generator) < self.padded
+            options["key_padding_mask"] = torch.rand(batch, self.length, generator=generator) < self.padded
+        if self.ends:
+            behind = torch.arange(self.length) >= torch.tensor(self.ends)[:, None]
+            options["key_padding_mask"] = behind | options.get("key_padding_mask", False)
         cu_seqlens = None if self.bounds is None else torch.tensor(self.bounds, dtype=torch.int32)
         if self.key_heads:  # its function has no rules, which may hold all the same
             call = testing.capture(
                 rk.local_attention, rows(own, self.head_dim), rows(heads, self.head_dim), rows(heads, width), **options
             )
-            return call._replace(cu_seqlens=cu_seqlens, rules_key=self.rules.key)
+            call = call._replace(rules_key=self.rules.key)
+            return call if cu_seqlens is None else call._replace(cu_seqlens=cu_seqlens)
         options |= {
             "n_hashes": self.rounds, "n_buckets": self.n_buckets, "hash_seed": 3, "rules": self.rules,
             "alignment": self.alignment, "num_queries": self.num_queries, "cu_seqlens": cu_seqlens,
         }  # fmt: skip
         return testing.capture(rk.lsh_attention, rows(own, self.head_dim), rows(own, width), **options)
 
+    def check_padding_is_unseen(self, emulator: Emulator) -> None:
+        """What the padding behind the ``ends`` holds, NaN even, comes to no other row."""
+        call, name = testing.convert(self.call(), self.dtype), emulator.backend
+        assert call.key_padding_mask is not None
+        padding = call.key_padding_mask[:, None, :, None]
+        hidden = {x: getattr(call, x) for x in ("query", "key", "value") if getattr(call, x) is not None}
+        poisoned = call._replace(**{x: rows.masked_fill(padding, torch.nan) for x, rows in hidden.items()})
+        grad_out = torch.randn(*call.query.shape[:2], call.n_queries, call.value.shape[3])
+        with emulator.serving():
+            clean, other = (testing.results(x, name, name, grad_out) for x in (call, poisoned))
+        for result, x in clean.items():
+            if x.numel():  # the gradient of a shared key has no elements
+                seen = ~call.key_padding_mask[:, None].expand(x.shape[:3])
+                assert torch.equal(x[seen], other[result][seen]), result
+
 
 L2 = rk.AttentionRules(key_norm="l2", scale=None)
 PAPER, WITHIN = rk.AttentionRules.paper(), rk.AttentionRules(within_bucket=True)
 ONCE, BLIND = rk.AttentionRules(dedup="log_count"), rk.AttentionRules(mask_padded_queries=True)
 BUCKET = {"alignment": "bucket", "n_buckets": 4}
+UNSEEN = [
+    Attention(150, ends=(150, 70, 0), chunk_length=32, after=1, dropout=0.2),
+    Attention(90, dtype=torch.float32, heads=2, ends=(5, 90, 41), rules=PAPER, chunk_length=16, n_buckets=4),
+    Attention(130, key_heads=1, heads=2, ends=(130, 40), after=1, chunk_length=50),
+]
 # Together they run every instance.
 CASES = [
     *(Attention(130, dim, dtype, causal=True, chunk_length=32) for dtype, dim in product(DTYPES, (32, 64, 128))),
@@ -133,6 +159,10 @@ CASES = [
     # packed
     Attention(200, bounds=(0, 1, 1, 90, 200), causal=True, chunk_length=32),
     Attention(200, dtype=torch.float32, bounds=(0, 1, 1, 90, 200), after=1, chunk_length=16, dropout=0.3),
+    # rows with padding at their end, which is cut off
+    *UNSEEN,
+    Attention(90, dtype=torch.float32, ends=(90, 40, 0), num_queries=60, chunk_length=16, causal=True),
+    Attention(90, ends=(70, 10), padded=0.2, chunk_length=16, causal=True, **BUCKET),
     # keys without a query
     Attention(150, num_queries=60, causal=True, chunk_length=32),
     Attention(150, dtype=torch.float32, num_queries=60, chunk_length=32),

@@ -51,6 +51,7 @@ PROBLEMS: dict[str, tuple[tuple[str, ...], Attention | Lists]] = {
     **_passes("30 columns", 70, 30, heads=2),
     **_exact("causal", 150, causal=True, chunk_length=32, padded=0.3, heads=2, batch=2),
     **_exact("plain", 150, chunk_length=32, after=1),
+    **_exact("padding", 90, ends=(40, 80), heads=2, rules=WITHIN, n_buckets=4, chunk_length=16, dropout=0.3),
     **_exact("alone", 40, causal=True, padded=0.3, dropout=0.3, **ALONE),
     **_exact("dropout", 150, dropout=0.3, chunk_length=32),
     **_exact("groups", 130, key_heads=2, heads=4, after=1),
@@ -154,6 +155,7 @@ FILES: dict[str, list[tuple[str, str, str, str, str]]] = {
         ("what a list has shown ends too early", "lists, hash", "wrong", "list[count - 1] + 1}", "list[count - 1]}"),
         ("slots before the ring are not its last ones", "forward, plain", "out of bounds",
          "slot - floor_div(slot, turn) * turn", "slot - slot / turn * turn"),
+        ("bounds of the first batch row", "forward, padding", "wrong", "b * p.bounds_stride", "0"),
         ("grouped heads read other keys", "forward, groups", "wrong",
          "key_head = head / p.group;", "key_head = 0 * head;"),
     ],
@@ -221,6 +223,7 @@ FILES: dict[str, list[tuple[str, str, str, str, str]]] = {
          "factor[h] = Block::own_facts().factor[i];", "factor[h] = Block::own_facts().factor[i ^ 1];"),
     ],
     "attention_rules.cuh": [
+        ("bounds of the first batch row", "forward, padding", "wrong", "head / p.H * p.bounds_stride", "0 * head"),
         ("a meeting before the window counts", "forward, once", "wrong",
          "at >= window.seen.first && at < window.seen.behind", "at < window.seen.behind"),
         ("the bucket ends a slot later", "forward, within", "wrong", "slot >= bucket.behind", "slot > bucket.behind"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 import reformer_kernels as rk
+from reformer_kernels._calls import longest_sequence, n_sequences
 
 from ..kernel_oracles import assert_hashes, stable_order
 from .kernels import DEVICES, SOURCES, Emulator, entries, host
@@ -64,13 +64,14 @@ class Order:
     batch: int = 1
     heads: int = 1
     rounds: int = 1
-    bounds: tuple[int, ...] | None = None  # of packed sequences
+    bounds: tuple[Any, ...] | None = None  # of packed sequences, or of those of each batch row
     device: str = "H100"
 
     def plan(self, device: tuple[int, int, int]) -> dict[str, int]:
         shape, bounds = [self.batch, self.heads, self.rounds, self.length], self.bounds or (0, self.length)
-        longest = max(end - begin for begin, end in pairwise(bounds))
-        return host().order_plan(shape, len(bounds) - 1, longest, self.n_buckets, device)
+        cu_seqlens = torch.tensor(bounds)
+        longest = longest_sequence(self.length, cu_seqlens)
+        return host().order_plan(shape, n_sequences(cu_seqlens), longest, self.n_buckets, device)
 
     def check(self, emulator: Emulator) -> Tensor:
         generator = torch.Generator().manual_seed(self.length)

@@ -56,16 +56,25 @@ void hash_buckets(const py::array& x, const std::string& element, const py::arra
   check(rk::cuda::hash_buckets(p, device_of(device), nullptr));
 }
 
+// The bounds of sequences [n + 1] or [B, n + 1].
+template <class Params>
+void set_sequences(Params& p, const std::optional<py::array>& bounds) {
+  p.n_sequences = 1;
+  if (!bounds) return;
+  const py::ssize_t last = bounds->ndim() - 1, size = bounds->shape(last);
+  p.cu_seqlens = data<int32_t>(bounds), p.n_sequences = size - 1, p.bounds_stride = last ? size : 0;
+}
+
 // scratch_order and counts: as long as the plan asks for, or absent.
 void bucket_order(const py::array& buckets, const std::optional<py::array>& cu_seqlens, int64_t longest,
                   int64_t n_buckets, py::array& order, std::optional<py::array> scratch_order,
                   std::optional<py::array> counts, const std::vector<int>& device) {
   rk::OrderParams p{};
-  p.rows = buckets.shape(0) * buckets.shape(1), p.rounds = buckets.shape(2), p.L = buckets.shape(3);
+  p.rows = buckets.shape(0) * buckets.shape(1), p.heads = buckets.shape(1), p.rounds = buckets.shape(2),
+  p.L = buckets.shape(3);
   p.n_buckets = n_buckets, p.longest = longest;
   p.buckets = static_cast<const int32_t*>(buckets.data());
-  p.cu_seqlens = data<int32_t>(cu_seqlens);
-  p.n_sequences = cu_seqlens ? cu_seqlens->shape(0) - 1 : 1;
+  set_sequences(p, cu_seqlens);
   p.order = static_cast<int32_t*>(order.mutable_data());
   const auto scratch = [](std::optional<py::array>& a) {
     return a ? static_cast<int32_t*>(a->mutable_data()) : nullptr;
@@ -90,18 +99,17 @@ rk::AttentionParams attention_params(const py::dict& given) {
   const py::array query = given["query"], key_or_query = given[given["key"].is_none() ? "query" : "key"];
   const py::array value_or_key = given.contains("value") ? py::array(given["value"]) : key_or_query;
   p.B = query.shape(0), p.H = query.shape(1), p.L = query.shape(2), p.D = query.shape(3), p.E = value_or_key.shape(3);
-  p.S = key_or_query.shape(2), p.key_heads = value_or_key.shape(1), p.n_queries = p.L, p.n_sequences = 1;
+  p.S = key_or_query.shape(2), p.key_heads = value_or_key.shape(1), p.n_queries = p.L;
   p.R = given["order"].is_none() ? 1 : given["order"].cast<py::array>().shape(2);
   if (given.contains("key_lists")) p.list_length = given["key_lists"].cast<py::array>().shape(3);
-  if (given.contains("cu_seqlens") && !given["cu_seqlens"].is_none())
-    p.n_sequences = given["cu_seqlens"].cast<py::array>().shape(0) - 1;
+  set_sequences(p, given.contains("cu_seqlens") ? given["cu_seqlens"].cast<std::optional<py::array>>() : std::nullopt);
   p.chunk_length = std::min(given["chunk_length"].cast<int64_t>(), std::max<int64_t>(1, p.L));  // as the op does
   number("n_queries", p.n_queries);
   number("chunks_before", p.chunks_before), number("chunks_after", p.chunks_after), number("flags", p.flags);
   number("scale", p.scale), number("keep_factor", p.keep_factor), number("drop_threshold", p.drop_threshold);
   number("context_keys", p.context_keys);
   pointer("dropout_seed", p.dropout_seed), pointer("order", p.order), pointer("buckets", p.buckets);
-  pointer("padding", p.padding), pointer("cu_seqlens", p.cu_seqlens), pointer("self_only", p.self_only);
+  pointer("padding", p.padding), pointer("self_only", p.self_only);
   pointer("key_lists", p.key_lists);
   if (given.contains("lse")) p.lse = given["lse"].cast<py::array>().mutable_data();
   rows_of("query", p.query), rows_of("key", p.key), rows_of("value", p.value), rows_of("out", p.out);

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reformer_kernels._calls import HashCall, OrderCall
+from reformer_kernels._calls import HashCall, OrderCall, n_sequences
 from reformer_kernels._dispatch import BACKENDS
 from reformer_kernels.backends import cuda
 
@@ -130,8 +130,8 @@ class Emulator:
                 HashCall(x, rotations, padding, None, list(factors), 0, 1, self.backend)
             )
 
-    def bucket_order(self, buckets: Tensor, n_buckets: int, bounds: Sequence[int] | None = None) -> Tensor:
-        """Order int32 [B, H, R, L], like ``rk.bucket_order``; ``bounds``: of packed sequences."""
+    def bucket_order(self, buckets: Tensor, n_buckets: int, bounds: Sequence[Any] | None = None) -> Tensor:
+        """Order int32 [B, H, R, L], like ``rk.bucket_order``; ``bounds``: of sequences, or those of batch rows."""
         cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
         with self.serving():
             return BACKENDS[self.backend].bucket_order(OrderCall(buckets, cu_seqlens, n_buckets, self.backend))
@@ -174,7 +174,7 @@ class EmulatedOps:
     def bucket_order(
         self, buckets: Tensor, cu_seqlens: Tensor | None, longest: int, n_buckets: int, order: Tensor
     ) -> None:
-        device, sequences = self._emulator.device, 1 if cu_seqlens is None else len(cu_seqlens) - 1
+        device, sequences = self._emulator.device, n_sequences(cu_seqlens)
         plan = host().order_plan(list(buckets.shape), sequences, longest, n_buckets, device)
         sizes = buckets.numel() if plan["passes"] > 1 else 0, plan["counts"]
         scratch = [torch.empty(size, dtype=torch.int32) for size in sizes]

@@ -37,6 +37,7 @@ PROBLEMS: dict[str, tuple[tuple[str, ...], Case]] = {
     "many keys": ((WHOLE,), Order(40000, 5)),  # in a block
     "digits": ((WHOLE,), Order(3000, 20000)),
     "packed": ((WHOLE,), Order(1500, 30, batch=2, rounds=3, bounds=(0, 1, 1, 900, 1500))),
+    "padding": ((WHOLE,), Order(300, 30, batch=2, heads=2, bounds=((0, 200, 300), (0, 90, 300)))),
     "parts": ((COUNT, RANK), Order(38500, 300, device="little")),
     "packed parts": ((COUNT, RANK), Order(33000, 2049, rounds=2, bounds=(0, 100, 33000), device="little")),
     "out of range": ((WHOLE,), OutOfRange()),
@@ -224,7 +225,8 @@ ORDER = [
     ("slots of packed sequences", "packed", "global race", "p.rounds * begin + round", "begin + round"),
     ("slots of rounds of packed sequences", "packed", "global race", "round * length, static", "round * p.L, static"),
     ("keys of packed sequences", "packed", "wrong", "row_round * p.L + begin,", "row_round * p.L,"),
-    ("length of packed sequences", "packed", "global race", "p.cu_seqlens[sequence + 1] - begin :", "p.L - begin :"),
+    ("length of packed sequences", "packed", "global race", "bounds[1] - begin :", "p.L - begin :"),
+    ("bounds of the first batch row", "padding", "wrong", "row / p.heads * p.bounds_stride", "0 * p.heads"),
     # parts
     ("parts overlap by a key", "packed parts", "global race",
      "static_cast<int>(blockIdx.x % p.tiles) * p.tile", "static_cast<int>(blockIdx.x % p.tiles) * (p.tile - 1)"),

@@ -40,6 +40,7 @@ CASES: list[Case] = [
     Order(3000, 20000),  # two digits
     Order(300, 2**27, rounds=2),  # three
     Order(1500, 30, batch=2, rounds=3, bounds=(0, 1, 1, 900, 1500)),
+    Order(1500, 30, batch=3, heads=2, rounds=2, bounds=((0, 1500, 1500), (0, 900, 1500), (0, 0, 1500))),
     Order(66000, 300),  # in parts
     Order(50000, 3000, rounds=2, bounds=(0, 100, 50000), device="RTX"),  # a whole one does not fit
     *attention.CASES,
@@ -65,6 +66,11 @@ def test_attention_crossed_with_the_cpu(dtype: torch.dtype) -> None:
         Attention(100, 48, dtype, chunk_length=24, **options).check_crossed(Emulator())
     for options in ({"causal": True, "dropout": 0.3}, {"grouping": "hash", "padded": 0.4}):
         Lists(100, 48, dtype, **options).check_crossed(Emulator())
+
+
+@pytest.mark.parametrize("case", attention.UNSEEN, ids=str)
+def test_nothing_comes_of_padding(case: Attention) -> None:
+    case.check_padding_is_unseen(Emulator())
 
 
 @pytest.mark.full

@@ -130,8 +130,8 @@ void attention_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::
   std::vector<int32_t> buckets(heads * p.R * p.L), order(buckets.size());
   for (auto& b : buckets) b = static_cast<int32_t>(generator() % n_buckets);
   if (shared) {
-    const OrderParams o{heads,        p.H,           p.R,             p.L, n_buckets,   buckets.data(),
-                        p.cu_seqlens, p.n_sequences, p.bounds_stride, p.L, order.data()};
+    const OrderParams o{heads,           p.H, p.R,         p.L, n_buckets, buckets.data(), p.cu_seqlens, p.n_sequences,
+                        p.bounds_stride, p.L, order.data()};
     if (cpu::bucket_order(o, threads(2)) != 0) std::exit(1);
     p.order = order.data(), p.buckets = buckets.data();
   }

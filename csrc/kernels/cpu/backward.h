@@ -242,8 +242,7 @@ void for_each_backward(const AttentionParams& given, const Threads& threads, F&&
     const auto written = {kGradQuery, kGradKey, kGradValue};
     const AttentionParams p =
         shared.half.widen(given, u, {kQueryRows, kKeyRows, kValueRows, kOutRows, kGradOut}, written, parallel);
-    parallel(0, u.n_queries,
-             [&](Scratch&, int64_t begin, int64_t end) { backward_rows<T>(p, shared, begin, end); });
+    parallel(0, u.n_queries, [&](Scratch&, int64_t begin, int64_t end) { backward_rows<T>(p, shared, begin, end); });
     gradients(p, shared, parallel);
     shared.half.round(given, p, u, written, parallel);
   });

@@ -18,7 +18,7 @@ AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan
   a.order = p.order, a.buckets = p.buckets, a.padding = p.padding, a.cu_seqlens = p.cu_seqlens;
   a.lse = static_cast<float*>(p.lse), a.self_only = p.self_only;
   a.dropout_seed = p.dropout_seed;
-  a.heads = p.B * p.H, a.n_sequences = p.n_sequences, a.element = p.element;
+  a.heads = p.B * p.H, a.n_sequences = p.n_sequences, a.bounds_stride = p.bounds_stride, a.element = p.element;
   a.L = static_cast<int>(p.L), a.S = static_cast<int>(p.S), a.n_queries = static_cast<int>(p.n_queries),
   a.R = static_cast<int>(p.R);
   a.H = static_cast<int>(p.H), a.group = static_cast<int>(p.group());

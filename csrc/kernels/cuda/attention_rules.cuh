@@ -41,10 +41,11 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const int64_t head = number / p.L / p.R;
   if (head >= p.heads) return;
   const int round = static_cast<int>(number / p.L % p.R), row = static_cast<int>(number % p.L);
-  int64_t at = 0;  // the last sequence that begins no later
+  const int32_t* bounds = p.cu_seqlens + head / p.H * p.bounds_stride;  // of several sequences
+  int64_t at = 0;                                                       // the last one that begins no later
   for (int64_t behind = p.n_sequences; behind - at > 1;) {
     const int64_t middle = (at + behind) / 2;
-    (p.cu_seqlens[middle] <= row ? at : behind) = middle;
+    (bounds[middle] <= row ? at : behind) = middle;
   }
   AttentionSequence sequence;
   sequence.take(p, head * p.n_sequences + at, p.H);

@@ -21,7 +21,7 @@ struct AttentionArguments {
   const int32_t* buckets;                      // [B, H, R, L], where windows are made of them
   const int32_t* lists;                        // [B, H, rows, list_length], instead of windows, or null
   const bool* padding;                         // [B, S] or null
-  const int32_t* cu_seqlens;                   // [n_sequences + 1] or null
+  const int32_t* cu_seqlens;                   // as in AttentionParams
   int32_t* places;                             // [B, H, R, L] slots in a round
   int4* windows;                               // [B, H, R, L] see Window
   float* lse;                   // [B, H, n_queries]: in base 2 or OnlySelf until the last round, then natural
@@ -29,7 +29,7 @@ struct AttentionArguments {
   QueryResidual* residuals;     // [B, H, n_queries]
   const int64_t* dropout_seed;  // or null
   int64_t heads;                // B * H
-  int64_t n_sequences;
+  int64_t n_sequences, bounds_stride;
   int list_length, list_slots, context;  // list_slots: of a row; as many rows as chunks in all rounds
   int L, S, n_queries, R, H, group, D, E, chunk_length, before, after;
   int round, tile_chunk, tiles_per_block, blocks_per_sequence, places_of_tiles;
@@ -62,7 +62,7 @@ struct AttentionSequence {
   int64_t head_row;  // of its first row among those of [B, H, n_queries]
   int offset;        // of its rows
   int length, turn;  // rows, and slots of all rounds
-  int n_queries;     // of its rows, the first ones
+  int n_queries;     // of its rows, the first ones; none where it is negative
   int chunks;        // of a round
   int everyone;      // the first of the keys that every query sees
   int rounds, before, after;
@@ -73,8 +73,9 @@ struct AttentionSequence {
   __device__ void take(const AttentionArguments& p, int64_t number, int heads) {
     const int64_t sequence = number % p.n_sequences;
     b = static_cast<int>(number / p.n_sequences / heads);
-    offset = p.cu_seqlens ? p.cu_seqlens[sequence] : 0;
-    length = (p.cu_seqlens ? p.cu_seqlens[sequence + 1] : p.L) - offset;
+    const int32_t* bounds = p.cu_seqlens ? p.cu_seqlens + b * p.bounds_stride + sequence : nullptr;
+    offset = bounds ? bounds[0] : 0;
+    length = (bounds ? bounds[1] : p.L) - offset;
     n_queries = p.n_queries - offset;
     // One window: the rounds would only repeat it.
     const bool single = length <= p.chunk_length && p.ring();
@@ -89,7 +90,7 @@ struct AttentionSequence {
   __device__ void take_head(const AttentionArguments& p, int head, int64_t sequence) {
     h = head, key_head = head / p.group;
     const int64_t number = int64_t{b} * p.H + h;
-    index = static_cast<uint32_t>(number * p.n_sequences + sequence);
+    index = static_cast<uint32_t>(sequence * p.heads + number);
     head_row = number * p.n_queries + offset;
     order = p.order ? p.order + (number * p.L + offset) * p.R : nullptr;
     lists = p.lists ? p.lists + number * list_rows() * p.list_length : nullptr;

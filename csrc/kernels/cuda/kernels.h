@@ -13,7 +13,7 @@ int hash_buckets(const HashParams& p, const Device& device, void* stream);
 // scratch_order: like p.order, where the plan has several passes; counts: where it asks for them.
 int bucket_order(const OrderParams& p, const Device& device, int32_t* scratch_order, int32_t* counts, void* stream);
 
-// Where cu_seqlens are, `longest` tokens has the longest sequence. scratch: see plan_attention_scratch.
+// Where cu_seqlens are, `longest` tokens has the longest sequence, at most. scratch: see plan_attention_scratch.
 int attention_forward(const AttentionParams& p, int64_t longest, const Device& device, void* scratch, void* stream);
 int attention_backward(const AttentionParams& p, int64_t longest, const Device& device, void* scratch, void* stream);
 

@@ -12,7 +12,8 @@ int bucket_order(const OrderParams& p, const Device& device, int32_t* scratch_or
   const OrderPlan plan = plan_order(p, device);
   OrderArguments a{};
   a.buckets = p.buckets, a.counts = counts, a.cu_seqlens = p.cu_seqlens;
-  a.L = p.L, a.rounds = p.rounds, a.n_sequences = p.n_sequences;
+  a.L = p.L, a.heads = p.heads, a.rounds = p.rounds;
+  a.n_sequences = p.n_sequences, a.bounds_stride = p.bounds_stride;
   a.base = plan.base, a.pairs = order_pairs(plan.base), a.tile = plan.tile, a.tiles = plan.tiles,
   a.sorters = plan.sorters;
   // The passes write to the scratch memory and the result in turn, and to the result last.

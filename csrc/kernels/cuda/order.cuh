@@ -15,8 +15,8 @@ struct OrderArguments {
   const int32_t* input_order;  // where keys of a later digit are taken from, like order; or null
   int32_t* order;              // a row's slots, sequence by sequence, in each its rounds
   int32_t* counts;             // [segments, tiles, base] where a segment has several tiles
-  const int32_t* cu_seqlens;   // [n_sequences + 1] or null
-  int64_t L, rounds, n_sequences;
+  const int32_t* cu_seqlens;   // as in OrderParams
+  int64_t L, heads, rounds, n_sequences, bounds_stride;
   uint32_t last;                          // bucket; a larger number, as of a negative one, counts as it
   uint32_t divisor;                       // digit = bucket / divisor % base
   int base, pairs, tile, tiles, sorters;  // pairs of counters
@@ -30,9 +30,9 @@ struct OrderSegment {
 
 __device__ __forceinline__ OrderSegment order_segment(const OrderArguments& p, int64_t number) {
   const int64_t row_round = number / p.n_sequences, sequence = number % p.n_sequences;
-  const int64_t begin = p.cu_seqlens ? p.cu_seqlens[sequence] : 0;
-  const int64_t length = p.cu_seqlens ? p.cu_seqlens[sequence + 1] - begin : p.L;
   const int64_t row = row_round / p.rounds, round = row_round % p.rounds;
+  const int32_t* bounds = p.cu_seqlens ? p.cu_seqlens + row / p.heads * p.bounds_stride + sequence : nullptr;
+  const int64_t begin = bounds ? bounds[0] : 0, length = bounds ? bounds[1] - begin : p.L;
   return {row_round * p.L + begin, row * p.rounds * p.L + p.rounds * begin + round * length, static_cast<int>(length)};
 }
 

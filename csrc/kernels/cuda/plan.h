@@ -192,7 +192,7 @@ struct AttentionPlan {
 inline int64_t list_slots(const AttentionParams& p) { return ceil_div(p.list_length, kAttentionRows) * kAttentionRows; }
 inline int64_t list_places(const AttentionParams& p) { return p.R * ceil_div(p.L, p.chunk_length) * list_slots(p); }
 
-// longest: tokens of the longest sequence.
+// longest: tokens of the longest sequence, at most.
 inline AttentionPlan plan_attention(const AttentionParams& p, AttentionPart part, int64_t longest,
                                     const Device& device) {
   AttentionPlan plan;
@@ -252,7 +252,7 @@ inline AttentionScratch plan_attention_scratch(const AttentionParams& p, bool ba
 // The sort of the places of lists by key; S: no key.
 inline OrderParams list_order(const AttentionParams& p) {
   OrderParams order{};
-  order.rows = p.B * p.H, order.rounds = 1, order.L = order.longest = list_places(p);
+  order.rows = p.B * p.H, order.heads = p.H, order.rounds = 1, order.L = order.longest = list_places(p);
   order.n_buckets = p.S + 1, order.n_sequences = 1;
   return order;
 }
