@@ -17,7 +17,7 @@ from reformer_kernels._calls import HashCall, OrderCall
 from reformer_kernels._dispatch import BACKENDS
 from reformer_kernels.backends import triton as backend
 
-from . import lists, select
+from . import attention, lists, select
 from .attention import BUCKET, PAPER, Attention
 from .cases import Case, Hash, Order
 from .kernels import ARCHITECTURES, Emulator, needs_nvcc
@@ -48,6 +48,11 @@ def problems() -> list[Any]:
 @pytest.mark.parametrize(("architecture", "case"), problems())
 def test_on_every_schedule(architecture: str, case: Case) -> None:
     check(architecture, case)
+
+
+@pytest.mark.parametrize("case", attention.UNSEEN, ids=str)
+def test_nothing_comes_of_padding(case: Attention) -> None:
+    case.check_padding_is_unseen(EmulatedTriton())
 
 
 @pytest.mark.full

@@ -31,6 +31,7 @@ ORDERS: list[Case] = [
     Order(300, 2**27, rounds=2),  # two of a whole tile
     Order(1500, 30, batch=2, rounds=3, bounds=(0, 1, 1, 900, 1500)),
     Order(5000, 300, rounds=2, bounds=(0, 100, 5000)),
+    Order(1500, 30, batch=3, heads=2, rounds=2, bounds=((0, 1500, 1500), (0, 900, 1500), (0, 0, 1500))),
     OutOfRange(),
 ]
 # Of each kind of window, rule and layout; the others are `full`, since compiling takes seconds for each.
@@ -45,6 +46,8 @@ CHOSEN = [
     Attention(130, dtype=torch.float32, key_heads=1, heads=3, causal=True, batch=2),
     Attention(130, key_heads=1, heads=2, bounds=(0, 30, 130), causal=True),
     Attention(150, dtype=torch.float32, num_queries=60, chunk_length=32),
+    *attention.UNSEEN,
+    Attention(90, dtype=torch.float32, ends=(90, 40, 0), num_queries=60, chunk_length=16, causal=True),
     Attention(90, dtype=torch.float32, rules=PAPER, chunk_length=32, n_buckets=2, before=4, after=3, rounds=1),
     Attention(150, dtype=torch.float32, rules=ONCE, chunk_length=16, n_buckets=4, causal=True, rounds=4, after=1),
     Attention(200, rules=PAPER, bounds=(0, 1, 1, 90, 200), after=1, chunk_length=16, **BUCKET),

@@ -18,6 +18,7 @@ PROBLEMS: dict[str, Case] = {
     "local": Attention(100, 32, F, key_heads=1, heads=2, batch=2, causal=True, chunk_length=32),
     "packed": Attention(100, 32, F, bounds=(0, 1, 30, 100), chunk_length=16, n_buckets=4, batch=2),
     "padded": Attention(100, 32, F, padded=0.4, rules=BLIND, chunk_length=16, batch=2),
+    "padding": Attention(60, 32, F, ends=(20, 50), heads=2, chunk_length=16, n_buckets=4),
     "alone": Attention(100, 32, F, chunk_length=4, before=0, causal=True, dropout=0.3),
     "dropout": Attention(100, 32, F, dropout=0.3, chunk_length=32, n_buckets=4, heads=2),
     "wide windows": Attention(90, 32, F, before=4, after=3, chunk_length=32),
@@ -48,6 +49,7 @@ PROBLEMS: dict[str, Case] = {
     "order of few": Order(1000, 65, heads=2, rounds=2),
     "order of many": Order(20000, 600),
     "packed order": Order(2500, 30, batch=2, rounds=3, bounds=(0, 1, 1, 900, 2500)),
+    "padding order": Order(300, 30, batch=2, heads=2, bounds=((0, 200, 300), (0, 90, 300))),
     "out of range": OutOfRange(),
 }
 
@@ -59,6 +61,7 @@ WINDOWS = [
     ("queries after a key are those before it", "causal",
      "return around(p, s, slot, there, s.after, s.before)", "return around(p, s, slot, there, s.before, s.after)"),
     ("short sequences have windows", "packed", "single = (length <= p.chunk_length).to(tl.int32)", "single = length * 0"),
+    ("bounds of the first batch row", "padding", "b.to(tl.int64) * p.bounds_stride", "b * 0"),
     ("slots of packed sequences", "packed", "(head * p.length + offset) * p.rounds", "head * p.length * p.rounds + offset"),
     ("rows of packed sequences", "packed", "head * p.n_queries + offset", "head * p.n_queries"),
     ("slots do not wrap around", "wide windows", "return floor_mod(slot, s.rounds * s.length)", "return slot % (s.rounds * s.length)"),
@@ -165,6 +168,7 @@ ORDER = [
     ("sums of tiles before", "order of many", "        before += tl.sum(found, 0)\n", ""),
     ("a count counts itself", "order", "before + tl.cumsum(found, 0) - found, mask", "before + tl.cumsum(found, 0), mask"),
     ("slots of packed sequences", "packed order", "start * rounds + r * count", "start + r * length"),
+    ("bounds of the first batch row", "padding order", "row // heads * bounds_stride", "row * 0"),
     ("keys of packed sequences", "packed order", "(row * rounds + r) * length + start,", "(row * rounds + r) * length,"),
     ("places in a tile", "order", "first + i - tl.gather", "first + tl.gather"),
     ("positions in a tile", "order", "position = tile * BLOCK_M + (ordered", "position = (ordered"),

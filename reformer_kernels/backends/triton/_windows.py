@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._calls import AttentionCall, OrderCall
+
 HIDDEN = tl.constexpr(2147483647)  # the position of a key that nobody may see
 EVERYONE = tl.constexpr(-1)  # ... that every query sees
 NOBODY = tl.constexpr(-2147483648)  # the limit of a query that sees nothing
@@ -22,7 +24,7 @@ class Problem(NamedTuple):
 
     order: Tensor | None  # int32 [B, H, R * L]; None: positions in their own order
     padding: Tensor | None  # bool [B, S]
-    cu_seqlens: Tensor | None  # int32 [sequences + 1]
+    cu_seqlens: Tensor | None  # int32 [sequences + 1], or of each batch row [B, sequences + 1]
     places: Tensor | None  # int32 [B, H, R, L]: the slot of a position in a round, where rules need it
     bucket_first: Tensor | None  # int32 [B, H, R * L]: the slots of the bucket of a slot, where windows need them
     bucket_behind: Tensor | None
@@ -31,6 +33,8 @@ class Problem(NamedTuple):
     shown_behind: Tensor | None
     dropout_seed: Tensor | None  # int64 [1]; None: no dropout
     sequences: int
+    bounds_stride: int  # of cu_seqlens, between batch rows
+    batch: int
     heads: int
     group: int  # query heads that share a key head
     length: int
@@ -62,13 +66,13 @@ class Sequence(NamedTuple):
     key_head: Any
     offset: Any  # of its rows
     length: Any
-    n_queries: Any  # of its rows, the first ones
+    n_queries: Any  # of its rows, the first ones; none where it is negative
     everyone: Any  # the first of the keys that every query sees
     single: Any  # it is one window, which the rounds would only repeat
     rounds: Any
     before: Any
     after: Any
-    index: Any  # among all sequences of all heads
+    index: Any  # among those of all heads, which come before the next ones of all
     row: Any  # of its first query among those of [B, H, n_queries]
     slots: Any  # where its slots are in [B, H, R * L]
 
@@ -98,6 +102,16 @@ class Keys(NamedTuple):
     code: Any  # its position, or HIDDEN, or EVERYONE
 
 
+def bounds_of(call: OrderCall | AttentionCall) -> Tensor | None:
+    """cu_seqlens where the tensors are."""
+    return None if call.cu_seqlens is None else call.cu_seqlens.to(call.device, non_blocking=True).contiguous()
+
+
+def row_stride(bounds: Tensor | None) -> int:
+    """Elements between the bounds of batch rows."""
+    return 0 if bounds is None or bounds.dim() == 1 else bounds.shape[1]
+
+
 @triton.jit
 def floor_div(a, b):
     quotient = a // b
@@ -113,7 +127,7 @@ def floor_mod(a, b):
 @triton.jit
 def take_head(p, b, h, sequence, offset, length, single):
     ring_rounds = tl.where(single != 0, 1, p.rounds)
-    index = (b * p.heads + h) * p.sequences + sequence
+    index = (sequence * p.batch + b) * p.heads + h
     head = (b * p.heads + h).to(tl.int64)
     everyone = p.keys - p.context if p.lists is not None else p.n_queries - offset
     return Sequence(
@@ -129,20 +143,21 @@ def take_sequence(p, number, HEADS_SHARE: tl.constexpr):
     sequence, head = number % p.sequences, number // p.sequences
     group = p.group if HEADS_SHARE else 1
     heads = p.heads // group
-    offset, length = 0, p.length
+    b, offset, length = head // heads, 0, p.length
     if p.cu_seqlens is not None:
-        offset = tl.load(p.cu_seqlens + sequence)
-        length = tl.load(p.cu_seqlens + sequence + 1) - offset
+        bounds = p.cu_seqlens + b.to(tl.int64) * p.bounds_stride + sequence
+        offset = tl.load(bounds)
+        length = tl.load(bounds + 1) - offset
     single = 0
     if p.lists is None and not p.bucket_aligned:
         single = (length <= p.chunk_length).to(tl.int32)
-    return take_head(p, head // heads, head % heads * group, sequence, offset, length, single)
+    return take_head(p, b, head % heads * group, sequence, offset, length, single)
 
 
 @triton.jit
 def with_head(p, s, h):
     """The same sequence of another head."""
-    return take_head(p, s.b, h, s.index % p.sequences, s.offset, s.length, s.single)
+    return take_head(p, s.b, h, s.index // (p.batch * p.heads), s.offset, s.length, s.single)
 
 
 @triton.jit

@@ -9,12 +9,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._calls import AttentionCall, ListCall, empty_results
+from ..._calls import AttentionCall, ListCall, empty_results, n_sequences
 from .. import native
 from ..philox import drop_threshold, keep_factor
 from ._launch import Config, block_width, launch, rows
 from ._pairs import across, apply_rules, kept_factor, keys_along, queries_along, sees
-from ._windows import NOBODY, Problem, keys_of_tile, position_of, same_bucket, take_keys, take_queries, take_sequence
+from ._windows import (
+    NOBODY,
+    Problem,
+    bounds_of,
+    keys_of_tile,
+    position_of,
+    row_stride,
+    same_bucket,
+    take_keys,
+    take_queries,
+    take_sequence,
+)  # fmt: skip
 from .configs import LONG_CHUNK, Kind, choose, seconds
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -248,7 +259,8 @@ def problem(call: AttentionCall | ListCall) -> Problem:
     return Problem(
         order=order, padding=native.contiguous(call.key_padding_mask), cu_seqlens=None, places=None, bucket_first=None,
         bucket_behind=None, lists=None, shown_first=None, shown_behind=None,
-        dropout_seed=to_device(call.dropout_seed) if call.dropout_p > 0 else None, sequences=1, heads=heads,
+        dropout_seed=to_device(call.dropout_seed) if call.dropout_p > 0 else None, sequences=1,
+        bounds_stride=0, batch=len(call.query), heads=heads,
         group=heads // call.value.shape[1], length=length, keys=call.value.shape[2],
         rounds=1 if order is None else order.shape[2], n_queries=length, chunk_length=call.chunk_length, before=0,
         after=0, list_length=0, context=0, drop_threshold=drop_threshold(call.dropout_p),
@@ -267,8 +279,8 @@ def window_problem(call: AttentionCall) -> Problem:
         within_bucket=tl.constexpr(within), dedup=tl.constexpr(dedup),
     )  # fmt: skip
     if call.cu_seqlens is not None:
-        bounds = call.cu_seqlens.to(call.device, non_blocking=True)
-        p = p._replace(cu_seqlens=bounds, sequences=len(bounds) - 1)
+        bounds = bounds_of(call)
+        p = p._replace(cu_seqlens=bounds, sequences=n_sequences(bounds), bounds_stride=row_stride(bounds))
     if not (within or dedup) and ring:
         return p
     tables = [

@@ -7,23 +7,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._calls import OrderCall
+from ..._calls import OrderCall, n_sequences
 from ._launch import Config, launch
+from ._windows import bounds_of, row_stride
 
 TILE_BITS = 10
 LEAST_BITS, MOST_BITS = 4, 10  # of a digit; keys have as few and as equal digits as that allows
+SIZES = ["tiles", "bounds_stride", "sequences", "heads", "rounds", "length", "n_buckets", "shift"]
 WHOLE_BITS = 30 - TILE_BITS  # of the digits of keys that fit in one tile, which is sorted by digit and place
 
 
 @triton.jit
-def _segment(number, cu_seqlens, sequences, rounds, length):
+def _segment(number, cu_seqlens, bounds_stride, sequences, heads, rounds, length):
     """Of a sequence in a round of a row: where its buckets and its order begin, and how many they are."""
     sequence, rest = number % sequences, number // sequences
     r, row = rest % rounds, (rest // rounds).to(tl.int64)
     start, count = 0, length
     if cu_seqlens is not None:
-        start = tl.load(cu_seqlens + sequence)
-        count = tl.load(cu_seqlens + sequence + 1) - start
+        bounds = cu_seqlens + row // heads * bounds_stride + sequence
+        start = tl.load(bounds)
+        count = tl.load(bounds + 1) - start
     return (row * rounds + r) * length + start, row * rounds * length + start * rounds + r * count, count
 
 
@@ -40,14 +43,14 @@ def _digits(buckets, before, source, target, tile, count, n_buckets, shift, MASK
     return (bucket >> shift) & MASK, there
 
 
-@triton.jit(do_not_specialize=["tiles", "sequences", "rounds", "length", "n_buckets", "shift"])
+@triton.jit(do_not_specialize=SIZES)
 def count_kernel(
-    buckets, before, counts, cu_seqlens, tiles, sequences, rounds, length, n_buckets, shift, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    buckets, before, counts, cu_seqlens, tiles, bounds_stride, sequences, heads, rounds, length, n_buckets, shift,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """counts [segments, digits, tiles]"""
     tile, number = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    source, target, count = _segment(number, cu_seqlens, sequences, rounds, length)
+    source, target, count = _segment(number, cu_seqlens, bounds_stride, sequences, heads, rounds, length)
     digit, there = _digits(buckets, before, source, target, tile, count, n_buckets, shift, BLOCK_N - 1, BLOCK_M)
     found = tl.histogram(digit, BLOCK_N, mask=there)
     tl.store(counts + (number.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)) * tiles + tile, found)
@@ -66,14 +69,14 @@ def scan_kernel(counts, tiles, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         before += tl.sum(found, 0)
 
 
-@triton.jit(do_not_specialize=["tiles", "sequences", "rounds", "length", "n_buckets", "shift"])
+@triton.jit(do_not_specialize=SIZES)
 def place_kernel(
-    buckets, before, offsets, cu_seqlens, order, tiles, sequences, rounds, length, n_buckets, shift,
-    BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    buckets, before, offsets, cu_seqlens, order, tiles, bounds_stride, sequences, heads, rounds, length, n_buckets,
+    shift, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Places a tile's keys by one digit; offsets None: of the segment's only tile."""
     tile, number = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    source, target, count = _segment(number, cu_seqlens, sequences, rounds, length)
+    source, target, count = _segment(number, cu_seqlens, bounds_stride, sequences, heads, rounds, length)
     digit, there = _digits(buckets, before, source, target, tile, count, n_buckets, shift, (1 << BITS) - 1, BLOCK_M)
     i = tl.arange(0, BLOCK_M)
     ordered = tl.sort(tl.where(there, digit * BLOCK_M + i, 2147483647))
@@ -92,14 +95,13 @@ def place_kernel(
 
 def bucket_order(call: OrderCall) -> Tensor:
     """Buckets are not checked, for which the host would have to wait: one out of range counts as the last."""
-    cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.to(call.device, non_blocking=True)
-    return sort(call.buckets.contiguous(), cu_seqlens, call.longest, call.n_buckets)
+    return sort(call.buckets.contiguous(), bounds_of(call), call.longest, call.n_buckets)
 
 
 def sort(buckets: Tensor, cu_seqlens: Tensor | None, longest: int, n_buckets: int) -> Tensor:
     """Positions of buckets [B, H, R, L], sorted; ``longest``: keys of a segment at most."""
     batch, heads, rounds, length = buckets.shape
-    sequences = 1 if cu_seqlens is None else len(cu_seqlens) - 1
+    sequences, bounds_stride = n_sequences(cu_seqlens), row_stride(cu_seqlens)
     tile = 1 << TILE_BITS
     tiles, segments = triton.cdiv(longest, tile), batch * heads * rounds * sequences
     whole, bits = tiles <= 1, (n_buckets - 1).bit_length()
@@ -111,7 +113,7 @@ def sort(buckets: Tensor, cu_seqlens: Tensor | None, longest: int, n_buckets: in
         counts = torch.empty((segments, plan.block_n, tiles), dtype=torch.int32, device=buckets.device)
     before, order = None, buckets
     for i in range(passes):
-        sizes = tiles, sequences, rounds, length, n_buckets, i * digit
+        sizes = tiles, bounds_stride, sequences, heads, rounds, length, n_buckets, i * digit
         if counts is not None:
             launch(
                 count_kernel, segments * tiles, buckets.device, buckets, before, counts, cu_seqlens, *sizes, config=plan
