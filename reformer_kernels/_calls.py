@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .hashing import bucket_factors, cached_rotations
@@ -154,8 +153,11 @@ class SelectCall(NamedTuple):
         They are those of sequences without their trailing padding.
         """
         length, keys = self.query.shape[2], self.key.shape[2] - self.context_keys
-        last_query = self._length_without(self.query_padding_mask, length)  # [B, 1]
-        last_key = self._length_without(self.key_padding_mask, keys)
+        whole = torch.full((self.query.shape[0], 1), length, device=self.device)
+        last_query = whole if self.query_padding_mask is None else length_without_padding(self.query_padding_mask)
+        last_key = torch.full_like(whole, keys)  # [B, 1]
+        if self.key_padding_mask is not None:
+            last_key = length_without_padding(self.key_padding_mask[:, :keys])
         # No window where positions of queries and keys have nothing to do with each other, and where the hashed groups'
         # own share of the budget is to hold all keys.
         used = torch.ones_like(last_key, dtype=torch.bool) if self.causal else last_query == last_key
@@ -174,13 +176,6 @@ class SelectCall(NamedTuple):
             end = first + width
         most = self.budget - share if hashed else torch.full_like(share, self.budget)
         return torch.stack([first, end, most.minimum(last_key).expand_as(end)], dim=2).to(torch.int32)
-
-    def _length_without(self, padding: Tensor | None, length: int) -> Tensor:
-        """int64 [B, 1]: up to the last of ``length`` tokens that is no padding."""
-        if padding is None:
-            return torch.full((self.query.shape[0], 1), length, device=self.device)
-        ends = F.pad(~padding[:, :length] * torch.arange(1, length + 1, device=self.device), (1, 0))
-        return ends.amax(dim=1, keepdim=True)
 
 
 class ListCall(NamedTuple):
@@ -212,6 +207,11 @@ class ListCall(NamedTuple):
 
 
 Call = HashCall | OrderCall | AttentionCall | SelectCall | ListCall
+
+
+def length_without_padding(mask: Tensor) -> Tensor:
+    """int64 [B, 1] of a mask [B, L] (True: padding): up to the last token that is none."""
+    return ((~mask).flip(1).cumsum(1) > 0).sum(1, keepdim=True)
 
 
 def longest_sequence(length: int, cu_seqlens: Tensor | None) -> int:

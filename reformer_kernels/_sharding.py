@@ -78,7 +78,8 @@ def _placements(main: DTensor, given: dict[str, Any]) -> list[Placement]:
 
 
 def _of_argument(name: str, x: Tensor, placements: list[Placement]) -> list[Placement]:
-    dims = 0 if name in _WHOLE else 1 if name in _OF_ROWS else 2
+    of_rows = name in _OF_ROWS or (name == "cu_seqlens" and x.dim() == 2)
+    dims = 1 if of_rows else 0 if name in _WHOLE else 2
     return [
         p if isinstance(p, Shard) and p.dim < dims and not (name in _BROADCAST and x.shape[p.dim] == 1) else Replicate()
         for p in placements

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as check
 from . import _ops
+from ._calls import length_without_padding
 from ._dispatch import check_backend
 from .hashing import bucket_factors
 from .rules import AttentionRules
@@ -287,10 +287,8 @@ def local_attention(
 
 def _cut_padding(mask: Tensor) -> Tensor:
     """int32 [B, 3]: where two sequences of each row begin and end, up to its last token that counts and behind it."""
-    length = mask.shape[1]
-    behind = torch.arange(1, length + 1, dtype=torch.int32, device=mask.device)
-    end = F.pad(torch.where(mask, 0, behind), (1, 0)).amax(1, keepdim=True)
-    return torch.cat([torch.zeros_like(end), end, torch.full_like(end, length)], 1)
+    end = length_without_padding(mask)
+    return torch.cat([torch.zeros_like(end), end, torch.full_like(end, mask.shape[1])], 1).to(torch.int32)
 
 
 def _check_common(
