@@ -57,6 +57,7 @@ _TRACED = (
 
 
 def check_backend(name: str | None, argument: str = "backend") -> None:
+    """Raises ValueError if there is no such backend."""
     if name is not None and name not in BACKENDS:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, BACKENDS))} or None, got {name!r}")
 

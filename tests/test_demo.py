@@ -39,7 +39,7 @@ def test_tiny_run_from_end_to_end(tmp_path: Path) -> None:
         f"--swap-length 300 --swap-repeats 1 --text {text} --out {out}".split()
     )
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and "bits per byte (two standard errors" in done.stdout
+    assert "Traceback" not in done.stderr and "(two standard deviations, of other text and other runs)" in done.stdout
     assert (out / "attention.png").read_bytes().startswith(b"\x89PNG")
     assert len((out / "sample.txt").read_bytes()) == 20
 
@@ -165,12 +165,13 @@ def test_cost_process_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_difference_spreads_over_parts_of_the_text() -> None:
     a, b = torch.full((3000,), 2.0).double(), torch.full((3000,), 1.5).double()
-    assert training.difference(a, b) == (0.5, 0.0)
+    assert training.difference(a, b) == (0.5, training.RUN_SPREAD)
     noise = torch.randn(3000, dtype=torch.float64)
     bits, spread = training.difference(b + noise, b)
     assert abs(bits - noise.mean()) < 1e-12
-    assert spread == pytest.approx(2 / 3000**0.5, rel=0.5)  # the standard error of a mean, from 20 samples of it
-    assert training.difference(-noise, noise)[1] == pytest.approx(2 * spread)
+    of_text = (spread**2 - training.RUN_SPREAD**2) ** 0.5
+    assert of_text == pytest.approx(2 / 3000**0.5, rel=0.5)  # twice the standard error of a mean, from 20 samples of it
+    assert training.difference(-noise, noise)[1] == pytest.approx(math.hypot(2 * of_text, training.RUN_SPREAD))
     assert training.difference(a[:1], b[:1]) == (0.5, math.inf)
 
 

@@ -196,7 +196,7 @@ def _print_training(results: dict[str, dict[str, Any]], bits: float, spread: flo
 
 def _verdict(bits: float, spread: float) -> str:
     """What LSH attention less SDPA, in bits per byte, comes to."""
-    of = f"two standard errors over {training.PARTS} parts of the text"
+    of = "two standard deviations, of other text and other runs"
     if not abs(bits) > spread:
         return f"no difference: {abs(bits):.3f} bits per byte are within the spread of {spread:.3f} ({of})"
     return (

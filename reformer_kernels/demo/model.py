@@ -30,6 +30,7 @@ class Block(nn.Module):
                 nn.init.zeros_(parameter)  # a block starts as the identity, which bears higher learning rates
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, L, width] to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -78,6 +79,7 @@ class ByteLM(nn.Module):
         return Block(width, module, hidden + width // 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, L, 256] of the next bytes, of tokens int64 [B, L]."""
         recent = F.pad(tokens, (_STEM_BYTES - 1, 0)).unfold(1, _STEM_BYTES, 1)  # [B, L, _STEM_BYTES]
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.stem(self.embedding(recent).flatten(2)) + self.position(positions)
