@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,10 @@ def test_ctrl_c_in_a_terminal_ends_all_processes_without_a_traceback(tmp_path: P
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert error.endswith("\nreformer_kernels.demo: interrupted; nothing finished\n") and "Traceback" not in error
+
+
+def test_the_ctrl_c_of_a_terminal_does_not_reach_the_measuring_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "yes")
+    with ExitStack() as stack:
+        point = cost._Point(stack, "lsh", 64)
+        assert os.getpgid(point.process.pid) != os.getpgid(0)
