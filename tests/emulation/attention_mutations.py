@@ -155,7 +155,7 @@ FILES: dict[str, list[tuple[str, str, str, str, str]]] = {
         ("what a list has shown ends too early", "lists, hash", "wrong", "list[count - 1] + 1}", "list[count - 1]}"),
         ("slots before the ring are not its last ones", "forward, plain", "out of bounds",
          "slot - floor_div(slot, turn) * turn", "slot - slot / turn * turn"),
-        ("bounds of the first batch row", "forward, padding", "wrong", "b * p.bounds_stride", "0"),
+        ("bounds of the first batch row", "forward, padding", "global race", "b * p.bounds_stride", "0"),
         ("grouped heads read other keys", "forward, groups", "wrong",
          "key_head = head / p.group;", "key_head = 0 * head;"),
     ],

@@ -50,7 +50,8 @@ def test_on_every_schedule(architecture: str, case: Case) -> None:
     check(architecture, case)
 
 
-@pytest.mark.parametrize("case", attention.UNSEEN, ids=str)
+# Not with dropout: copies of a NaN may differ in bits, which the emulator takes for a race.
+@pytest.mark.parametrize("case", [x for x in attention.UNSEEN if not x.dropout], ids=str)
 def test_nothing_comes_of_padding(case: Attention) -> None:
     case.check_padding_is_unseen(EmulatedTriton())
 
