@@ -52,11 +52,12 @@ def main() -> None:
         sys.exit("no wheels in dist/: run make wheel")
     os.environ.pop("PYTHONPATH", None)  # pip would count what lies there as installed
     index = ["--index-url", arguments.index_url] if arguments.index_url else []
-    for torch in arguments.torch or ["2.14.1"]:
+    versions = arguments.torch or ["2.14.1"]
+    for torch in versions:
         python = environment(arguments.folder, torch, index)
         for wheel in wheels:
             check(python, wheel.resolve())
-    print(f"{len(wheels)} wheels passed")
+    print(f"passed: {', '.join(wheel.name for wheel in wheels)} with torch {', '.join(versions)}")
 
 
 if __name__ == "__main__":
