@@ -100,7 +100,7 @@ class Kernel:
 
     def __init__(self, ptx: str, name: str | None = None, machine_module: ModuleType | None = None):
         self._machine = machine_module or machine()
-        self._lines = ptx.split("\n")
+        self._ptx = ptx
         try:
             self._parsed = parse(ptx, name, self._machine)
         except RefusedError as refusal:
@@ -211,7 +211,7 @@ class Kernel:
         return bytes(packed)
 
     def _describe(self, fault: object) -> str:
-        text = " ".join(self._lines[fault.line - 1].split()) if fault.line > 0 else ""
+        text = " ".join(self._ptx.split("\n")[fault.line - 1].split()) if fault.line > 0 else ""
         block = ", ".join(map(str, fault.block))
         return f"{fault.detail} (line {fault.line}: {text}) in block ({block}), thread {fault.thread} of {self.name}"
 

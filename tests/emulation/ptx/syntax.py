@@ -1,5 +1,6 @@
 """PTX text to statements: entries, parameters, bodies. Knows nothing of single instructions."""
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -66,29 +67,58 @@ _STATEMENT = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class KernelText:
+    """An entry that is not taken apart yet, without comments."""
+
+    header: str  # what lies between its name and its body
+    body: str
+    line: int  # where the body begins
+
+
+@dataclass(frozen=True)
+class Module:
+    """PTX text, whose kernels are told apart once, since there may be many."""
+
+    kernels: dict[str, KernelText]  # by mangled name
+    shared: list[SharedVariable]  # of all of them
+
+
+@functools.lru_cache(maxsize=16)
+def module(ptx: str) -> Module:
+    text = _without_comments(ptx)
+    kernels, outside, position, line = {}, [], 0, 1
+    for match in re.finditer(r"\.entry\s+([\w$]+)", text):
+        opening = text.index("{", match.end())
+        end = _closing_brace(text, opening)
+        line += text.count("\n", position, opening)
+        kernels[match.group(1)] = KernelText(text[match.end() : opening], text[opening + 1 : end], line)
+        outside.append(text[position : match.start()])
+        line += text.count("\n", opening, end)
+        position = end + 1
+    outside.append(text[position:])
+    shared = map(shared_variable, _SHARED.findall(_outside_bodies("".join(outside))))
+    return Module(kernels, [variable for variable in shared if variable])
+
+
 def entry(ptx: str, name: str | None) -> Entry:
     """The kernel whose mangled name is `name` or alone contains it; with None the only kernel."""
-    text = _without_comments(ptx)
-    found = {m.group(1): m for m in re.finditer(r"\.entry\s+([\w$]+)", text)}
-    matching = [name] if name in found else [n for n in found if name is None or name in n]
+    found = module(ptx)
+    matching = [name] if name in found.kernels else [n for n in found.kernels if name is None or name in n]
     if len(matching) != 1:
-        raise RefusedError(f"{len(matching)} kernels match {name!r} among {sorted(found)}")
-    match = found[matching[0]]
-    header_end = text.index("{", match.end())
-    header = text[match.end() : header_end]
-    body_end = _closing_brace(text, header_end)
-    threads = re.search(r"\.(reqntid|maxntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", header)
+        raise RefusedError(f"{len(matching)} kernels match {name!r} among {sorted(found.kernels)}")
+    kernel = found.kernels[matching[0]]
+    threads = re.search(r"\.(reqntid|maxntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", kernel.header)
     max_threads = None
     if threads:
         max_threads = int(threads.group(2)) * int(threads.group(3) or 1) * int(threads.group(4) or 1)
-    outside = text[: match.start()] + text[body_end:]
     return Entry(
         matching[0],
-        _parameters(header),
+        _parameters(kernel.header),
         max_threads,
         bool(threads) and threads.group(1) == "reqntid",
-        list(_statements(text[header_end + 1 : body_end], text.count("\n", 0, header_end) + 1)),
-        [variable for variable in map(shared_variable, _SHARED.findall(_outside_bodies(outside))) if variable],
+        list(_statements(kernel.body, kernel.line)),
+        found.shared,
     )
 
 
@@ -164,13 +194,15 @@ def _parameters(header: str) -> list[Parameter]:
     return parameters
 
 
-def _statements(body: str, first_line: int) -> Iterator[Statement]:
+def _statements(body: str, line: int) -> Iterator[Statement]:
+    """`line`: of the first one."""
     position = 0
     while match := _STATEMENT.match(body, position):
         start = match.start(match.lastgroup)
-        line = first_line + body.count("\n", 0, start)
-        position = match.end()
+        line += body.count("\n", position, start)
         if match.lastgroup != "line_directive":
             yield Statement(" ".join(match.group(match.lastgroup).split()), line)
-    if body[position:].strip():
-        raise RefusedError(f"{body[position:].strip()[:80]!r}", first_line + body.count("\n", 0, position))
+        line += body.count("\n", start, match.end())
+        position = match.end()
+    if rest := body[position:].strip():
+        raise RefusedError(f"{rest[:80]!r}", line + body.count("\n", position, body.index(rest, position)))

@@ -19,23 +19,26 @@ int distinct(const uint64_t* addresses, uint32_t lanes, F f) {
   uint64_t values[kLanes];
   int count = 0;
   for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) values[count++] = f(addresses[std::countr_zero(rest)]);
-  std::sort(values, values + count);
+  if (!std::is_sorted(values, values + count)) std::sort(values, values + count);
   return static_cast<int>(std::unique(values, values + count) - values);
 }
 
 // The largest number of distinct words in one bank.
 int conflicts(const uint64_t* addresses, uint32_t lanes, int bytes) {
-  uint64_t words[kLanes];
-  int count = 0;
+  uint64_t words[kBanks][kLanes];
+  int counts[kBanks] = {}, most = 0;
   for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
     const uint64_t first = addresses[std::countr_zero(rest)] / kBankBytes;
-    for (int i = 0; i < std::max(1, bytes / kBankBytes); ++i) words[count++] = first + i;
+    for (int i = 0; i < std::max(1, bytes / kBankBytes); ++i) {
+      const uint64_t word = first + i;
+      uint64_t* const known = words[word % kBanks];
+      int& count = counts[word % kBanks];
+      if (std::find(known, known + count, word) != known + count) continue;
+      known[count++] = word;
+      most = std::max(most, count);
+    }
   }
-  std::sort(words, words + count);
-  count = static_cast<int>(std::unique(words, words + count) - words);
-  int in_bank[kBanks] = {};
-  for (int i = 0; i < count; ++i) ++in_bank[words[i] % kBanks];
-  return *std::max_element(in_bank, in_bank + kBanks);
+  return most;
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include "global_memory.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
@@ -24,17 +25,16 @@ std::string other_block(int32_t id) { return id == kSeveral ? "other blocks" : "
 }  // namespace
 
 SparseMemory::SparseMemory(uint64_t base, uint64_t size, std::string fill)
-    : base_(base), size_(size), fill_(std::move(fill)), pages_((size + kPageBytes - 1) / kPageBytes) {
+    : base_(base), size_(size), fill_(std::move(fill)) {
   if (base % kPageBytes != 0) throw std::invalid_argument("a virtual region starts at a multiple of 64 KB");
   if (fill_.empty() || kPageBytes % fill_.size() != 0) throw std::invalid_argument("the fill must divide 64 KB");
 }
 
 std::byte* SparseMemory::at(uint64_t offset) {
-  std::unique_ptr<std::byte[]>& page = pages_.at(offset / kPageBytes);
+  std::unique_ptr<std::byte[]>& page = pages_[offset / kPageBytes];
   if (!page) {
     page = std::make_unique<std::byte[]>(kPageBytes);
     for (uint64_t i = 0; i < kPageBytes; i += fill_.size()) std::memcpy(page.get() + i, fill_.data(), fill_.size());
-    ++touched_;
   }
   return page.get() + offset % kPageBytes;
 }
@@ -60,23 +60,18 @@ void SparseMemory::write(uint64_t offset, const std::string& bytes) {
 }
 
 GlobalMemory::GlobalMemory(std::vector<Region> regions, int granule, bool check_races)
-    : granule_(granule), check_races_(check_races) {
+    : granule_(granule), granule_bits_(std::countr_zero(static_cast<uint32_t>(granule))), check_races_(check_races) {
   std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return a.base < b.base; });
   for (size_t i = 1; i < regions.size(); ++i) {
     if (regions[i - 1].base + regions[i - 1].size > regions[i].base) {
       throw std::invalid_argument("two arrays of the launch overlap");
     }
   }
-  for (const Region& region : regions) {
-    Tracked tracked{region, {}};
-    // Shadow pages count from a granule's boundary at or below the base.
-    if (check_races) tracked.pages.resize(region.size / kPageBytes + 2);
-    regions_.push_back(std::move(tracked));
-  }
+  for (const Region& region : regions) regions_.push_back(Tracked{region});
 }
 
 std::byte* GlobalMemory::access(uint64_t address, int bytes, Access access, int block, int thread) {
-  if (address % bytes != 0) {
+  if ((address & (bytes - 1)) != 0) {
     throw Fault("misaligned", std::to_string(bytes) + " bytes of global memory at " + hexadecimal(address), thread);
   }
   Tracked& region = find(address, bytes, thread);
@@ -84,17 +79,25 @@ std::byte* GlobalMemory::access(uint64_t address, int bytes, Access access, int 
     throw Fault("read-only", "writes a read-only array at byte " + std::to_string(address - region.base), thread);
   }
   if (check_races_) {
-    const uint64_t start = region.base / granule_ * granule_;
-    const size_t per_page = kPageBytes / granule_;
-    const uint64_t last = (address - start + bytes - 1) / granule_;
-    for (uint64_t i = (address - start) / granule_; i <= last; ++i) {
-      std::vector<Touches>& page = region.pages[i / per_page];
-      if (page.empty()) page.resize(per_page);
-      check_race(page[i % per_page], access, block, thread);
+    const uint64_t start =
+        region.base & ~static_cast<uint64_t>(granule_ - 1);  // shadow pages count from a granule's boundary
+    const uint64_t per_page = kPageBytes >> granule_bits_, last = (address - start + bytes - 1) >> granule_bits_;
+    for (uint64_t i = (address - start) >> granule_bits_; i <= last; ++i) {
+      check_race(touches(region, i * granule_ / kPageBytes)[i & (per_page - 1)], access, block, thread);
     }
   }
   const uint64_t offset = address - region.base;
   return region.sparse ? region.sparse->at(offset) : reinterpret_cast<std::byte*>(address);
+}
+
+GlobalMemory::Touches* GlobalMemory::touches(Tracked& region, uint64_t page) const {
+  if (page != region.last_number) {
+    std::vector<Touches>& all = region.pages[page];
+    if (all.empty()) all.resize(kPageBytes / granule_);
+    region.last_number = page;
+    region.last_page = all.data();
+  }
+  return region.last_page;
 }
 
 GlobalMemory::Tracked& GlobalMemory::find(uint64_t address, int bytes, int thread) {

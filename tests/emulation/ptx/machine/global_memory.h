@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "shared_memory.h"
@@ -22,12 +23,12 @@ class SparseMemory {
   std::byte* at(uint64_t offset);  // valid up to the end of its page
   std::string read(uint64_t offset, uint64_t bytes);
   void write(uint64_t offset, const std::string& bytes);
-  uint64_t touched_bytes() const { return touched_ * kPageBytes; }
+  uint64_t touched_bytes() const { return pages_.size() * kPageBytes; }
 
  private:
-  uint64_t base_, size_, touched_ = 0;
+  uint64_t base_, size_;
   std::string fill_;
-  std::vector<std::unique_ptr<std::byte[]>> pages_;
+  std::unordered_map<uint64_t, std::unique_ptr<std::byte[]>> pages_;  // those that were touched
 };
 
 struct Region {
@@ -50,15 +51,19 @@ class GlobalMemory {
     int32_t writer = 0, reader = 0, atomic = 0;
   };
   struct Tracked : Region {
-    std::vector<std::vector<Touches>> pages;  // empty until touched
+    std::unordered_map<uint64_t, std::vector<Touches>> pages;  // those that were touched
+    uint64_t last_number = ~0ull;                              // of a page
+    Touches* last_page = nullptr;
   };
+
+  Touches* touches(Tracked& region, uint64_t page) const;
 
   Tracked& find(uint64_t address, int bytes, int thread);
   void check_race(Touches& touches, Access access, int block, int thread) const;
 
   std::vector<Tracked> regions_;
   Tracked* last_ = nullptr;
-  int granule_;
+  int granule_, granule_bits_;
   bool check_races_;
 };
 

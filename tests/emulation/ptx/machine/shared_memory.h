@@ -42,11 +42,17 @@ class SharedMemory {
 
   void check_bounds(uint32_t address, int bytes, int thread) const;
   void check_not_in_flight(const Granule& granule, const char* what, uint32_t address, int thread) const;
+  // Apart from the checks, which run often and are to be short.
+  [[noreturn]] void refuse_bounds(const char* kind, uint32_t address, int bytes, int thread) const;
+  [[noreturn]] void refuse_in_flight(const Granule& granule, const char* what, uint32_t address, int thread) const;
+  [[noreturn]] void refuse_read(const Granule& granule, uint32_t address, int thread) const;
+  [[noreturn]] void refuse_uninitialised(const char* what, uint32_t address, int thread) const;
+  uint32_t number(uint32_t address) const { return address >> granule_bits_; }  // of a granule
   void check_writable(uint32_t address, int bytes, int thread, Access access, const std::byte* value);
   void note_write(uint32_t address, int bytes, int thread, bool by_atomic);
   bool read_before(int granule, int thread) const;
 
-  int size_, granule_, warps_;
+  int size_, granule_, granule_bits_, warps_;
   bool check_uninitialised_;
   Clocks clocks_;
   std::vector<std::byte> data_;
