@@ -7,14 +7,15 @@ BIN := .venv/bin
 ARGS ?=
 SECONDS ?= 60
 OUT ?= gpu_check_out
+SLICE ?=
 CXX_FILES = $(shell find csrc tests/native tests/emulation -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 SANITIZE := -std=c++20 -O1 -g -Wall -Icsrc -fno-math-errno -fno-trapping-math -Wno-psabi \
             -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
 
-.PHONY: help build test emulate-full lint format demo bench sanitize fuzz gpu-check clean
+.PHONY: help build test test-kernels lint format demo bench sanitize fuzz gpu-check clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 	@echo
 	@echo "The first one makes .venv. torch for CUDA, the default, is a download of about 3 GB, and its CUDA kernels are"
 	@echo "compiled where nvcc is. To try it without: 'make build TORCH_INDEX=cpu', about 0.7 GB and no CUDA kernels."
@@ -72,8 +73,8 @@ wheel-test:  ## try the wheels of dist/ in new environments without compilers (A
 test: build  ## run the tests (ARGS="-k name" for some)
 	$(BIN)/pytest -n 2 $(ARGS)
 
-emulate-full: build  ## run the CUDA kernels in the emulator on many more problems than make test does
-	$(BIN)/pytest -n 2 -m "full or not full" tests/emulation $(ARGS)
+test-kernels: build  ## run the emulated kernels on what make test leaves out (SLICE=1/4 for a part)
+	$(BIN)/pytest -n 2 -m full $(if $(SLICE),--slice $(SLICE)) $(ARGS)
 
 lint: build  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check

@@ -18,7 +18,7 @@ import torch
 
 from . import attention, build, lists, select
 from .attention import Attention
-from .cases import Case, Hash, Order, launch_all
+from .cases import Case, Hash, Order, launches_of_all
 from .kernels import ARCHITECTURES, CSRC, SOURCES, Emulator, Launched
 
 COMPILED = ("hash", "order", "attention", "lists", "select")  # sources of kernels with budgets
@@ -180,10 +180,10 @@ def measure(architecture: str) -> dict[str, dict[str, Any]]:
             problem.case.check(emulators[problem.case])
         problems[problem.name] = executed_costs(problem, emulators[problem.case])
     # Of kernels that no problem has, what a case launches.
-    others = Emulator(architecture, device=DEVICES[architecture])
     for source, cases in {"attention": attention.CASES, "lists": lists.CASES, "select": select.CASES}.items():
-        launch_all(source, cases, others)
-    for emulator in (others, *emulators.values()):
+        others = launches_of_all(source, cases, architecture, DEVICES[architecture])
+        launched |= {launch.name: launch for launch in others}
+    for emulator in emulators.values():
         launched |= {launch.name: launch for launch in emulator.launched}
     kernels = dict(sorted(item for source in COMPILED for item in _compiled(source, architecture, launched)))
     return {"kernels": kernels, "problems": problems}

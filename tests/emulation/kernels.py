@@ -29,6 +29,7 @@ from reformer_kernels.backends import cuda
 
 from . import build
 from .ptx.kernel import Counters, Kernel, VirtualRegion
+from .ptx.syntax import module
 
 CSRC = build.ROOT / "csrc"
 HERE = Path(__file__).parent
@@ -37,6 +38,10 @@ SOURCES = {
     for name in ("hash", "order", "attention", "lists", "select", "gather")
 }
 ARCHITECTURES = ("sm_80", "sm_90")
+# make test has one of them.
+on_each_architecture = pytest.mark.parametrize(
+    "architecture", [pytest.param(a, marks=() if a == "sm_90" else pytest.mark.full) for a in ARCHITECTURES]
+)
 # Multiprocessors, bytes of shared memory of a block and of a multiprocessor.
 DEVICES = {
     "A100": (108, 166912, 167936),
@@ -79,16 +84,18 @@ def host() -> ModuleType:
     return module
 
 
+@functools.lru_cache(maxsize=32)
 def ptx(source: Path, architecture: str, csrc: Path = CSRC) -> str:
+    """Read once: a launch must not look for changes of megabytes of text."""
     return build.ptx(source, architecture, include_dirs=[csrc])
 
 
 def entries(source: Path, architecture: str) -> set[str]:
     """The mangled names of all kernel instances that a source is compiled to."""
-    return set(re.findall(r"\.entry\s+([\w$]+)", ptx(source, architecture)))
+    return set(module(ptx(source, architecture)).kernels)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=32)
 def _kernel(text: str, name: str) -> Kernel:
     return Kernel(text, name)
 
@@ -98,7 +105,7 @@ class Launched:
     name: str  # mangled
     threads: int
     shared_bytes: int  # dynamic
-    counters: Counters
+    counters: Counters | None  # None: it was not run
 
 
 @dataclass
@@ -147,12 +154,25 @@ class Emulator:
         paths = [self.csrc / SOURCES[source].relative_to(CSRC) for source in sources.split()]
         texts = [ptx(path, self.architecture, self.csrc) for path in paths]
         for launch in host().take_recorded():
-            text = next(text for text in texts if f".entry {launch['name']}(" in text)
+            text = next(text for text in texts if launch["name"] in module(text).kernels)
             kernel = _kernel(text, launch["name"])
             counters = kernel.launch(
                 launch["grid"], launch["threads"], launch["params"], memory, launch["shared_bytes"], **self.schedule
             )
             self.launched.append(Launched(launch["name"], launch["threads"], launch["shared_bytes"], counters))
+
+
+class Recorder(Emulator):
+    """Notes what would be launched; results are zeros."""
+
+    def run(self, sources: str, memory: Memory) -> None:
+        for array in memory:
+            if isinstance(array, np.ndarray) and array.flags.writeable:
+                array[:] = 0
+        self.launched += [
+            Launched(launch["name"], launch["threads"], launch["shared_bytes"], None)
+            for launch in host().take_recorded()
+        ]
 
 
 class EmulatedOps:

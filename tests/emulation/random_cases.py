@@ -37,7 +37,7 @@ class Random:
 
     def order(self) -> Order:
         return Order(
-            length=self.pick(self.between(1, 5000), self.between(1, 200000)),
+            length=self.pick(self.between(1, 5000), self.between(1, 80000)),
             n_buckets=int(2 ** self.numbers.uniform(0, 24)), heads=self.pick(1, 2), rounds=self.pick(1, 3),
             device=self.pick("A100", "H100", "RTX"),
         )  # fmt: skip

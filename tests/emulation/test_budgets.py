@@ -13,11 +13,10 @@ from .budgets import COMPILED, FILE, PROBLEMS, Problem, Resources, measure, nvcc
 from .kernels import ARCHITECTURES, DEVICES, SOURCES, entries, needs_nvcc
 from .triton_kernels import needs_triton
 
-SAMPLED = [a if a == "sm_90" else pytest.param(a, marks=pytest.mark.full) for a in ARCHITECTURES]
 
-
+@pytest.mark.full
 @needs_nvcc()
-@pytest.mark.parametrize("architecture", SAMPLED)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_costs(architecture: str) -> None:
     now = measure(architecture)
     compiled = {readable(name) for source in COMPILED for name in entries(SOURCES[source], architecture)}
@@ -25,8 +24,9 @@ def test_costs(architecture: str) -> None:
     assert_kept("cuda", architecture, now, PROBLEMS, nvcc_release())
 
 
+@pytest.mark.full
 @needs_triton()
-@pytest.mark.parametrize("architecture", SAMPLED)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_costs_of_triton_kernels(architecture: str) -> None:
     now = triton_budgets.measure(architecture)
     assert_kept("triton", architecture, now, triton_budgets.PROBLEMS, triton_budgets.release())

@@ -15,7 +15,6 @@ from reformer_kernels.backends import cuda, native
 from ..kernel_oracles import assert_hashes, stable_order
 from .attention import Attention
 from .kernels import (
-    ARCHITECTURES,
     CHUNK,
     DEVICES,
     SELECT,
@@ -25,6 +24,7 @@ from .kernels import (
     host,
     memory_of,
     needs_nvcc,
+    on_each_architecture,
     read_only,
 )  # fmt: skip
 from .ptx.kernel import VirtualRegion
@@ -35,7 +35,7 @@ pytestmark = needs_nvcc()
 BASE = 2**44
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@on_each_architecture
 def test_hash_of_rows_that_are_2_to_the_31_elements_apart(architecture: str) -> None:
     """Strides are as wide as addresses: two batch elements, two heads and all rows lie gigabytes apart."""
     length, head_dim, factors = 40, 64, (32, 16)
@@ -55,7 +55,7 @@ def test_hash_of_rows_that_are_2_to_the_31_elements_apart(architecture: str) -> 
     assert_hashes(torch.from_numpy(buckets), x, rotations, factors)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@on_each_architecture
 def test_hash_into_more_than_2_to_the_31_buckets(architecture: str) -> None:
     """The first and the last block of 16,400 heads, which share rows and rotations."""
     heads, rounds, length, head_dim, factors = 16400, 512, 256, 64, (6, 10)
@@ -80,7 +80,7 @@ def test_hash_into_more_than_2_to_the_31_buckets(architecture: str) -> None:
     assert region.touched_bytes < 2**22
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@on_each_architecture
 def test_order_of_more_than_2_to_the_31_buckets(architecture: str) -> None:
     """The first and the last block of 2^20 + 1 sequences."""
     rows, length, n_buckets = 2**20 + 1, 2048, 9
@@ -171,7 +171,7 @@ def test_keys_of_rows_that_are_2_to_the_31_elements_apart(keys: int, strides: tu
     assert torch.equal(lists, expected)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@on_each_architecture
 def test_attention_of_more_than_2_to_the_31_tokens(architecture: str) -> None:
     """The first and the last of 2^24 + 1 heads, which share their rows."""
     heads, length, head_dim = 2**24 + 1, 128, 32

@@ -41,6 +41,7 @@ pytestmark = [
     pytest.mark.skipif(os.uname().machine != "x86_64", reason="fibers are written for x86-64"),
 ]
 every_schedule = pytest.mark.parametrize(("order", "copies"), SCHEDULES)
+full = pytest.mark.full  # under sanitizers all is compiled once more, which takes minutes
 
 
 @functools.cache
@@ -295,15 +296,18 @@ def is_reported(report: str, place: str, output: str) -> bool:
     return any(report in text and place in text for text in reports)
 
 
+@full
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_sanitizers_find_nothing_in_right_kernels(sanitizer):
     assert run_driver(sanitizer, "host_main", "none") == (0, "")
 
 
+@full
 def test_addresses_of_frames_are_known_on_every_stack():
     assert run_driver("address", "host_main", "none", ASAN_OPTIONS="detect_stack_use_after_return=1") == (0, "")
 
 
+@full
 @pytest.mark.parametrize("fault", ["divergent", "lane_missing", "no_wait", "misaligned_row"])
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_sanitizers_find_nothing_in_the_end_of_a_failed_block(sanitizer, fault):
@@ -312,6 +316,7 @@ def test_sanitizers_find_nothing_in_the_end_of_a_failed_block(sanitizer, fault):
     assert re.fullmatch(r"KernelError: .*\n", output)
 
 
+@full
 @pytest.mark.parametrize(
     ("sanitizer", "fault", "report", "place"),
     [
@@ -369,12 +374,14 @@ def test_launchers_run_their_kernels(kernels_run: ModuleType, case: Case, order:
     case.check(Host(device=kernels.DEVICES[case.device]))
 
 
+@full
 @pytest.mark.parametrize("source", kernels.SOURCES)
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_sanitizers_find_nothing_in_the_kernels(sanitizer: str, source: str) -> None:
     assert run_driver(sanitizer, "host_kernels_main", source) == (0, "")
 
 
+@full
 def test_keys_are_chosen_a_slice_at_a_time(tmp_path: Path) -> None:
     """With little room for weights, which otherwise takes hundreds of MB of them."""
     csrc = tmp_path / "csrc"
@@ -390,6 +397,7 @@ INSIDE = "const bool inside = token < p.L && d < p.D;\n      "
 ONE_MORE = INSIDE.replace("token <", "token <=")
 
 
+@full
 @pytest.mark.parametrize(
     ("sanitizer", "source", "text", "becomes", "report"),
     [

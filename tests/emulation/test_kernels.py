@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import cycle, product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import torch
 
 from . import attention, lists, select
 from .attention import DTYPES, PAPER, Attention
-from .cases import Case, Hash, Order, emulator, launch_all
-from .kernels import ARCHITECTURES, SOURCES, Emulator, needs_nvcc
+from .cases import Case, Hash, Order, emulator, launches_of_all
+from .kernels import ARCHITECTURES, SOURCES, Emulator, needs_nvcc, on_each_architecture
 from .lists import Lists
 from .mutations import PROBLEMS
 from .ptx.kernel import SCHEDULES
@@ -50,6 +51,12 @@ CASES: list[Case] = [
 ]
 
 
+@pytest.mark.parametrize(("case", "schedule"), list(zip(CASES, cycle(SCHEDULES))), ids=str)
+def test_on_one_schedule(case: Case, schedule: dict[str, Any]) -> None:
+    case.check(emulator("sm_90", schedule, case))
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_on_every_schedule(architecture: str, case: Case) -> None:
@@ -74,17 +81,16 @@ def test_nothing_comes_of_padding(case: Attention) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("kind", ["hash", "order", "attention", "lists", "select"])
-def test_random_problems(kind: str, seed: int, architecture: str) -> None:
+def test_random_problems(kind: str, seed: int) -> None:
     case = getattr(Random(seed), kind)()
     for schedule in SCHEDULES:
-        case.check(emulator(architecture, schedule, case))
+        case.check(emulator(ARCHITECTURES[seed % 2], schedule, case))
 
 
 @pytest.mark.parametrize("row_bytes", [16, 48, 512, 1040])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@on_each_architecture
 def test_gather(architecture: str, row_bytes: int) -> None:
     generator = np.random.default_rng(0)
     rows = generator.integers(0, 255, (50, row_bytes), np.uint8)
@@ -96,10 +102,12 @@ def test_gather(architecture: str, row_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@on_each_architecture
 def test_every_instance_is_run(architecture: str, source: str) -> None:
-    """The cases above run on each architecture; here it is seen that together they launch all that is compiled."""
-    machine = Emulator(architecture)
-    if source == "gather":
-        machine.gather_rows(np.zeros((4, 16), np.uint8), np.zeros(3, np.int32))
-    launch_all(source, (case for case in CASES if type(case).__name__.lower() == source), machine)
+    """The cases above are run; here it is seen that together they launch all that is compiled."""
+    launches_of_all(source, (case for case in CASES if type(case).__name__.lower() == source), architecture)
+
+
+def test_an_instance_that_no_case_launches_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="no case launches"):
+        launches_of_all("hash", [Hash(1, 64)], "sm_90")

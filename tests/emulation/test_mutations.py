@@ -11,7 +11,7 @@ from .kernels import CSRC, DEVICES, Emulator, needs_nvcc
 from .mutations import MUTATIONS, PROBLEMS, Mutation
 from .ptx.kernel import SCHEDULES, EmulationError
 
-pytestmark = needs_nvcc()
+pytestmark = [needs_nvcc(), pytest.mark.full]
 
 # An instance that is asked for is compiled like one that a launcher takes, but nvcc has less to do.
 INSTANCE = "template __global__ void rk::cuda::{}(const __grid_constant__ rk::cuda::{}Arguments);\n"
@@ -49,18 +49,12 @@ def failure(problem: str, csrc: Path) -> str | None:
     return None
 
 
-# Each takes a compilation: make test has some of them.
-EVERY = 6
-SOME = [m if i % EVERY == 0 else pytest.param(m, marks=pytest.mark.full) for i, m in enumerate(MUTATIONS)]
-USED = {mutation.problem for mutation in MUTATIONS[::EVERY]}
-
-
-@pytest.mark.parametrize("problem", [p if p in USED else pytest.param(p, marks=pytest.mark.full) for p in PROBLEMS])
+@pytest.mark.parametrize("problem", PROBLEMS)
 def test_without_a_mutation(tmp_path: Path, problem: str) -> None:
     assert failure(problem, copy_of_csrc(tmp_path / "csrc", PROBLEMS[problem][0])) is None
 
 
-@pytest.mark.parametrize("mutation", SOME, ids=lambda m: f"{m.file}: {m.name}")
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file}: {m.name}")
 def test_a_mutation_is_noticed(tmp_path: Path, mutation: Mutation) -> None:
     csrc = copy_of_csrc(tmp_path / "csrc", PROBLEMS[mutation.problem][0])
     path = csrc / "kernels" / "cuda" / mutation.file

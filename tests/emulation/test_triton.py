@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -19,13 +19,13 @@ from reformer_kernels.backends import triton as backend
 
 from . import attention, lists, select
 from .attention import BUCKET, PAPER, Attention
-from .cases import Case, Hash, Order
+from .cases import Case
 from .kernels import ARCHITECTURES, Emulator, needs_nvcc
 from .ptx.kernel import SCHEDULES
 from .random_cases import Random
 from .triton_budgets import resources
-from .triton_cases import FULL, HASHES, ORDERS, SAMPLED
-from .triton_kernels import EmulatedTriton, needs_triton
+from .triton_cases import OF_EACH_KERNEL, ONCE, OTHERS, SAMPLED
+from .triton_kernels import EmulatedTriton, kernel_names, needs_triton
 
 pytestmark = needs_triton()
 
@@ -35,18 +35,25 @@ def check(architecture: str, case: Case, schedules: tuple[dict[str, Any], ...] =
     assert all(result is None or torch.equal(result, results[0]) for result in results)
 
 
-def problems() -> list[Any]:
-    """Each on both architectures, of which make test has one, and not for those of FULL."""
-    found = []
-    for i, case in enumerate([*HASHES, *ORDERS, *SAMPLED, *FULL]):
-        for j, architecture in enumerate(ARCHITECTURES):
-            marks = () if i % 2 == j and case not in FULL else pytest.mark.full
-            found.append(pytest.param(architecture, case, id=f"{architecture}-{case}", marks=marks))
-    return found
+@pytest.mark.parametrize(("case", "schedule"), list(zip(ONCE, cycle(SCHEDULES))), ids=str)
+def test_on_one_schedule(case: Case, schedule: dict[str, Any]) -> None:
+    case.check(EmulatedTriton("sm_90", schedule))
 
 
-@pytest.mark.parametrize(("architecture", "case"), problems())
-def test_on_every_schedule(architecture: str, case: Case) -> None:
+def test_every_kernel_is_run() -> None:
+    machine = EmulatedTriton()
+    for case in OF_EACH_KERNEL:
+        case.check(machine)
+    assert {launch.name for launch in machine.launched} == kernel_names()
+
+
+# On both architectures, or on one of them.
+EVERY = [*product(SAMPLED, ARCHITECTURES), *zip(OTHERS, cycle(ARCHITECTURES))]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("case", "architecture"), EVERY, ids=str)
+def test_on_every_schedule(case: Case, architecture: str) -> None:
     check(architecture, case)
 
 
@@ -57,7 +64,7 @@ def test_nothing_comes_of_padding(case: Attention) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("kind", ["hash", "order", "attention", "lists", "select"])
 def test_random_problems(kind: str, seed: int) -> None:
     check(ARCHITECTURES[seed % 2], getattr(Random(seed), kind)())
@@ -74,6 +81,7 @@ CROSSED = [
 ]
 
 
+@pytest.mark.full
 @needs_nvcc()
 @pytest.mark.parametrize("other", ["cpu", "cuda", "reference"])
 @pytest.mark.parametrize("case", CROSSED, ids=str)
@@ -87,6 +95,8 @@ def test_residuals_of_either_pass_serve_another_backend(case: Attention | lists.
 class AheadOfTime(EmulatedTriton):
     """Also compiles all that it launches for another architecture."""
 
+    binaries = True
+
     def __init__(self, other: str) -> None:
         super().__init__()
         self.other, self.binaries = other, dict[str, bytes]()
@@ -97,20 +107,15 @@ class AheadOfTime(EmulatedTriton):
         super().launch(kernel, programs, device, args, options)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("architecture", ["sm_100", "gfx942"])
 def test_compiles_for_architectures_that_are_not_emulated(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if architecture.startswith("gfx"):
         monkeypatch.setattr(torch.version, "hip", "7")
     machine = AheadOfTime(architecture)
-    for case in (
-        Attention(100, 32, rules=PAPER, dropout=0.1), Order(1500, 30), Hash(100, 64),
-        lists.Lists(100, grouping="hash"), select.Select(100, 8, keys=select.MANY),
-    ):  # fmt: skip
+    for case in OF_EACH_KERNEL:
         case.check(machine)
-    kernels = {
-        name for module in ("attention", "gradients", "hash", "lists", "order", "select")
-        for name in vars(importlib.import_module(f"{backend.__name__}.{module}")) if name.endswith("_kernel")
-    }  # fmt: skip
+    kernels = kernel_names()
     assert set(machine.binaries) == kernels and all(machine.binaries.values())
     if architecture == "sm_100":
         assert {name: resources(x).spilled_bytes for name, x in machine.binaries.items()} == dict.fromkeys(kernels, 0)

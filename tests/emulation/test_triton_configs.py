@@ -55,21 +55,16 @@ def check(emulator: Measured, *problem: Any) -> None:
         assert_launched(emulator, kernel, expected)
 
 
-def on_both(problems: list[Any]) -> list[Any]:
-    """Problems on both architectures, of which make test has one."""
-    return [
-        pytest.param(architecture, problem, marks=() if i % 2 == j else pytest.mark.full)
-        for i, problem in enumerate(problems)
-        for j, architecture in enumerate(ARCHITECTURES)
-    ]
-
-
-@pytest.mark.parametrize(("architecture", "problem"), on_both(PROBLEMS), ids=str)
+@pytest.mark.full
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_of_the_table(architecture: str, problem: tuple[int, int, bool, bool]) -> None:
     check(Measured(architecture), *problem)
 
 
-@pytest.mark.parametrize(("architecture", "problem"), on_both(list(product((2, 4), (64, 128, 256)))), ids=str)
+@pytest.mark.full
+@pytest.mark.parametrize("problem", list(product((2, 4), (64, 128, 256))), ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_of_hashes_and_choices(architecture: str, problem: tuple[int, int]) -> None:
     element_size, width = problem
     emulator = Measured(architecture)
@@ -95,6 +90,7 @@ def shipped() -> list[tuple[str, str]]:
     return [(file.name, kind) for file in configs.shipped_files() for kind in json.loads(file.read_text())["configs"]]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("file", "name"), shipped())
 def test_of_a_device(file: str, name: str) -> None:
     problem = next(p for p in PROBLEMS for kernel in KERNELS if str(Kind(kernel, *p)) == name)
@@ -147,6 +143,7 @@ def test_a_file_that_tuning_did_not_write(tuning: Path) -> None:
         configs.choose(Kind("forward", 2, 64), CPU, lambda config: 1.0)
 
 
+@pytest.mark.full
 def test_measuring_changes_no_result(tuning: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of keys are added to those of queries, which launches that are only measured must not do."""
     emulator = EmulatedTriton("sm_80")

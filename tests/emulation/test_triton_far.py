@@ -20,7 +20,7 @@ from .ptx.kernel import VirtualRegion
 from .select import MANY, Select
 from .triton_kernels import EmulatedTriton, needs_triton
 
-pytestmark = needs_triton()
+pytestmark = [needs_triton(), pytest.mark.full]
 
 BASE = 2**44
 STRIDES = (2**32 + 64, 2**31 + 128, 2**27 + 192)  # elements

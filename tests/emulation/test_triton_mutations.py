@@ -15,7 +15,7 @@ from .ptx.kernel import SCHEDULES, EmulationError
 from .triton_kernels import EmulatedTriton, needs_triton
 from .triton_mutations import MUTATIONS, PROBLEMS, Mutation
 
-pytestmark = needs_triton()
+pytestmark = [needs_triton(), pytest.mark.full]
 
 SOURCES = Path(triton.__file__).parent
 
@@ -50,17 +50,11 @@ def mutated(tmp_path: Path) -> Iterator[Callable[[Mutation], str]]:
     backends.__path__.remove(str(tmp_path))
 
 
-# Each takes seconds of compilation: make test has some of them.
-EVERY = 8
-SOME = [m if i % EVERY == 0 else pytest.param(m, marks=pytest.mark.full) for i, m in enumerate(MUTATIONS)]
-USED = {mutation.problem for mutation in MUTATIONS[::EVERY]}
-
-
-@pytest.mark.parametrize("problem", [p if p in USED else pytest.param(p, marks=pytest.mark.full) for p in PROBLEMS])
+@pytest.mark.parametrize("problem", PROBLEMS)
 def test_without_a_mutation(problem: str) -> None:
     assert failure(problem) is None
 
 
-@pytest.mark.parametrize("mutation", SOME, ids=lambda m: f"{m.file}: {m.name}")
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file}: {m.name}")
 def test_a_mutation_is_noticed(mutation: Mutation, mutated: Callable[[Mutation], str]) -> None:
     assert failure(mutation.problem, mutated(mutation)), "not noticed"

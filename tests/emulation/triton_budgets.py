@@ -61,7 +61,7 @@ def release() -> str:
     return f"triton {triton.__version__}"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def resources(cubin: bytes) -> Resources:
     """Of a kernel as Triton compiled it; spilled bytes are those of a thread's stack."""
     import triton.backends.nvidia as package
@@ -78,6 +78,8 @@ def resources(cubin: bytes) -> Resources:
 
 class Measured(EmulatedTriton):
     """Notes what the kernels that it launches were compiled to."""
+
+    binaries = True
 
     def __init__(self, architecture: str, device_name: str = "") -> None:
         super().__init__(architecture, device_name=device_name)

@@ -34,7 +34,7 @@ ORDERS: list[Case] = [
     Order(1500, 30, batch=3, heads=2, rounds=2, bounds=((0, 1500, 1500), (0, 900, 1500), (0, 0, 1500))),
     OutOfRange(),
 ]
-# Of each kind of window, rule and layout; the others are `full`, since compiling takes seconds for each.
+# Of each kind of window, rule and layout.
 CHOSEN = [
     *(Attention(130, dim, dtype, causal=True, chunk_length=32) for dtype, dim in product(DTYPES, (32, 64))),
     Attention(100, 128, causal=True, chunk_length=32),
@@ -55,5 +55,12 @@ CHOSEN = [
 ]
 WIDE = [Attention(100, 200, dtype, value_dim=40, causal=True) for dtype in DTYPES]
 LISTS, SELECTIONS = ([cases[i] for i in range(0, len(cases), 2)] for cases in (lists.CASES, select.CASES))
-SAMPLED = [*CHOSEN, *LISTS, *SELECTIONS]
-FULL = [case for case in (*attention.CASES, *WIDE, *lists.CASES, *select.CASES) if case not in SAMPLED]
+SAMPLED = [*HASHES, *ORDERS, *CHOSEN, *LISTS, *SELECTIONS]
+OTHERS = [case for case in (*attention.CASES, *WIDE, *lists.CASES, *select.CASES) if case not in SAMPLED]
+# Together they launch every kernel.
+OF_EACH_KERNEL: list[Case] = [
+    Attention(100, 32, rules=PAPER, dropout=0.1), Order(1500, 30), Hash(100, 64),
+    lists.Lists(100, grouping="hash"), select.Select(100, 8, keys=select.MANY),
+]  # fmt: skip
+# What make test runs, too, since compiling takes seconds for each.
+ONCE = SAMPLED[::4]

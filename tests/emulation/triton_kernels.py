@@ -50,6 +50,15 @@ class Driver:
 
 
 DRIVER = Driver()
+KEPT = 8  # compilations of a kernel
+
+
+def without_binary(backend: Any = None, stages: Any = None, *others: Any) -> tuple[str, str] | None:
+    """A hook of Triton's, which compiles to PTX alone; without arguments it is asked what tells it from others."""
+    if stages is None:
+        return "without binary", "'without binary'"
+    stages["cubin"] = lambda ptx, metadata: b""
+    return None
 
 
 def needs_triton() -> pytest.MarkDecorator:
@@ -58,7 +67,14 @@ def needs_triton() -> pytest.MarkDecorator:
     return pytest.mark.skipif(missing, reason="needs triton")
 
 
-@functools.cache
+def kernel_names() -> set[str]:
+    """Of all kernels of the backend."""
+    modules = ("attention", "gradients", "hash", "lists", "order", "select")
+    found = (vars(importlib.import_module(f"{backend.__name__}.{module}")) for module in modules)
+    return {name for names in found for name in names if name.endswith("_kernel")}
+
+
+@functools.lru_cache(maxsize=16)
 def _parsed(ptx: str) -> Kernel:
     return Kernel(ptx)
 
@@ -71,6 +87,7 @@ class EmulatedTriton(Emulator):
     package: str = backend.__name__  # of the kernels
     configs: list[tuple[str, tuple[int | None, ...]]] = field(default_factory=list)  # of what was launched
     backend: ClassVar[str] = "triton"
+    binaries: ClassVar[bool] = False  # whether they are made, which takes a sixth of the time
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -89,7 +106,11 @@ class EmulatedTriton(Emulator):
     def compile(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any], architecture: str = "") -> Any:
         """What Triton compiles for arguments."""
         DRIVER.architecture = architecture or self.architecture
-        return kernel.run(*args, grid=(1,), warmup=True, **options)
+        # Triton keeps all that it compiled in memory, too, a megabyte each, though files in the cache have it.
+        if len(kernel.device_caches[DRIVER.get_current_device()][0]) > KEPT:
+            kernel.device_caches.clear()
+        with patch("triton.knobs.runtime.add_stages_inspection_hook", None if self.binaries else without_binary):
+            return kernel.run(*args, grid=(1,), warmup=True, **options)
 
     def launch(self, kernel: Any, programs: int, device: torch.device, args: tuple[Any, ...], options: Any) -> None:
         compiled = self.compile(kernel, args, options)
