@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,12 +36,15 @@ class Choices:
             self.tensors.append(tensor)
             return tensor
 
-        with _scope(choose):
+        with _scope(choose, self):
             yield
 
     @contextmanager
-    def replayed(self, tensors: list[Tensor]) -> Iterator[None]:
+    def replayed(self, tensors: list[Tensor], later: bool = False) -> Iterator[None]:
         """Calls inside get these tensors, in the order in which equal calls were made.
+
+        ``later``: so do calls from then on in the same backward pass (of gradient checkpointing inside of the function,
+        which computes its own once more), until ``forget_later``.
 
         Raises:
             RuntimeError: inside, a call was not recorded, or it is not clear which of several equal ones it repeats.
@@ -63,6 +66,23 @@ class Choices:
 
         with _scope(choose):
             yield
+        if later and self.keys:
+            self.forget_later()
+            _active.later = _Later(self, torch._C._current_graph_task_id(), choose, _later())
+
+    def forget_later(self) -> None:
+        """These choices have no calls to come."""
+        outer = _later()
+        while outer is not None and outer.choices is self:
+            outer = outer.outer
+        _active.later = outer
+
+
+class _Later(NamedTuple):
+    choices: Choices
+    graph_task: int  # the backward pass that they are for
+    choose: Any
+    outer: _Later | None
 
 
 def kept(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -77,22 +97,50 @@ def kept(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return choice
 
 
+def noted(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op as it is called, which calls what is ``kept``; if a dispatch mode answers instead, that is recorded.
+
+    Selective checkpoints do so: what they saved, they do not compute again.
+    """
+
+    def call(*args: Any) -> Tensor:
+        if torch.compiler.is_compiling() or (choices := getattr(_active, "recording", None)) is None:
+            return op(*args)
+        before = len(choices.tensors)
+        out = op(*args)
+        if len(choices.tensors) == before and type(out) is Tensor:  # fake tensors are nothing to keep
+            _current()((name, *map(_description, args)), lambda: out)
+        return out
+
+    return call
+
+
 def _description(argument: Any) -> Any:
     """What tells two calls of an op apart: of tensors the shape, of a seed its value."""
     if not isinstance(argument, Tensor):
         return tuple(argument) if isinstance(argument, list) else argument
-    return argument.item() if argument.dtype == torch.int64 else tuple(argument.shape)
+    if argument.dtype != torch.int64:
+        return tuple(argument.shape)
+    return argument.numpy().item()  # not by an op, which a dispatch mode would take for one of the function
 
 
 def _current() -> Any:
-    return getattr(_active, "choose", None)
+    choose = getattr(_active, "choose", None)
+    if choose is None and (later := _later()) is not None:
+        return later.choose
+    return choose
+
+
+def _later() -> _Later | None:
+    later = getattr(_active, "later", None)
+    return later if later is not None and later.graph_task == torch._C._current_graph_task_id() else None
 
 
 @contextmanager
-def _scope(choose: Any) -> Iterator[None]:
-    outer = _current()
-    _active.choose = choose
+def _scope(choose: Any, recording: Choices | None = None) -> Iterator[None]:
+    outer = getattr(_active, "choose", None), getattr(_active, "recording", None)
+    _active.choose, _active.recording = choose, recording
     try:
         yield
     finally:
-        _active.choose = outer
+        _active.choose, _active.recording = outer

@@ -309,16 +309,16 @@ def _register_autocast(name: str, function: Callable[..., Any], device_type: str
 
 # ---- what the layer above calls
 
-hash_buckets: Callable[..., Tensor] = _hash_op
+hash_buckets: Callable[..., Tensor] = _choices.noted("hash_buckets", _hash_op)
 bucket_order: Callable[..., Tensor] = _order_op
-select_keys: Callable[..., Tensor] = _select_op
+select_keys: Callable[..., Tensor] = _choices.noted("select_keys", _select_op)
 chunk_attention = _differentiable("chunk_attention")
 """out [B, H, L, E], lse [B, H, L] and self_only [B, H, L] of an ``AttentionCall``'s arguments."""
 list_attention = _differentiable("list_attention")
 """out [B, H, L, E] and lse [B, H, L] of a ``ListCall``'s arguments."""
 
 for _name, _function in {
-    "select_keys": select_keys, "chunk_attention": chunk_attention, "list_attention": list_attention,
+    "select_keys": _select_op, "chunk_attention": chunk_attention, "list_attention": list_attention,
 }.items():  # fmt: skip
     _register_autocast(_name, _function, "cpu", DispatchKey.AutocastCPU)
     _register_autocast(_name, _function, "cuda", DispatchKey.AutocastCUDA)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import FLOATING, check_bool, check_choice, check_fraction, check_int, check_like
+from ._buffers import Buffers, buffer_places
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -26,7 +27,13 @@ DEFAULT_CHUNK_LENGTH = 1024
 
 def split_tokens(x: Tensor, chunk_length: int | None) -> Sequence[Tensor]:
     """[..., L, E] in pieces [n, E] of at most ``chunk_length`` tokens; None: x as it is."""
-    return [x] if chunk_length is None else x.flatten(0, -2).split(chunk_length)
+    return [x] if chunk_length is None else _chunks(x.flatten(0, -2), chunk_length)
+
+
+def _chunks(tokens: Tensor, chunk_length: int | None) -> Sequence[Tensor]:
+    # A compiler unrolls loops, into another graph for each number of chunks.
+    whole = chunk_length is None or torch.compiler.is_compiling()
+    return [tokens] if whole else tokens.split(chunk_length)
 
 
 def join_tokens(pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
@@ -38,8 +45,11 @@ def can_recompute() -> bool:
     return not (torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting())
 
 
-def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    return checkpoint(function, *args, use_reentrant=False) if can_recompute() else function(*args)
+def _recomputed(module: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """The function, which calls the module, of arguments."""
+    if not can_recompute():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=Buffers(buffer_places(module)).contexts)
 
 
 class TokenChunks(nn.Module):
@@ -47,7 +57,8 @@ class TokenChunks(nn.Module):
 
     In backward a chunk is computed again, so at no time do activations inside of the module exist for more than one
     chunk. In a ``ReversibleSequence`` that is free: it computes everything again, chunk by chunk. Stored are
-    the activations of a lone chunk, and all under ``torch.func`` transforms and in ``torch.export``.
+    the activations of a lone chunk, and all under ``torch.func`` transforms. What ``torch.compile`` and
+    ``torch.export`` make takes all tokens at once.
 
     Args:
         module: of tokens [n, E], any n, to [n, F].
@@ -66,13 +77,14 @@ class TokenChunks(nn.Module):
         self.module, self.chunk_length = module, chunk_length
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., E] -> [..., F]."""
         if x.dim() < 2:
             raise ValueError(f"x must have at least two dimensions [..., L, E], got shape {list(x.shape)}")
         pieces = split_tokens(x, self.chunk_length)
         if len(pieces) == 1:
             outs = [self.module(pieces[0])]
         else:
-            outs = [_recomputed(self.module, piece) for piece in pieces]
+            outs = [_recomputed(self.module, self.module, piece) for piece in pieces]
         return join_tokens(outs, (*x.shape[:-1], outs[0].shape[-1]))
 
     def extra_repr(self) -> str:
@@ -161,6 +173,8 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """``F.cross_entropy(head(hidden), labels)`` without the logits of all tokens: they exist for one chunk at a time.
 
+    What ``torch.compile`` and ``torch.export`` make takes all tokens at once.
+
     Args:
         hidden: [..., E], floating.
         head: of tokens [n, E] to logits [n, V]: the last linear layer, with a norm before it or not.
@@ -198,9 +212,8 @@ def chunked_cross_entropy(
         )
 
     tokens, targets = hidden.reshape(-1, hidden.shape[-1]), labels.flatten()
-    size = max(1, len(tokens)) if chunk_length is None else chunk_length
-    pieces = list(zip(tokens.split(size), targets.split(size), strict=True))
-    parts = [loss(*pieces[0])] if len(pieces) == 1 else [_recomputed(loss, *piece) for piece in pieces]
+    pieces = list(zip(_chunks(tokens, chunk_length), _chunks(targets, chunk_length), strict=True))
+    parts = [loss(*pieces[0])] if len(pieces) == 1 else [_recomputed(head, loss, *piece) for piece in pieces]
     total = torch.stack(parts).sum()
     if reduction == "sum":
         return total
