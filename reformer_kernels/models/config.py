@@ -34,7 +34,7 @@ class ReformerConfig:
         num_heads, head_dim: H and D; ``head_dim=None``: ``embed_dim // num_heads``.
         attention: the kinds of the layers, of "lsh", "local" and "full" (softmax attention to everything), repeated
             until there are ``num_layers``.
-        causal: no token sees later ones.
+        causal: no token sees later ones; strictly, if there are LSH layers, only with ``alignment="bucket"``.
         context_dim: width of another sequence that every layer also attends, as a decoder does; None: there is none.
         n_hashes, n_buckets, alignment: of the LSH layers, as in ``lsh_attention``, which says what makes a row depend
             on its batch.
@@ -47,8 +47,8 @@ class ReformerConfig:
         memory_keys: learned keys that every query of an LSH or full layer sees.
         feed_forward_dim: F; None: as in ``ChunkedFeedForward``.
         activation, glu: of the feed-forward layers, as in ``ChunkedFeedForward``.
-        feed_forward_chunk_length: tokens at a time in the feed-forward layers; None: all.
-        head_chunk_length: tokens at a time in language model heads and their loss; None: all.
+        feed_forward_chunk_length: tokens at a time in the feed-forward layers; None: all, as when compiled.
+        head_chunk_length: tokens at a time in language model heads and their loss; None: all, as when compiled.
         attention_dropout: probability of dropping an attention weight.
         hidden_dropout: the same for embeddings, hidden activations and the output of every layer.
         norm: "layer" (LayerNorm) or "rms" (RMSNorm), before every layer and at the end.
@@ -235,13 +235,16 @@ class ReformerConfig:
 
     @property
     def attention_rules(self) -> AttentionRules:
+        """``rules`` as an object."""
         return AttentionRules() if self.rules == "default" else getattr(AttentionRules, self.rules)()
 
     @property
     def torch_stream_dtype(self) -> torch.dtype | None:
+        """``stream_dtype`` as a dtype."""
         return None if self.stream_dtype is None else getattr(torch, self.stream_dtype)
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields and their values, which ``from_dict`` makes an equal configuration of."""
         return asdict(self)
 
     @classmethod
@@ -259,6 +262,7 @@ class ReformerConfig:
         return cls(**values)
 
     def to_json(self) -> str:
+        """All fields as a JSON object, which ``from_json`` makes an equal configuration of."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod

@@ -57,7 +57,7 @@ class ReformerSequenceClassifier(ReformerModel):
         hidden = self.reformer(input_ids, attention_mask, inputs_embeds=inputs_embeds, n_hashes=n_hashes)
         pooled = self.dropout(_pool(hidden.last_hidden_state, attention_mask, self.config.pooling))
         logits = self.output(self.dropout(torch.tanh(self.dense(pooled))))
-        return ClassifierOutput(logits, None if labels is None else _classification_loss(logits, labels))
+        return ClassifierOutput(None if labels is None else _classification_loss(logits, labels), logits)
 
 
 class ReformerQuestionAnswering(ReformerModel):
@@ -105,11 +105,11 @@ class ReformerQuestionAnswering(ReformerModel):
         if len(given) == 1:
             raise ValueError(f"start_positions and end_positions must be given together, got {next(iter(given))} alone")
         if not given:
-            return QuestionAnsweringOutput(start, end)
+            return QuestionAnsweringOutput(None, start, end)
         for name, labels in given.items():
             _check_classes(name, labels, start)
         losses = [_cross_entropy(x, labels) for x, labels in zip((start, end), given.values(), strict=True)]
-        return QuestionAnsweringOutput(start, end, (losses[0] + losses[1]) / 2)
+        return QuestionAnsweringOutput((losses[0] + losses[1]) / 2, start, end)
 
 
 def _pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
