@@ -27,21 +27,58 @@ class PretrainedModel(nn.Module):
 
     config_names: tuple[str, ...] = ("config",)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._class = type(self)  # FSDP2 makes another one of it
+
+    def reset_parameters(self) -> None:
+        """Draws all weights anew, as the constructor does: after ``to_empty``, for a model made on the meta device.
+
+        FSDP1 on its own asks the layers instead: biases and the weights of linear layers and token embeddings then are
+        those of ``nn.Linear`` and ``nn.Embedding``, until this is called within ``FSDP.summon_full_params(model)``.
+        """
+        std = getattr(self, self.config_names[-1]).initializer_range
+        for child in self.children():
+            if isinstance(child, PretrainedModel):
+                child.reset_parameters()
+                continue
+            for part in child.modules():
+                if not isinstance(part, _INITIALIZED) and (reset := getattr(part, "reset_parameters", None)):
+                    reset()
+            initialize(child, std)
+        self._tie_weights()
+
+    def _tie_weights(self) -> None:
+        """Makes weights the same that are to be; ``to_empty`` makes two of one."""
+
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes ``config.json`` and ``model.safetensors``; the directory is made if it does not exist.
 
         Both are written beside their places first and then moved, so an interrupted save leaves an older one as it was.
+        Of a model whose weights are DTensors (FSDP2) all processes have to call this: each gathers one weight after the
+        other, the first one of the mesh writes, and the others do not wait for it.
 
         Raises:
+            ValueError: the weights are not those of this class and configuration, so ``from_pretrained`` could not
+                load them (FSDP1: call this within ``FSDP.summon_full_params``).
             OSError: a file cannot be written.
         """
         from safetensors.torch import save_file
 
+        configs = {name: getattr(self, name).to_dict() for name in self.config_names}
+        parameters = dict(self.named_parameters())  # shared ones once
+        self._check_weights(parameters)
+        writes = all(_is_first(p) for p in parameters.values())
+        weights = {}
+        for name, p in parameters.items():
+            whole = _whole(p.detach())
+            if writes:
+                weights[name] = whole.contiguous()
+        if not writes:
+            return
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        configs = {name: getattr(self, name).to_dict() for name in self.config_names}
-        weights = {name: p.detach().contiguous() for name, p in self.named_parameters()}  # shared ones once
-        text = json.dumps({"model": type(self).__name__, **configs}, indent=2) + "\n"
+        text = json.dumps({"model": self._class.__name__, **configs}, indent=2) + "\n"
         beside = {name: directory / f".{name}.{os.getpid()}" for name in (WEIGHTS_FILE, CONFIG_FILE)}
         try:
             save_file(weights, beside[WEIGHTS_FILE])
@@ -51,6 +88,19 @@ class PretrainedModel(nn.Module):
         finally:
             for path in beside.values():
                 path.unlink(missing_ok=True)
+
+    def _check_weights(self, parameters: dict[str, nn.Parameter]) -> None:
+        with torch.device("meta"):
+            expected = dict(self._class(**{name: getattr(self, name) for name in self.config_names}).named_parameters())
+        for name in (*expected, *parameters):
+            shapes = [list(owner[name].shape) if name in owner else None for owner in (expected, parameters)]
+            if shapes[0] != shapes[1] or parameters[name].is_meta:
+                got = f"shape {shapes[1]}" if name in parameters else "no such weight"
+                raise ValueError(
+                    f"the weights must be those of a {self._class.__name__} of its configuration: {name} must have "
+                    f"{f'shape {shapes[0]} and values' if name in expected else 'no place'}, got {got}"
+                    f"{' on the meta device' if name in parameters and parameters[name].is_meta else ''}"
+                )
 
     @classmethod
     def from_pretrained(
@@ -112,7 +162,18 @@ class PretrainedModel(nn.Module):
         return cls(**configs)
 
 
+def _whole(weight: Tensor) -> Tensor:
+    """The whole of what may be a DTensor, in all processes."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def _is_first(weight: Tensor) -> bool:
+    """Whether this process is the first of those that share a weight."""
+    return not hasattr(weight, "full_tensor") or not any(weight.device_mesh.get_coordinate())  # type: ignore[attr-defined]
+
+
 _Module = TypeVar("_Module", bound=nn.Module)
+_INITIALIZED = (nn.Linear, nn.Embedding)
 
 
 def initialize(module: _Module, std: float) -> _Module:

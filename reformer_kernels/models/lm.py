@@ -26,9 +26,14 @@ def make_head(trunk: Reformer) -> nn.Linear:
     """The last layer of a language model: hidden state -> logits."""
     config = trunk.config
     head = initialize(nn.Linear(config.hidden_dim, config.vocab_size), config.initializer_range)
-    if config.tie_embeddings:
-        head.weight = trunk.embedding.weight
+    tie_head(trunk, head)
     return head
+
+
+def tie_head(trunk: Reformer, head: nn.Linear) -> None:
+    """The head gets the weights of the embedding, if the configuration says so."""
+    if trunk.config.tie_embeddings:
+        head.weight = trunk.embedding.weight
 
 
 def apply_head(
@@ -48,6 +53,9 @@ class _LanguageModel(ReformerModel):
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__(config)
         self.head = make_head(self.reformer)
+
+    def _tie_weights(self) -> None:
+        tie_head(self.reformer, self.head)
 
     def _targets(self, labels: Tensor) -> Tensor:
         """What each position is to predict."""
@@ -84,8 +92,9 @@ class _LanguageModel(ReformerModel):
 class ReformerLM(_LanguageModel):
     """A language model: ``logits[:, i]`` predict token i + 1.
 
-    Labels are the tokens themselves (``labels=input_ids``): they are shifted inside. Which keys a query may see is
-    strictly causal only with ``alignment="bucket"``, see ``lsh_attention``.
+    Labels are the tokens themselves (``labels=input_ids``): they are shifted inside. No token attends later ones, but
+    which earlier ones an LSH layer offers to a query depends on later tokens, too, as in every published Reformer:
+    logits of a prefix are those of the whole only with ``alignment="bucket"``, see ``lsh_attention``.
 
     Args:
         config: the architecture; the model's own ``config`` is causal, whatever this one says.

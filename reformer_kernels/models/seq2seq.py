@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .base import PretrainedModel, check_ids, padding_mask
 from .config import ReformerConfig
-from .lm import IGNORED, apply_head, check_labels, make_head
+from .lm import IGNORED, apply_head, check_labels, make_head, tie_head
 from .outputs import Seq2SeqOutput
 from .reformer import Reformer, check_context, for_model
 
@@ -38,6 +38,9 @@ class ReformerSeq2Seq(PretrainedModel):
         self.decoder = Reformer(for_model("decoder_config", decoder_config, causal=True, context_dim=width))
         self.decoder_config = self.decoder.config
         self.head = make_head(self.decoder)
+
+    def _tie_weights(self) -> None:
+        tie_head(self.decoder, self.head)
 
     def forward(
         self,

@@ -92,7 +92,7 @@ class AttentionBase(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Of the memory; the projections have their own."""
+        """Draws the memory as the constructor does; the projections have their own ``reset_parameters``."""
         if self.memory is not None:
             nn.init.normal_(self.memory, std=self.memory.shape[1] ** -0.5)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,19 @@ def _angles(positions: Tensor, n_angles: int, width: int, base: float, dtype: to
     return (turns.frac() * (2 * math.pi)).to(dtype)
 
 
+class _Tables(nn.ParameterList):
+    """Parameters with an initialisation of their own: FSDP asks each module for that of what it holds itself."""
+
+    def __init__(self, tables: Iterable[nn.Parameter], init_std: float) -> None:
+        super().__init__(tables)
+        self.init_std = init_std
+
+    def reset_parameters(self) -> None:
+        """Normal values of the standard deviation ``init_std``."""
+        for table in self:
+            nn.init.normal_(table, std=self.init_std)
+
+
 class AxialPositionEmbedding(nn.Module):
     """A sum or a concatenation of one small table per axis (arXiv 2001.04451, section 4; trax, Hugging Face).
 
@@ -118,15 +131,16 @@ class AxialPositionEmbedding(nn.Module):
         self.embed_dim, self.init_std = embed_dim, init_std
         self.max_length = math.prod(self.axial_shape)
         widths = self.axial_dims or (embed_dim,) * len(self.axial_shape)
-        self.weights = nn.ParameterList(
+        tables = (
             nn.Parameter(torch.empty(length, width, device=device, dtype=dtype))
             for length, width in zip(self.axial_shape, widths, strict=True)
         )
+        self.weights = _Tables(tables, init_std)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for table in self.weights:
-            nn.init.normal_(table, std=self.init_std)
+        """Normal values of the standard deviation ``init_std``, as the constructor gives."""
+        self.weights.reset_parameters()
 
     def forward(self, positions: Tensor) -> Tensor:
         """Integer positions [...] -> [..., embed_dim]."""
@@ -185,6 +199,7 @@ class LearnedPositionEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Normal values of the standard deviation ``init_std``, as the constructor gives."""
         nn.init.normal_(self.weight, std=self.init_std)
 
     def forward(self, positions: Tensor) -> Tensor:
