@@ -152,7 +152,7 @@ def test_says_what_a_model_has_instead() -> None:
 
 
 def test_says_what_models_of_transformers_take() -> None:
-    model = type("BertModel", (Attn,), {"__module__": "transformers.models.bert.modeling_bert"})()
+    model = type("BertModel", (nn.Sequential,), {"__module__": "transformers.models.bert.modeling_bert"})(Attn())
     with pytest.warns(UserWarning, match="Models of transformers take other attentions by"):
         assert convert_attention(model) == {}
 
