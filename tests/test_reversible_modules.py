@@ -45,9 +45,10 @@ def test_hooks_take_part_as_in_stored_activations() -> None:
     seq.blocks[1].g.register_forward_hook(lambda _, args, out: out * 2)
     seq.blocks[0].g.register_full_backward_hook(lambda _, into, out: tuple(2 * g for g in into))
     assert_as_stored(seq, integers())
-    chunks = ReversibleSequence([block(TokenChunks(Layer(), 5), TokenChunks(Layer(), 4))])
-    chunks.blocks[0].f.register_forward_hook(lambda _, args, out: out * 2)
+    chunks, seen = ReversibleSequence([block(TokenChunks(Layer(), 5), TokenChunks(Layer(), 4))]), []
+    chunks.blocks[0].f.register_forward_hook(lambda _, args, out: seen.append(out.shape) or out * 2)
     assert_as_stored(chunks, integers())
+    assert set(seen) == {(2, L, E)}  # of all tokens, not of a chunk
 
 
 @pytest.mark.parametrize("hook", ["changes", "casts", "writes"])
