@@ -160,12 +160,16 @@ def test_buffers_of_a_functional_call() -> None:
 # ---- functions that do not do the same again
 
 
-def test_a_function_that_does_something_else_again() -> None:
+@pytest.mark.parametrize("second", [
+    lambda u: u.exp(), lambda u: u.sin().cos().exp(), lambda u: u.sin().float().cos().double(),
+])  # fmt: skip
+def test_a_function_that_does_something_else_again(second: Callable[[Tensor], Tensor]) -> None:
+    """Fewer, more, or other tensors."""
     calls: list[int] = []
 
     def f(u: Tensor) -> Tensor:
         calls.append(1)
-        return u.sin().cos() if len(calls) == 1 else u.exp()
+        return u.sin().cos() if len(calls) == 1 else second(u)
 
     y1, _ = ReversibleSequence([ReversibleBlock(f)])(integers())
     with pytest.raises(RuntimeError, match="saved other tensors for backward when it was computed again"):
