@@ -169,7 +169,7 @@ bool order_is_right(const OrderProblem& problem) {
   std::vector<int32_t> order(buckets.size(), kUnwritten);
 
   rk::OrderParams p{};
-  p.rows = rows, p.rounds = rounds, p.L = L, p.n_buckets = n_buckets;
+  p.rows = p.heads = rows, p.rounds = rounds, p.L = L, p.n_buckets = n_buckets;
   p.buckets = buckets.data();
   p.cu_seqlens = cu_seqlens.empty() ? nullptr : cu_seqlens.data();
   p.n_sequences = static_cast<int64_t>(bounds.size()) - 1;
