@@ -129,3 +129,17 @@ def test_published_rules_keep_their_padding() -> None:
             for x in (rules, rk.AttentionRules(**{**rules.differences(), "cut_padding": True}))
         ]
         assert not torch.equal(*(x[1, :, :17] for x in outs)) and torch.equal(*(x[0] for x in outs))
+
+
+@pytest.mark.parametrize("attend", [rk.lsh_attention, lambda q, v, **options: rk.local_attention(q, q, v, **options)])
+def test_compiles_for_all_lengths(attend: Callable[..., Tensor]) -> None:
+    def step(q: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return attend(q, v, chunk_length=8, key_padding_mask=mask)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (40, 33):
+            q, v = torch.randn(2, 2, 2, length, 8)
+            mask = torch.arange(length) >= torch.tensor([[length], [length - 9]])
+            assert torch.equal(compiled(q, v, mask), step(q, v, mask))
