@@ -213,7 +213,8 @@ void list_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::Typed
   const int64_t chunks = (p.L + p.chunk_length - 1) / p.chunk_length;
   std::vector<LocalWindow> windows;
   for (int64_t i = 0; i < p.B * chunks; ++i) {
-    const int64_t begin = between(0, keys), end = std::min(keys, begin + between(0, local));
+    const int64_t keys = p.S - p.context_keys, begin = between(0, keys),
+                  end = std::min(keys, begin + between(0, local));
     windows.push_back({int32_t(begin), int32_t(end), int32_t(p.R == 1 ? budget : budget - local)});
   }
   auto select = [&](const cpu::TypedKernels<T>& kernels, int n_threads) {
