@@ -169,9 +169,8 @@ def test_against_loops_in_python(backend: str, mode: str) -> None:
         seen = clustered._hash_order(q, None, torch.tensor([0]), None)[:, :, 1]
     expected = naive_clustered_attention(q, k, v, seen, **options)
     actual = rk.clustered_attention(
-        q, k, v, grouping="position" if seen is None else "hash", backend=backend,
-        query_padding_mask=torch.zeros(1, 21, dtype=torch.bool), **options,
-    )  # fmt: skip
+        q, k, v, grouping="position" if seen is None else "hash", backend=backend, **options
+    )
     # Scores, their exponentials (as many roundings as a score is large), and sums over the keys.
     largest = float((q @ k.repeat_interleave(2, 1).mT).abs().max())
     assert_equal_to_rounding(actual, expected, 9 + math.ceil(largest) + 21)

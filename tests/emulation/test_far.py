@@ -167,7 +167,7 @@ def test_keys_of_rows_that_are_2_to_the_31_elements_apart(keys: int, strides: tu
     given |= {name: x.array for name, x in far.items()}
     scratch = np.zeros(host().select_scratch(given), np.uint8)
     host().select_keys(given, scratch)
-    machine.run("select", [*(x.region for x in far.values()), given["lists"], scratch])
+    machine.run("select", [*(x.region for x in far.values()), given["windows"], given["lists"], scratch])
     assert torch.equal(lists, expected)
 
 
