@@ -21,7 +21,6 @@ struct SelectArguments {
   Rows query, key;
   const int32_t* order;                 // [B, H, R * L] or null
   const bool *query_padding, *padding;  // [B, L] and [B, S], or null
-  const LocalWindow* windows;           // [B, chunks]
   int32_t* members;                     // [B, H, L]: of each chunk the positions of the queries that choose
   SelectFacts* facts;                   // [B, H, chunks, sub-groups]
   float* means;                         // [B, H, chunks, sub-groups, width]
@@ -29,6 +28,7 @@ struct SelectArguments {
   int32_t* block_sizes;                 // [B, key heads, blocks]: keys that are no padding
   int64_t heads;                        // B * H
   int L, S, R, H, group, D, chunk_length, chunks, subgroup, keys, blocks, width;
+  int wanted;  // keys (or blocks) of a list, less the local window; -1: as many as that says
   float scale;
   bool causal;
 
@@ -45,12 +45,12 @@ struct SelectArguments {
   int64_t first_unit;  // of the slice
   int unit_chunks;     // of a block of threads that weighs
   // and what is taken:
-  int wanted;        // so many, less the local window; -1: as many as that says
   int context;       // keys that a list begins with
   bool with_window;  // of local keys, which follow
   int32_t* lists;    // [B, H, list_rows, list_length], from the first chunk's on
   int64_t list_rows;
   int list_length;
+  const LocalWindow* windows;  // [B, chunks]
 
   __device__ LocalWindow window(int64_t b, int chunk) const { return windows[b * chunks + chunk]; }
   __device__ bool is_padded(int64_t b, int key) const { return padding && padding[b * S + key]; }
@@ -377,11 +377,12 @@ struct SelectWeights {
     if (p.unit > 1 || !(p.causal || p.R > 1)) {
       all = row.facts.count;
     } else {
-      for (int i = 0; i < row.facts.count; ++i) {
+#pragma unroll 1  // one at a time, and from the last: other ways spill
+      for (int i = row.facts.count; i-- > 0;) {
         const int position = row.members[i], last = p.causal ? position : INT32_MAX;
         // With one round the window of the whole chunk is left out when keys are taken.
-        const LocalWindow shown = p.R > 1 ? p.window(first.b, position / p.chunk_length) : LocalWindow{};
         if (last < from) continue;
+        const LocalWindow shown = p.R > 1 ? p.window(first.b, position / p.chunk_length) : LocalWindow{};
         if (last >= to - 1 && (shown.begin >= to || shown.end <= from)) {
           ++all;
           continue;
