@@ -11,7 +11,7 @@ import torch
 
 import reformer_kernels as rk
 from reformer_kernels._calls import AttentionCall
-from reformer_kernels.backends import native, reference
+from reformer_kernels.backends import cpu, reference
 
 from .gate import recorded
 
@@ -130,9 +130,9 @@ def kernel_timer(variant: Variant, threads: int) -> Callable[[], dict[str, float
         torch.set_num_threads(threads)
         try:
             start = time.perf_counter()
-            results = native.chunk_attention(call)
+            results = cpu.chunk_attention(call)
             middle = time.perf_counter()
-            native.chunk_attention_backward(call, grad_out, *results)
+            cpu.chunk_attention_backward(call, grad_out, *results)
             end = time.perf_counter()
         finally:
             torch.set_num_threads(previous)

@@ -11,7 +11,7 @@ import torch
 
 import reformer_kernels as rk
 from reformer_kernels import _dispatch
-from reformer_kernels.backends import native
+from reformer_kernels.backends import cpu
 
 from .base import Pair
 from .gate import check_call, recorded
@@ -131,7 +131,7 @@ def calls() -> list[Row]:
             buckets = rk.hash_buckets(x, rotations, 2)
             attend = lambda: rk.lsh_attention(x, v, causal=True, backend=BACKEND)  # noqa: B023, E731
             call = recorded(attend)[0]
-            results = native.chunk_attention(call)
+            results = cpu.chunk_attention(call)
             leaves = [x.clone().requires_grad_(), v.clone().requires_grad_()]
             add("hash_buckets", length, lambda: rk.hash_buckets(x, rotations, 2))  # noqa: B023
             add("bucket_order", length, lambda: rk.bucket_order(buckets, 2))  # noqa: B023
@@ -140,10 +140,10 @@ def calls() -> list[Row]:
                 "lsh_attention, one window, forward and backward", length,
                 lambda: rk.lsh_attention(*leaves, causal=True, backend=BACKEND).sum().backward(),  # noqa: B023
             )  # fmt: skip
-            add("chunk_attention, backend alone", length, lambda: native.chunk_attention(call))  # noqa: B023
+            add("chunk_attention, backend alone", length, lambda: cpu.chunk_attention(call))  # noqa: B023
             add(
                 "chunk_attention_backward, backend alone", length,
-                lambda: native.chunk_attention_backward(call, v, *results),  # noqa: B023
+                lambda: cpu.chunk_attention_backward(call, v, *results),  # noqa: B023
             )  # fmt: skip
     finally:
         torch.set_num_threads(threads)

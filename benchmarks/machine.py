@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import reformer_kernels as rk
-from reformer_kernels.backends import native
+from reformer_kernels.backends import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +41,7 @@ def revision() -> str:
 
 
 def environment() -> dict[str, Any]:
-    built = native.build_info()
+    built = cpu.build_info()
     compiler = {"compiler": built["compiler"]} if "compiler" in built else {}
     return {
         "revision": revision(),

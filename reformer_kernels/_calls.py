@@ -185,7 +185,7 @@ class ListCall(NamedTuple):
     key: Tensor  # [B, Hk, S, D]
     value: Tensor  # [B, Hk, S, E]
     order: Tensor | None  # as in SelectCall
-    key_lists: Tensor  # int32 [B, H, R * chunks, W]: context keys, then rising, then -1
+    key_indices: Tensor  # int32 [B, H, R * chunks, W]: context keys, then rising, then -1
     key_padding_mask: Tensor | None  # bool [B, S]
     attn_mask: Tensor | None  # as in SelectCall
     dropout_seed: Tensor | None  # int64 [1]

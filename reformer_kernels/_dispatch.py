@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall
-from .backends import cuda, native, reference, triton
+from .backends import cpu, cuda, reference, triton
 from .backends.missing import warn_of_missing_library
 
 
@@ -39,7 +39,7 @@ class Backend(Protocol):
 
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": cast(Backend, native),
+    "cpu": cast(Backend, cpu),
     "cuda": cast(Backend, cuda),
     "triton": cast(Backend, triton),
     "reference": cast(Backend, reference),

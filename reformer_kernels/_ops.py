@@ -23,7 +23,7 @@ _ATTENTION_ARGUMENTS = (
     "str backend"
 )
 _LIST_ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? order, Tensor key_lists, Tensor? key_padding_mask, "
+    "Tensor query, Tensor key, Tensor value, Tensor? order, Tensor key_indices, Tensor? key_padding_mask, "
     "Tensor? attn_mask, Tensor? dropout_seed, SymInt chunk_length, SymInt context_keys, bool causal, bool rest_term, "
     "float scale, float dropout_p, str backend"
 )

@@ -10,7 +10,7 @@ import torch
 
 from . import __version__
 from ._dispatch import explain
-from .backends import cuda, native
+from .backends import cpu, cuda
 from .clustered import clustered_attention
 from .functional import local_attention, lsh_attention
 from .rules import AttentionRules
@@ -24,7 +24,7 @@ def report() -> str:
         f"Python {platform.python_version()}, {platform.machine()}",
         f"cores {os.cpu_count()}, torch threads {torch.get_num_threads()}, GPU {gpu}",
     ]
-    for name, library in (("CPU", native.build_info()), ("CUDA", cuda.library())):
+    for name, library in (("CPU", cpu.build_info()), ("CUDA", cuda.library())):
         described = ", ".join(f"{key} {value}" for key, value in library.items() if value)
         lines.append(f"{name} library: {described}")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

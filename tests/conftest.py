@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import reformer_kernels as rk
-from reformer_kernels.backends import native
+from reformer_kernels.backends import cpu
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,11 +48,11 @@ def _clean_state() -> Iterator[None]:
     rk.use_backend(None)
 
 
-@pytest.fixture(params=native.build_info().get("isa", []))
+@pytest.fixture(params=cpu.build_info().get("isa", []))
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of the library in turn."""
     try:
-        forced = native.use_isa(request.param)
+        forced = cpu.use_isa(request.param)
     except RuntimeError:
         pytest.skip(f"this processor does not run {request.param}")
     with forced:

@@ -7,7 +7,7 @@ import torch
 
 import reformer_kernels as rk
 from reformer_kernels import testing
-from reformer_kernels.backends import native
+from reformer_kernels.backends import cpu
 
 R = rk.AttentionRules
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -131,7 +131,7 @@ def test_gradients_of_grouped_heads_do_not_depend_on_the_threads() -> None:
 
 
 def test_instruction_sets(isa: str) -> None:
-    assert native.build_info()["isa_in_use"] == isa
+    assert cpu.build_info()["isa_in_use"] == isa
     for length, head_dim in ((65, 17), (200, 64)):
         for mode, options in modes(length).items():
             for dtype in (torch.float32, torch.float64):

@@ -14,11 +14,11 @@ from benchmarks import base, gate, models, recall, report, roofline, run, timing
 from benchmarks.cases import SUITES, Case
 from benchmarks.kernel_cases import VARIANTS, Variant, backward_flop, forward_flop, make_call, seen_keys, window_keys
 from benchmarks.providers import PROVIDERS, TARGETS, inputs
-from reformer_kernels.backends import native
+from reformer_kernels.backends import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--suite", "tiny", "--repeats", "1"]
-needs_cpu_kernels = pytest.mark.skipif("error" in native.build_info(), reason="no CPU kernels")
+needs_cpu_kernels = pytest.mark.skipif("error" in cpu.build_info(), reason="no CPU kernels")
 
 
 def command(*arguments):
@@ -91,8 +91,8 @@ def test_a_wrong_result_stops_the_run_before_any_time_is_taken(monkeypatch, wron
         monkeypatch.setitem(PROVIDERS, "ours", run.replace(PROVIDERS["ours"], attention=doubled))
     else:
         name = "chunk_attention" if wrong == "kernel" else "chunk_attention_backward"
-        right = getattr(native, name)
-        monkeypatch.setattr(native, name, lambda *a: (right(*a)[0] * 1.001, *right(*a)[1:]))
+        right = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *a: (right(*a)[0] * 1.001, *right(*a)[1:]))
     with pytest.raises(SystemExit, match="correctness gate"):
         run.main([*TINY, "--providers", "ours"])
 
@@ -105,11 +105,11 @@ def test_the_gate_of_the_drop_in(monkeypatch, wrong):
         scaled = replace(ours, module=lambda case: lambda *x: ours.module(case)(*x) * (1 + 1e-5))
         monkeypatch.setitem(PROVIDERS, "ours", scaled)
     elif wrong == "select_keys":
-        right = native.select_keys
-        monkeypatch.setattr(native, wrong, lambda call: right(call._replace(key=-call.key)))
+        right = cpu.select_keys
+        monkeypatch.setattr(cpu, wrong, lambda call: right(call._replace(key=-call.key)))
     elif wrong:
-        right = getattr(native, wrong)
-        monkeypatch.setattr(native, wrong, lambda *a: (right(*a)[0] * 1.001, *right(*a)[1:]))
+        right = getattr(cpu, wrong)
+        monkeypatch.setattr(cpu, wrong, lambda *a: (right(*a)[0] * 1.001, *right(*a)[1:]))
     case = Case(128 if wrong == "exact" else 300, heads=2, head_dim=16)
     if wrong is None:
         assert "agrees with the float64 oracle" in gate.check_module("ours", case)

@@ -12,7 +12,7 @@ import pytest
 import setuptools
 import torch
 
-from reformer_kernels.backends import cuda, native
+from reformer_kernels.backends import cpu, cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADERS = {"ld-linux-x86-64.so", "ld-linux-aarch64.so"}
@@ -117,9 +117,9 @@ def test_facts_of_a_build_survive_any_text(run_setup, monkeypatch, tmp_path) -> 
 
 
 def test_libraries_know_what_they_were_built_with() -> None:
-    assert native.build_info()["torch"]
+    assert cpu.build_info()["torch"]
     if LIBRARIES["_cuda"] and torch.version.cuda:
         assert cuda.library()["architectures"]
-        assert not native.build_info()["no_cuda_because"]
+        assert not cpu.build_info()["no_cuda_because"]
     elif not LIBRARIES["_cuda"]:
-        assert native.build_info()["no_cuda_because"]
+        assert cpu.build_info()["no_cuda_because"]

@@ -12,7 +12,7 @@ from torch import Tensor
 import reformer_kernels as rk
 from reformer_kernels import clustered, testing
 from reformer_kernels._calls import SelectCall
-from reformer_kernels.backends import native, reference, reference_lists
+from reformer_kernels.backends import cpu, reference, reference_lists
 
 from .kernel_oracles import assert_best
 from .naive import clustered_attention as naive_clustered_attention
@@ -116,7 +116,7 @@ def test_long_sequences() -> None:
         call = attend_call("list_attention", 2100, 2100, torch.float64, options, heads=2, key_heads=1)
         call = call._replace(query=call.query[:1], key=call.key[:1], value=call.value[:1])
         testing.assert_matches_oracle(
-            call._replace(key_lists=call.key_lists[:1], order=None if call.order is None else call.order[:1]),
+            call._replace(key_indices=call.key_indices[:1], order=None if call.order is None else call.order[:1]),
             torch.float32,
             "cpu",
         )
@@ -338,14 +338,14 @@ def select_call(
 @pytest.mark.parametrize("mode", modes(9, 9))
 def test_the_kernel_chooses_what_the_oracle_chooses(mode: str, length: int, size: int, context: int) -> None:
     call = select_call(length, size, torch.float64, modes(length, size)[mode], context)
-    assert torch.equal(native.select_keys(call), reference.select_keys(call))
+    assert torch.equal(cpu.select_keys(call), reference.select_keys(call))
 
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("mode", ["plain", "causal", "hash, causal", "padding", "float mask"])
 def test_the_choice_in_float32(mode: str) -> None:
     call = select_call(300, 300, torch.float32, modes(300, 300)[mode])
-    assert_best(call, native.select_keys(call))
+    assert_best(call, cpu.select_keys(call))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -353,11 +353,11 @@ def test_two_steps_for_many_keys(causal: bool) -> None:
     size = reference_lists.EXACT_KEYS + 700
     options = {"budget": 40, "chunk_length": 16, "causal": causal, "key_padding_mask": torch.rand(2, size) < 0.2}
     call = select_call(48, size, torch.float64, options)
-    assert torch.equal(native.select_keys(call), reference.select_keys(call))
+    assert torch.equal(cpu.select_keys(call), reference.select_keys(call))
     # The best keys are still found where their blocks stand out.
     q, k = torch.randn(1, 1, 32, 16), torch.randn(1, 1, size, 16)
     k[0, 0, 9000:9064] += 3 * q[0, 0].mean(dim=0) / q[0, 0].mean(dim=0).norm() ** 2
-    lists = native.select_keys(SelectCall(q, k, None, None, None, None, 32, 32, 0, 0, False, 1.0, ""))
+    lists = cpu.select_keys(SelectCall(q, k, None, None, None, None, 32, 32, 0, 0, False, 1.0, ""))
     found = ((lists >= 9000) & (lists < 9064)).float().mean()
     assert found > 0.9, found
 
@@ -376,7 +376,7 @@ def test_of_equal_keys_the_first_are_chosen(size: int) -> None:
     k[:, :, ::3] = -k[:, :, ::3]
     call = SelectCall(q, k, None, None, None, None, 10, 8, 0, 0, False, 0.5, "")
     # Not the reference: a BLAS may round the scores of equal keys differently.
-    for row in native.select_keys(call).flatten(0, 2).tolist():
+    for row in cpu.select_keys(call).flatten(0, 2).tolist():
         assert row in ([0, 3, 6, 9, 12, 15, 18, 21], [1, 2, 4, 5, 7, 8, 10, 11])
 
 
@@ -392,8 +392,8 @@ def test_sub_groups_that_see_nothing(size: int) -> None:
             rk.clustered_attention, q.double(), k.double(), v.double(), op="select_keys", causal=causal,
             key_padding_mask=padding, **options,
         )  # fmt: skip
-        assert torch.equal(native.select_keys(call), reference.select_keys(call))
-        assert (native.select_keys(call)[0] >= 0).sum() == 8
+        assert torch.equal(cpu.select_keys(call), reference.select_keys(call))
+        assert (cpu.select_keys(call)[0] >= 0).sum() == 8
         out = rk.clustered_attention(q, k, v, causal=causal, key_padding_mask=padding, **options)
         assert out.isfinite().all() and not out[1].any()
         for bad in (float("inf"), float("nan")):

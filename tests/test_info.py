@@ -6,7 +6,7 @@ import sys
 import torch
 
 import reformer_kernels as rk
-from reformer_kernels.backends import cuda, native
+from reformer_kernels.backends import cpu, cuda
 
 
 def test_report() -> None:
@@ -14,7 +14,7 @@ def test_report() -> None:
     for text in (
         rk.__version__,
         torch.__version__,
-        native.build_info()["isa_in_use"],
+        cpu.build_info()["isa_in_use"],
         "CUDA library",
         "serves it",
         "list_attention",

@@ -12,7 +12,7 @@ import torch
 import reformer_kernels as rk
 from reformer_kernels import _requires
 from reformer_kernels._calls import HashCall
-from reformer_kernels.backends import cuda, missing, native
+from reformer_kernels.backends import cpu, cuda, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,7 +61,7 @@ def test_least_torch_is_that_of_the_package_metadata() -> None:
 @pytest.fixture
 def without_library(monkeypatch):
     """The CPU library is missing, and nobody was told yet."""
-    monkeypatch.setattr(native, "_load_error", "here/_cpu*.so is not built")
+    monkeypatch.setattr(cpu, "_load_error", "here/_cpu*.so is not built")
     missing._warn.cache_clear()
     yield
     missing._warn.cache_clear()
@@ -95,7 +95,7 @@ def test_explain_gives_the_reason_without_a_warning(without_library) -> None:
 
 
 def test_call_that_the_library_would_not_serve_warns_of_nothing(without_library, monkeypatch) -> None:
-    monkeypatch.setattr(native, "kernel_reasons", lambda call: ["its rules"])
+    monkeypatch.setattr(cpu, "kernel_reasons", lambda call: ["its rules"])
     call_ours()
 
 
@@ -128,10 +128,10 @@ def test_missing_cuda_library_does_not_concern_the_cpu(monkeypatch) -> None:
 
 
 def test_reasons_why_a_cpu_library_does_not_load(tmp_path) -> None:
-    assert native._load(tmp_path) == f"{tmp_path}/_cpu*.so is not built"
+    assert cpu._load(tmp_path) == f"{tmp_path}/_cpu*.so is not built"
     file = tmp_path / "_cpu.abi3.so"
     file.write_bytes(b"no library")
-    reason = native._load(tmp_path)
+    reason = cpu._load(tmp_path)
     assert reason.startswith(f"{file.name} cannot be loaded beside torch {torch.__version__}, which has ")
     assert reason.endswith(f"{file}: file too short")  # the loader's own words
 
@@ -162,7 +162,7 @@ def test_cuda_library_that_does_not_load_names_both_versions(cuda_file, monkeypa
 
 def test_no_cuda_library_tells_what_the_build_said(cuda_file, monkeypatch) -> None:
     cuda_file.unlink()
-    monkeypatch.setattr(native, "build_info", lambda: {"no_cuda_because": "the build was told so"})
+    monkeypatch.setattr(cpu, "build_info", lambda: {"no_cuda_because": "the build was told so"})
     assert cuda.library() == {"error": "the build was told so"}
 
 

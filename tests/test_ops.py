@@ -321,9 +321,9 @@ def test_clustered_attention_under_autocast() -> None:
 def test_lists_are_checked() -> None:
     q, k, v = (x.detach() for x in clustered_tensors())
     for lists, message in (
-        (torch.full((1, 4, 5, 8), 20, dtype=torch.int32), "key_lists must be between -1 and 19, got -1 to 20"),
-        (torch.full((1, 4, 5, 8), -2, dtype=torch.int32), "key_lists must be between -1 and 19, got -2 to -1"),
-        (torch.full((1, 4, 4, 8), -1, dtype=torch.int32), "key_lists has a wrong shape"),
+        (torch.full((1, 4, 5, 8), 20, dtype=torch.int32), "key_indices must be between -1 and 19, got -1 to 20"),
+        (torch.full((1, 4, 5, 8), -2, dtype=torch.int32), "key_indices must be between -1 and 19, got -2 to -1"),
+        (torch.full((1, 4, 4, 8), -1, dtype=torch.int32), "key_indices has a wrong shape"),
     ):
         with pytest.raises(RuntimeError, match=message):
             OPS.list_attention.default(q, k, v, None, lists, None, None, None, 4, 0, True, True, 0.5, 0.0, "cpu")

@@ -65,7 +65,7 @@ def test_it_refuses_with_reasons(make: Any, options: dict[str, Any], reasons: li
 def test_it_refuses_lists_of_too_many_places() -> None:
     lists = torch.empty(2, 8, 2**20, 2**11, dtype=torch.int32, device="cuda")
     reason = "a head has 2147483648 places in its lists; the kernels take up to 1073741824"
-    assert triton.not_supported_reasons(list_call(key_lists=lists)) == [reason]
+    assert triton.not_supported_reasons(list_call(key_indices=lists)) == [reason]
 
 
 @needs_triton()

@@ -8,14 +8,14 @@ import torch
 
 import reformer_kernels as rk
 from reformer_kernels import info
-from reformer_kernels.backends import cuda, native
+from reformer_kernels.backends import cpu, cuda
 
 
 def check_library(kind: str) -> None:
     """The libraries are those of the wheel, and load, or say why not."""
     found = sorted(path.name for path in Path(rk.__file__).parent.glob("*.so"))
     assert found == ["_cpu.abi3.so"] + ["_cuda.abi3.so"] * (kind == "cuda"), found
-    assert "error" not in native.build_info(), native.build_info()
+    assert "error" not in cpu.build_info(), cpu.build_info()
     error = cuda.library().get("error")
     if kind == "cpu":
         assert error == "the build was told REFORMER_KERNELS_BUILD_CUDA=0", error

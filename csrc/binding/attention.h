@@ -90,14 +90,14 @@ inline void set_gradients(Attention& a, const Tensor& grad_out, const Tensor& gr
 // ---- lists of keys
 
 #define RK_LIST_PARAMETERS                                                                                           \
-  Tensor query, Tensor key, Tensor value, OptionalTensor order, Tensor key_lists, OptionalTensor padding,            \
+  Tensor query, Tensor key, Tensor value, OptionalTensor order, Tensor key_indices, OptionalTensor padding,            \
       OptionalTensor dropout_seed, int64_t chunk_length, int64_t context_keys, double scale, int64_t drop_threshold, \
       double keep_factor, int64_t flags, Tensor out, Tensor lse
 #define RK_LIST_ARGUMENTS                                                                                        \
-  query, key, value, order, key_lists, padding, dropout_seed, chunk_length, context_keys, scale, drop_threshold, \
+  query, key, value, order, key_indices, padding, dropout_seed, chunk_length, context_keys, scale, drop_threshold, \
       keep_factor, flags, out, lse
 #define RK_LIST_SCHEMA                                                                                  \
-  "Tensor query, Tensor key, Tensor value, Tensor? order, Tensor key_lists, Tensor? key_padding_mask, " \
+  "Tensor query, Tensor key, Tensor value, Tensor? order, Tensor key_indices, Tensor? key_padding_mask, " \
   "Tensor? dropout_seed, int chunk_length, int context_keys, float scale, int drop_threshold, "         \
   "float keep_factor, int flags, "
 #define RK_SELECT_PARAMETERS                                                                                   \
@@ -140,13 +140,13 @@ inline Attention list_params(const Tensor& query, const Tensor& key, const Tenso
   }
   p.order = contiguous<int32_t>("order", order, ScalarType::Int, {p.B, p.H, p.R, p.L});
   p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.S});
-  p.key_lists = contiguous<int32_t>(value ? "key_lists" : "lists", lists, ScalarType::Int,
+  p.key_indices = contiguous<int32_t>(value ? "key_indices" : "lists", lists, ScalarType::Int,
                                     {p.B, p.H, p.R * ((p.L + p.chunk_length - 1) / p.chunk_length), p.list_length});
   return a;
 }
 
 inline Attention with_lists(RK_LIST_PARAMETERS) {
-  Attention a = list_params(query, key, &value, order, padding, chunk_length, key_lists, context_keys, scale, flags);
+  Attention a = list_params(query, key, &value, order, padding, chunk_length, key_indices, context_keys, scale, flags);
   set_dropout(a.p, dropout_seed, drop_threshold, keep_factor);
   a.p.out = rows("out", out, a.rows_type, a.p.B, a.p.H, a.p.L, a.p.E);
   a.p.lse = const_cast<char*>(contiguous<char>("lse", lse, a.type, {a.p.B, a.p.H, a.p.L}));
@@ -169,7 +169,7 @@ inline Selection selection(RK_SELECT_PARAMETERS) {
   s.p.windows = contiguous<LocalWindow>("windows", windows, ScalarType::Int,
                                         {p.B, (p.L + p.chunk_length - 1) / p.chunk_length, 3});
   s.p.query_padding = contiguous<bool>("query_padding_mask", query_padding, ScalarType::Bool, {p.B, p.L});
-  s.p.lists = const_cast<int32_t*>(p.key_lists), p.key_lists = nullptr;
+  s.p.lists = const_cast<int32_t*>(p.key_indices), p.key_indices = nullptr;
   s.p.attention = p;
   return s;
 }

@@ -130,7 +130,7 @@ void chunk_attention_backward(RK_ATTENTION_PARAMETERS, int64_t longest, Tensor g
 
 Attention list_attention(const char* name, RK_LIST_PARAMETERS, std::initializer_list<const Tensor*> others) {
   check_one_device(
-      name, {&query, &key, &value, pointer(order), &key_lists, pointer(padding), pointer(dropout_seed), &out, &lse});
+      name, {&query, &key, &value, pointer(order), &key_indices, pointer(padding), pointer(dropout_seed), &out, &lse});
   for (const Tensor* other : others) check_one_device(name, {&query, other});
   const Attention a = with_lists(RK_LIST_ARGUMENTS);
   check_rows(name, a);

@@ -6,7 +6,7 @@
 
 namespace rk {
 
-enum Flag : int64_t {  // in the order of backends/native.py
+enum Flag : int64_t {  // in the order of backends/cpu.py
   kCausal = 1,
   kL2Norm = 2,
   kMaskPaddedQueries = 4,
@@ -40,7 +40,7 @@ struct AttentionParams {
   Rows query, key, value;       // key.data null: shared with the query
   // Instead of windows: the keys of each chunk, [B, H, R * chunks, list_length]. A row starts with its context keys,
   // then rises, and -1 fills it up. Later rounds leave out what lies between the keys of a query's row in the first.
-  const int32_t* key_lists;
+  const int32_t* key_indices;
   int64_t list_length, context_keys;  // the last keys, which every query sees
   const int32_t* order;               // [B, H, R * L], or null: positions in their own order (then R is 1)
   const int32_t* buckets;             // [B, H, R, L], or null
@@ -87,11 +87,11 @@ struct LocalWindow {
   int32_t begin, end, most;
 };
 
-// Chooses AttentionParams::key_lists. With one round a row is the context, the local window and the best of the other
+// Chooses AttentionParams::key_indices. With one round a row is the context, the local window and the best of the other
 // keys. With two the first round has the context and the local windows, for chunks in the order of positions, the
 // second the best keys.
 struct SelectParams {
-  AttentionParams attention;   // without value; its key_lists are null
+  AttentionParams attention;   // without value; its key_indices are null
   int64_t budget;              // keys of a query without the context
   const LocalWindow* windows;  // [B, chunks of a round]
   const bool* query_padding;   // [B, L], true: chooses nothing (unless all of its chunk are such), or null

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall, empty_results, n_sequences
 from ..rules import CHOICES
-from . import native
+from . import cpu
 
 MAX_HEAD_DIM, MAX_FACTORS, MAX_CHUNKS = 128, 8, 1023  # as in csrc/kernels/cuda/plan.h
 MAX_SLOTS = 2**30  # which kernels count in 32 bits, with windows beyond both ends
@@ -25,11 +25,11 @@ def library() -> dict[str, Any]:
     """Versions and architectures of the library, and under "error" the reason why it cannot be used."""
     libraries = sorted(Path(__file__).resolve().parent.parent.glob("_cuda*.so"))
     if not libraries:
-        return {"error": native.build_info().get("no_cuda_because") or "not built"}
+        return {"error": cpu.build_info().get("no_cuda_because") or "not built"}
     # It needs libraries that such a torch does not bring; what the loader says of that does not say why.
     if not torch.version.cuda:
         return {"error": f"torch {torch.__version__} is not a CUDA build"}
-    if reason := native.load(libraries[0]):
+    if reason := cpu.load(libraries[0]):
         return {"error": reason}
     built = json.loads(_ops.build_info())
     reason = misfit(built["cuda"], torch.version.cuda)
@@ -78,7 +78,7 @@ def clustered_reasons(max_head_dim: int, call: SelectCall | ListCall) -> list[st
     if call.attn_mask is not None:
         reasons.append(NO_MASK)
     if isinstance(call, ListCall):
-        rows, width = call.key_lists.shape[2:]
+        rows, width = call.key_indices.shape[2:]
         reasons += slot_reasons("places in its lists", rows * width)
     return reasons
 
@@ -148,14 +148,14 @@ def memory_reasons(call: Call, device: Device) -> list[str]:
 
 
 def _attention_plan(call: AttentionCall | ListCall, part: int, device: Device) -> list[int]:
-    flags = native.chunk_flags(call) if isinstance(call, AttentionCall) else native.list_flags(call)
+    flags = cpu.chunk_flags(call) if isinstance(call, AttentionCall) else cpu.list_flags(call)
     window = (call.chunk_length, 0, 0)
     lists, sequences, longest = 0, 1, call.query.shape[2]
     if isinstance(call, AttentionCall):
         window = (call.chunk_length, call.chunks_before, call.chunks_after)
         sequences, longest = n_sequences(call.cu_seqlens), call.longest
     else:
-        lists = call.key_lists.shape[3]
+        lists = call.key_indices.shape[3]
     return _ops.attention_plan(
         call.query.shape, call.value.shape[3], 0 if call.key is None else call.key.shape[1],
         1 if call.order is None else call.order.shape[2], call.query.element_size(), window, lists, flags,
@@ -202,17 +202,17 @@ def _named(plan: list[int], *names: str) -> str:
 
 def hash_buckets(call: HashCall) -> Tensor:
     rotations, factors = call.resolve()
-    x = native.rows(call.x)
+    x = cpu.rows(call.x)
     batch, heads, length, _ = x.shape
     buckets = torch.empty((batch, heads, rotations.shape[3], length), dtype=torch.int32, device=x.device)
-    _ops.hash_buckets(x, rotations.float().contiguous(), native.contiguous(call.key_padding_mask), factors, buckets)
+    _ops.hash_buckets(x, rotations.float().contiguous(), cpu.contiguous(call.key_padding_mask), factors, buckets)
     return buckets
 
 
 def bucket_order(call: OrderCall) -> Tensor:
     """Buckets are not checked, for which the host would have to wait: one out of range counts as the last."""
     order = torch.empty_like(call.buckets, memory_format=torch.contiguous_format)
-    bounds = native.contiguous(_to_device(call.cu_seqlens, call))
+    bounds = cpu.contiguous(_to_device(call.cu_seqlens, call))
     _ops.bucket_order(call.buckets.contiguous(), bounds, call.longest, call.n_buckets, order)
     return order
 
@@ -226,7 +226,7 @@ def _inputs(call: AttentionCall) -> tuple[Any, ...]:
     on_device = call._replace(
         cu_seqlens=_to_device(call.cu_seqlens, call), dropout_seed=_to_device(call.dropout_seed, call)
     )
-    return *native.chunk_arguments(on_device), call.longest
+    return *cpu.chunk_arguments(on_device), call.longest
 
 
 def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,16 +240,16 @@ def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
 def chunk_attention_backward(
     call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = native.new_gradients(call)
+    grads = cpu.new_gradients(call)
     _ops.chunk_attention_backward(
-        *_inputs(call), native.rows(grad_out), native.rows(out), lse.contiguous(), self_only.contiguous(), *grads
+        *_inputs(call), cpu.rows(grad_out), cpu.rows(out), lse.contiguous(), self_only.contiguous(), *grads
     )
     return grads
 
 
 def select_keys(call: SelectCall) -> Tensor:
     lists = torch.empty(call.lists_shape, dtype=torch.int32, device=call.device)
-    _ops.select_keys(*native.select_arguments(call), lists)
+    _ops.select_keys(*cpu.select_arguments(call), lists)
     return lists
 
 
@@ -257,7 +257,7 @@ def _list_inputs(call: ListCall) -> tuple[ListCall, tuple[Any, ...], tuple[Tenso
     """The call without a rest term where there are no keys for it, its arguments, and the sums of the rest term."""
     sums = rest_sums(call)
     call = call._replace(dropout_seed=_to_device(call.dropout_seed, call), rest_term=sums is not None)
-    return call, native.list_arguments(call), sums or (None, None, None)
+    return call, cpu.list_arguments(call), sums or (None, None, None)
 
 
 def rest_sums(call: ListCall) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -288,8 +288,8 @@ def list_attention_backward(
     call: ListCall, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     call, arguments, sums = _list_inputs(call)
-    arguments = *arguments, native.rows(out), lse.contiguous()
-    grad_out, grads = native.rows(grad_out), native.new_gradients(call)
+    arguments = *arguments, cpu.rows(out), lse.contiguous()
+    grad_out, grads = cpu.rows(grad_out), cpu.new_gradients(call)
     if 0 in call.query.shape[:3]:
         return grads
     rest: tuple[Tensor | None, Tensor | None] = (None, None)

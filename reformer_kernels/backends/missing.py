@@ -6,13 +6,13 @@ import functools
 import warnings
 
 from .._calls import Call
-from . import cuda, native
+from . import cpu, cuda
 
 
 def warn_of_missing_library(call: Call) -> None:
     """Of a call that the reference serves without having been asked for."""
-    if call.device.type == "cpu" and not native.kernel_reasons(call):
-        _warn("CPU", native.build_info().get("error"))
+    if call.device.type == "cpu" and not cpu.kernel_reasons(call):
+        _warn("CPU", cpu.build_info().get("error"))
     elif call.device.type == "cuda" and not cuda.kernel_reasons(call):
         _warn("CUDA", cuda.library().get("error"))
 

@@ -184,7 +184,7 @@ def _candidates(call: SelectCall, mean: Tensor, key: Tensor, groups: Tensor) -> 
 
 
 def select_keys(call: SelectCall) -> Tensor:
-    """int32 [B, H, N, W], see ``_calls.ListCall.key_lists``."""
+    """int32 [B, H, N, W], see ``_calls.ListCall.key_indices``."""
     shape = call.lists_shape
     if 0 in shape[:3]:
         return torch.full(shape, -1, dtype=torch.int32, device=call.query.device)
@@ -221,7 +221,7 @@ def list_scores(call: ListCall) -> ListScores:
     """The scores of every pair of a query and a key of its lists."""
     dtype = compute_dtype(call.query)
     batch, heads = call.query.shape[:2]
-    position, key = _positions(call), call.key_lists.long()
+    position, key = _positions(call), call.key_indices.long()
     rounds = 1 if call.order is None else call.order.shape[2]
     query_rows = gather_rows(call.query.to(dtype), position)
     key_rows = gather_rows(per_query_head(call.key.to(dtype), heads), key)
@@ -338,7 +338,7 @@ def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
     """out [B, H, L, E] and lse [B, H, L]. Differentiable by autograd when called directly."""
     length = call.query.shape[2]
     query, key, value = call_tensors(call)
-    if 0 in query.shape[:3] or call.key_lists.shape[3] == 0:
+    if 0 in query.shape[:3] or call.key_indices.shape[3] == 0:
         out = query.new_zeros((*query.shape[:3], value.shape[3])).to(call.value.dtype)
         return like(call.query, out), query.new_full(query.shape[:3], float("-inf"))
     s = list_scores(call)
@@ -362,7 +362,7 @@ def list_attention_backward(
     pseudo-key, too, whose gradients go to all keys that it is the mean of."""
     length, size = call.query.shape[2], call.key.shape[2]
     query, key, value = call_tensors(call)
-    if 0 in query.shape[:3] or call.key_lists.shape[3] == 0:
+    if 0 in query.shape[:3] or call.key_indices.shape[3] == 0:
         return tuple(like(x, torch.zeros_like(x)) for x in (call.query, call.key, call.value))  # type: ignore[return-value]
     grad_out, lse = grad_out.to(query.dtype), lse.to(query.dtype)
     delta = (grad_out * out.to(query.dtype)).sum(dim=-1, keepdim=True)
@@ -390,7 +390,7 @@ def dense_weights(call: ListCall) -> Tensor:
     """[B, H, L, S] the probabilities after dropout, differentiable; the pseudo-key's lies evenly on its mean's keys."""
     length, size = call.query.shape[2], call.key.shape[2]
     query, key, _ = call_tensors(call)
-    if 0 in query.shape[:3] or call.key_lists.shape[3] == 0:
+    if 0 in query.shape[:3] or call.key_indices.shape[3] == 0:
         return query.new_zeros((*query.shape[:3], size)).to(call.value.dtype)
     s = list_scores(call)
     rest = rest_term(call, s, query, key) if call.rest_term else None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..backends import native
+from ..backends import cpu
 from . import cost, figure, swap, training
 from .model import ByteLM
 from .text import DemoError, read_text, split_text
@@ -115,7 +115,7 @@ def _import_extras() -> Any:
 
 
 def _environment() -> dict[str, Any]:
-    library = native.build_info()
+    library = cpu.build_info()
     return {
         "reformer_kernels": __version__,
         "torch": torch.__version__,

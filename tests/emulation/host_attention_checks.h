@@ -107,7 +107,7 @@ bool attention_is_right(const AttentionProblem& problem, Element element) {
       keys.resize(p.list_length, -1);
       lists.insert(lists.end(), keys.begin(), keys.end());
     }
-    p.key_lists = lists.data();
+    p.key_indices = lists.data();
     for (int64_t i = 0; i < x.key_heads * L * D; ++i) {
       key_sums[i / L / D * D + i % D] += cuda::to_float(x.key[i]);
       value_sums[i / L / D * D + i % D] += cuda::to_float(x.value[i]);

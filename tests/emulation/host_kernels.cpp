@@ -101,7 +101,7 @@ rk::AttentionParams attention_params(const py::dict& given) {
   p.B = query.shape(0), p.H = query.shape(1), p.L = query.shape(2), p.D = query.shape(3), p.E = value_or_key.shape(3);
   p.S = key_or_query.shape(2), p.key_heads = value_or_key.shape(1), p.n_queries = p.L;
   p.R = given["order"].is_none() ? 1 : given["order"].cast<py::array>().shape(2);
-  if (given.contains("key_lists")) p.list_length = given["key_lists"].cast<py::array>().shape(3);
+  if (given.contains("key_indices")) p.list_length = given["key_indices"].cast<py::array>().shape(3);
   set_sequences(p, given.contains("cu_seqlens") ? given["cu_seqlens"].cast<std::optional<py::array>>() : std::nullopt);
   p.chunk_length = std::min(given["chunk_length"].cast<int64_t>(), std::max<int64_t>(1, p.L));  // as the op does
   number("n_queries", p.n_queries);
@@ -110,7 +110,7 @@ rk::AttentionParams attention_params(const py::dict& given) {
   number("context_keys", p.context_keys);
   pointer("dropout_seed", p.dropout_seed), pointer("order", p.order), pointer("buckets", p.buckets);
   pointer("padding", p.padding), pointer("self_only", p.self_only);
-  pointer("key_lists", p.key_lists);
+  pointer("key_indices", p.key_indices);
   if (given.contains("lse")) p.lse = given["lse"].cast<py::array>().mutable_data();
   rows_of("query", p.query), rows_of("key", p.key), rows_of("value", p.value), rows_of("out", p.out);
   rows_of("grad_out", p.grad_out), rows_of("grad_query", p.grad_query), rows_of("grad_key", p.grad_key);

@@ -269,7 +269,7 @@ CHUNK = (
     "chunks_before", "chunks_after", "n_queries", "scale", "drop_threshold", "keep_factor", "flags",
 )  # fmt: skip
 LIST = (
-    "query", "key", "value", "order", "key_lists", "padding", "dropout_seed", "chunk_length", "context_keys", "scale",
+    "query", "key", "value", "order", "key_indices", "padding", "dropout_seed", "chunk_length", "context_keys", "scale",
     "drop_threshold", "keep_factor", "flags",
 )  # fmt: skip
 

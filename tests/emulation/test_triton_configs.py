@@ -22,7 +22,7 @@ from .triton_kernels import EmulatedTriton, needs_triton
 pytestmark = needs_triton()
 
 if missing() is None:
-    from reformer_kernels.backends.triton import attention, configs, gradients
+    from reformer_kernels.backends.triton import attention, attention_backward, configs
     from reformer_kernels.backends.triton.configs import Config, Kind
 
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ def test_measuring_changes_no_result(tuning: Path, monkeypatch: pytest.MonkeyPat
         launch()
         return float(sum(x.counters.warp_instructions for x in emulator.launched[before:]))
 
-    for module in (attention, gradients):
+    for module in (attention, attention_backward):
         monkeypatch.setattr(module, "seconds", seconds)
     others = Config(16, 32, 4, 1), Config(32, 32, 4, 1)
     monkeypatch.setattr(configs, "candidates", lambda kind: list(others))

@@ -69,7 +69,7 @@ def needs_triton() -> pytest.MarkDecorator:
 
 def kernel_names() -> set[str]:
     """Of all kernels of the backend."""
-    modules = ("attention", "gradients", "hash", "lists", "order", "select")
+    modules = ("attention", "attention_backward", "hash", "lists", "order", "select")
     found = (vars(importlib.import_module(f"{backend.__name__}.{module}")) for module in modules)
     return {name for names in found for name in names if name.endswith("_kernel")}
 

@@ -175,7 +175,7 @@ ORDER = [
 ]  # fmt: skip
 
 FILES = {
-    "_windows.py": WINDOWS, "attention.py": ATTENTION, "gradients.py": GRADIENTS, "lists.py": LISTS,
+    "_windows.py": WINDOWS, "attention.py": ATTENTION, "attention_backward.py": GRADIENTS, "lists.py": LISTS,
     "select.py": SELECT, "hash.py": HASH, "order.py": ORDER,
 }  # fmt: skip
 MUTATIONS = [

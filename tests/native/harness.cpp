@@ -230,7 +230,7 @@ void list_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::Typed
     std::exit(1);
   }
   select(wide, 2);
-  p.key_lists = lists.data();
+  p.key_indices = lists.data();
   const int64_t seed = static_cast<int64_t>(generator());
   p.keep_factor = chance(0.3) ? 1.25 : 1.0, p.drop_threshold = 858993459u, p.dropout_seed = &seed;
   const double tolerance = sizeof(T) == 4 ? 2e-4 : 1e-11;

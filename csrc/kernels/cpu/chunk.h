@@ -100,7 +100,7 @@ struct ChunkRows {
     fetch(p, u, padding, u.L, u.n_queries, Dp, Ep);
   }
 
-  // A row of AttentionParams::key_lists.
+  // A row of AttentionParams::key_indices.
   void load_list(const AttentionParams& p, const Unit& u, const int32_t* list, int64_t Dp, int64_t Ep) {
     for (count = 0; count < p.list_length && list[count] >= 0; ++count)
       position[count] = list[count], place[count] = row[count] = count;

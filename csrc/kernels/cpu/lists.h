@@ -1,4 +1,4 @@
-// Attention of chunks of queries to lists of keys, see AttentionParams::key_lists.
+// Attention of chunks of queries to lists of keys, see AttentionParams::key_indices.
 //
 // Who sees a key is no range here. So backward writes the gradients of every place of the lists of some chunks, sorts
 // the places by key, and adds them up in that order: without atomics, and the same for any number of threads.

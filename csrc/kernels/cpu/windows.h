@@ -68,7 +68,7 @@ inline void add_round(Unit& u, int round, const int32_t* bucket, int64_t chunk_l
 
 // The list of keys of a chunk.
 inline const int32_t* key_list(const AttentionParams& p, const Unit& u, int64_t chunk) {
-  return p.key_lists + ((u.b * p.H + u.h) * u.n_chunks() + chunk) * p.list_length;
+  return p.key_indices + ((u.b * p.H + u.h) * u.n_chunks() + chunk) * p.list_length;
 }
 
 // From the first to the last key of a list, less the context.
@@ -105,7 +105,7 @@ inline void make_unit(const AttentionParams& p, int64_t index, Unit& u, std::vec
   for (int r = 0; r < u.R; ++r) add_round(u, r, bucket_scratch.data(), p.chunk_length);
   u.round_begin.push_back(u.n_chunks());
   u.local.clear();
-  if (p.key_lists && u.R > 1)
+  if (p.key_indices && u.R > 1)
     for (int c = 0; c < u.round_begin[1]; ++c) u.local.push_back(list_range(p, key_list(p, u, c)));
 }
 

@@ -33,7 +33,7 @@ AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan
   a.bucket_aligned = p.has(kBucketAligned), a.within_bucket = p.has(kWithinBucket), a.dedup = p.has(kDedup);
   a.mask_padded_queries = p.has(kMaskPaddedQueries);
   if (p.lists()) {
-    a.lists = p.key_lists, a.list_length = static_cast<int>(p.list_length),
+    a.lists = p.key_indices, a.list_length = static_cast<int>(p.list_length),
     a.context = static_cast<int>(p.context_keys);
     a.list_slots = static_cast<int>(list_slots(p));
   }

@@ -10,7 +10,7 @@ ListArguments arguments(const AttentionParams& p, const RestParams& rest) {
   AttentionArguments& x = a.attention;
   x.query = p.query, x.out = p.out, x.grad_out = p.grad_out;
   x.grad_query = p.grad_query, x.grad_key = p.grad_key, x.grad_value = p.grad_value;
-  x.order = p.order, x.lists = p.key_lists, x.padding = p.padding, x.lse = static_cast<float*>(p.lse);
+  x.order = p.order, x.lists = p.key_indices, x.padding = p.padding, x.lse = static_cast<float*>(p.lse);
   x.heads = p.B * p.H, x.L = static_cast<int>(p.L), x.S = static_cast<int>(p.S), x.R = static_cast<int>(p.R);
   x.H = static_cast<int>(p.H), x.group = static_cast<int>(p.group());
   x.D = static_cast<int>(p.D), x.E = static_cast<int>(p.E), x.chunk_length = static_cast<int>(p.chunk_length);

@@ -17,7 +17,7 @@ _MODULES = {
     "hash_buckets": "hash",
     "bucket_order": "order",
     "chunk_attention": "attention",
-    "chunk_attention_backward": "gradients",
+    "chunk_attention_backward": "attention_backward",
     "select_keys": "select",
     "describe": "explain",
     "list_attention": "lists",

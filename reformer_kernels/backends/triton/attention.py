@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._calls import AttentionCall, ListCall, empty_results, n_sequences
-from .. import native
+from .. import cpu
 from ..philox import drop_threshold, keep_factor
 from ._launch import Config, block_width, launch, rows
 from ._pairs import across, apply_rules, kept_factor, keys_along, queries_along, sees
@@ -254,10 +254,10 @@ def of_chunks(p: Problem, plan: Config) -> Config:
 def problem(call: AttentionCall | ListCall) -> Problem:
     """All but what windows of buckets and rules of pairs need, or lists."""
     to_device = lambda x: None if x is None else x.to(call.device, non_blocking=True)  # noqa: E731
-    order = native.contiguous(call.order)
+    order = cpu.contiguous(call.order)
     heads, length = call.query.shape[1:3]
     return Problem(
-        order=order, padding=native.contiguous(call.key_padding_mask), cu_seqlens=None, places=None, bucket_first=None,
+        order=order, padding=cpu.contiguous(call.key_padding_mask), cu_seqlens=None, places=None, bucket_first=None,
         bucket_behind=None, lists=None, shown_first=None, shown_behind=None,
         dropout_seed=to_device(call.dropout_seed) if call.dropout_p > 0 else None, sequences=1,
         bounds_stride=0, batch=len(call.query), heads=heads,
@@ -271,7 +271,7 @@ def problem(call: AttentionCall | ListCall) -> Problem:
 
 
 def window_problem(call: AttentionCall) -> Problem:
-    rules, buckets, ring = call.rules, native.contiguous(call.buckets), call.alignment == "ring"
+    rules, buckets, ring = call.rules, cpu.contiguous(call.buckets), call.alignment == "ring"
     within, dedup = pair_rules(call)
     p = problem(call)._replace(
         n_queries=call.n_queries, before=call.chunks_before, after=call.chunks_after, l2=rules.key_norm == "l2",
@@ -317,8 +317,8 @@ def factors_of(p: Problem, query: Tensor, widths: dict[str, int]) -> Tensor | No
 
 def inputs_of(p: Problem, call: AttentionCall | ListCall) -> tuple[tuple[Any, ...], dict[str, int]]:
     """What kernels of attention take first, and the widths of their rows."""
-    query, value = native.rows(call.query), native.rows(call.value)
-    key = query if call.key is None else native.rows(call.key)
+    query, value = cpu.rows(call.query), cpu.rows(call.value)
+    key = query if call.key is None else cpu.rows(call.key)
     widths = {"D": query.shape[3], "E": value.shape[3]}
     widths |= {"BLOCK_D": block_width(widths["D"]), "BLOCK_E": block_width(widths["E"])}
     return (p, rows(query), rows(key), rows(value), factors_of(p, query, widths)), widths

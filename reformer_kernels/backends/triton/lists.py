@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._calls import ListCall, empty_results
-from .. import cuda, native
-from . import attention, gradients
+from .. import cpu, cuda
+from . import attention, attention_backward
 from ._launch import Config, Rows, launch, rows
 from ._windows import Problem, Range, list_rows, position_of, take_sequence
 from .attention import add_rows, load_rows, row_products, store_rows
@@ -151,7 +151,7 @@ def sum_kernel(
 
 
 def list_problem(call: ListCall) -> Problem:
-    lists, rounds = call.key_lists.contiguous(), 1 if call.order is None else call.order.shape[2]
+    lists, rounds = call.key_indices.contiguous(), 1 if call.order is None else call.order.shape[2]
     p = attention.problem(call)._replace(lists=lists, list_length=lists.shape[3], context=call.context_keys)
     if rounds == 1:
         return p
@@ -184,14 +184,14 @@ def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
 def list_attention_backward(
     call: ListCall, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = native.new_gradients(call)
+    grads = cpu.new_gradients(call)
     if 0 in call.query.shape[:3]:
         return grads
     inputs, widths = attention.inputs_of(list_problem(call), call)
     p, query = inputs[:2]
-    grad_out, out, lse = native.rows(grad_out), native.rows(out), lse.contiguous()
-    given = gradients.residuals(inputs, widths, grad_out, out, lse, None)
-    gradients.grad_queries(given, call, p.length, widths, grads[0])
+    grad_out, out, lse = cpu.rows(grad_out), cpu.rows(out), lse.contiguous()
+    given = attention_backward.residuals(inputs, widths, grad_out, out, lse, None)
+    attention_backward.grad_queries(given, call, p.length, widths, grads[0])
     rest = _rest(call)
     rest_grads: list[Tensor | None] = [None, None]
     if rest:
@@ -202,10 +202,10 @@ def list_attention_backward(
         )  # fmt: skip
         rest_grads = [cuda.per_key(call, x).contiguous() for x in terms]
 
-    lists = call.key_lists
+    lists = call.key_indices
     places = lists.shape[2] * lists.shape[3]
     grad_places = [x.new_empty((*lists.shape[:2], places, x.shape[3])) for x in (call.key, call.value)]
-    gradients.grad_keys(given, call, places, 1, widths, (grad_places[0], grad_places[1]))
+    attention_backward.grad_keys(given, call, places, 1, widths, (grad_places[0], grad_places[1]))
     keys = torch.where(lists < 0, p.keys, lists).flatten(2)
     order = sort(keys[:, :, None], None, places, p.keys + 1).squeeze(2)
     bounds = torch.arange(p.keys + 1, dtype=torch.int32, device=call.device).expand(*keys.shape[:2], -1).contiguous()

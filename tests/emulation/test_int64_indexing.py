@@ -10,7 +10,7 @@ import torch
 
 import reformer_kernels as rk
 from reformer_kernels import testing
-from reformer_kernels.backends import cuda, native
+from reformer_kernels.backends import cpu, cuda
 
 from ..kernel_oracles import assert_hashes, stable_order
 from .attention import Attention
@@ -163,7 +163,7 @@ def test_keys_of_rows_that_are_2_to_the_31_elements_apart(keys: int, strides: tu
         expected = cuda.select_keys(call)
     far = {"query": spread(call.query, BASE, strides), "key": spread(call.key, BASE << 6, strides)}
     lists = torch.full_like(expected, -9)
-    given = arguments_of(SELECT, native.select_arguments(call), lists=lists)
+    given = arguments_of(SELECT, cpu.select_arguments(call), lists=lists)
     given |= {name: x.array for name, x in far.items()}
     scratch = np.zeros(host().select_scratch(given), np.uint8)
     host().select_keys(given, scratch)

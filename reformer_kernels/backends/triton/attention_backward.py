@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._calls import AttentionCall, ListCall
-from .. import native
+from .. import cpu
 from ._launch import Config, launch, rows
 from ._pairs import across, apply_rules, kept_factor, keys_along, queries_along, sees
 from ._windows import (
@@ -203,7 +203,7 @@ def residuals(
     exponent, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
     launch(
         residual_kernel, lse.shape[0] * p.heads * tiles_of(p.n_queries, RESIDUALS), lse.device, p, query,
-        rows(native.rows(out)), rows(grad_out), lse.contiguous(), self_only, exponent, delta, p.n_queries,
+        rows(cpu.rows(out)), rows(grad_out), lse.contiguous(), self_only, exponent, delta, p.n_queries,
         config=RESIDUALS, **widths,
     )  # fmt: skip
     return *inputs, rows(grad_out), exponent, delta, self_only
@@ -257,12 +257,12 @@ def grad_keys(
 def chunk_attention_backward(
     call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = native.new_gradients(call)
+    grads = cpu.new_gradients(call)
     if 0 in call.query.shape[:3]:
         return grads
     inputs, widths = inputs_of(window_problem(call), call)
     alone = self_only.contiguous() if call.key is None else None
-    given = residuals(inputs, widths, native.rows(grad_out), out, lse, alone)
+    given = residuals(inputs, widths, cpu.rows(grad_out), out, lse, alone)
     grad_queries(given, call, call.longest, widths, grads[0])
     of_keys = grads[0] if call.key is None else grads[1]
     grad_keys(given, call, call.longest, inputs[0].rounds, widths, (of_keys, grads[2]))

@@ -210,7 +210,7 @@ def select_keys(call: SelectCall) -> Tensor:
 def list_arguments(call: ListCall) -> tuple[Any, ...]:
     """What forward and backward of this library and the CUDA one take first."""
     return (
-        rows(call.query), rows(call.key), rows(call.value), contiguous(call.order), call.key_lists.contiguous(),
+        rows(call.query), rows(call.key), rows(call.value), contiguous(call.order), call.key_indices.contiguous(),
         contiguous(call.key_padding_mask), call.dropout_seed, call.chunk_length, call.context_keys, call.scale,
         *_dropout(call), list_flags(call),
     )  # fmt: skip
