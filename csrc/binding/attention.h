@@ -83,22 +83,22 @@ inline void set_gradients(Attention& a, const Tensor& grad_out, const Tensor& gr
   AttentionParams& p = a.p;
   p.grad_out = rows("grad_out", grad_out, a.rows_type, p.B, p.H, p.n_queries, p.E);
   p.grad_query = rows("grad_query", grad_query, a.rows_type, p.B, p.H, p.L, p.D);
-  if (!p.shared()) p.grad_key = rows("grad_key", grad_key, a.rows_type, p.B, p.key_heads, p.S, p.D);
+  if (!p.shared_qk()) p.grad_key = rows("grad_key", grad_key, a.rows_type, p.B, p.key_heads, p.S, p.D);
   p.grad_value = rows("grad_value", grad_value, a.rows_type, p.B, p.key_heads, p.S, p.E);
 }
 
 // ---- lists of keys
 
 #define RK_LIST_PARAMETERS                                                                                           \
-  Tensor query, Tensor key, Tensor value, OptionalTensor order, Tensor key_indices, OptionalTensor padding,            \
+  Tensor query, Tensor key, Tensor value, OptionalTensor order, Tensor key_indices, OptionalTensor padding,          \
       OptionalTensor dropout_seed, int64_t chunk_length, int64_t context_keys, double scale, int64_t drop_threshold, \
       double keep_factor, int64_t flags, Tensor out, Tensor lse
-#define RK_LIST_ARGUMENTS                                                                                        \
+#define RK_LIST_ARGUMENTS                                                                                          \
   query, key, value, order, key_indices, padding, dropout_seed, chunk_length, context_keys, scale, drop_threshold, \
       keep_factor, flags, out, lse
-#define RK_LIST_SCHEMA                                                                                  \
+#define RK_LIST_SCHEMA                                                                                    \
   "Tensor query, Tensor key, Tensor value, Tensor? order, Tensor key_indices, Tensor? key_padding_mask, " \
-  "Tensor? dropout_seed, int chunk_length, int context_keys, float scale, int drop_threshold, "         \
+  "Tensor? dropout_seed, int chunk_length, int context_keys, float scale, int drop_threshold, "           \
   "float keep_factor, int flags, "
 #define RK_SELECT_PARAMETERS                                                                                   \
   Tensor query, Tensor key, OptionalTensor order, OptionalTensor query_padding, OptionalTensor padding,        \
@@ -141,7 +141,7 @@ inline Attention list_params(const Tensor& query, const Tensor& key, const Tenso
   p.order = contiguous<int32_t>("order", order, ScalarType::Int, {p.B, p.H, p.R, p.L});
   p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.S});
   p.key_indices = contiguous<int32_t>(value ? "key_indices" : "lists", lists, ScalarType::Int,
-                                    {p.B, p.H, p.R * ((p.L + p.chunk_length - 1) / p.chunk_length), p.list_length});
+                                      {p.B, p.H, p.R * ((p.L + p.chunk_length - 1) / p.chunk_length), p.list_length});
   return a;
 }
 

@@ -154,7 +154,7 @@ Attention list_attention(OptionalTensor mask, RK_LIST_PARAMETERS) {
   Attention a = with_lists(RK_LIST_ARGUMENTS);
   check_order(a.p);
   check_index("key_indices", a.p.key_indices, key_indices.numel(), a.p.S, -1);
-  require(!mask || !a.p.has(rk::kRest), "the rest term does not go with attn_mask");
+  require(!mask || !a.p.has(rk::kRestKey), "the rest term does not go with attn_mask");
   set_mask(a, mask);
   return a;
 }

@@ -147,7 +147,7 @@ const float* float_rows(const char* name, const OptionalTensor& t, int64_t B, in
 rk::cuda::RestParams rest_params(const char* name, const rk::AttentionParams& p, const OptionalTensor& key_sums,
                                  const OptionalTensor& value_sums, const OptionalTensor& counts) {
   rk::cuda::RestParams rest{};
-  if (!p.has(rk::kRest)) return rest;
+  if (!p.has(rk::kRestKey)) return rest;
   require(key_sums && value_sums && counts && counts->dim() == 2 && counts->size(1) >= 1, name,
           ": the rest term needs sums of keys and values, and their counts");
   rest.sum_rows = counts->size(1);
@@ -194,7 +194,7 @@ void list_attention_backward(RK_LIST_PARAMETERS, Tensor grad_out, OptionalTensor
   const rk::AttentionParams& p = a.p;
   set_gradients(a, grad_out, grad_query, grad_key, grad_value);
   rk::cuda::RestParams rest{};
-  if (p.has(rk::kRest)) {
+  if (p.has(rk::kRestKey)) {
     require(key_grads && value_grads && key_grads->dim() == 4 && key_grads->size(2) >= 1, kName,
             ": the rest term needs the gradients of its keys and values");
     rest.grad_rows = key_grads->size(2);
@@ -234,7 +234,7 @@ std::vector<int64_t> hash_plan(std::vector<int64_t> shape, int64_t R, int64_t el
   p.element = element_size == 2 ? rk::Element::kBFloat16 : rk::Element::kSame;
   p.n_factors = static_cast<int64_t>(factors.size()), p.factors = factors.data();
   const rk::cuda::HashPlan plan = rk::cuda::plan_hash(p, device_of(device));
-  return {plan.launch.grid[0], plan.launch.threads, plan.launch.shared_bytes, plan.steps,
+  return {plan.launch.grid[0], plan.launch.threads, plan.launch.shared_bytes, plan.k_steps,
           plan.round_tiles,    plan.rounds,         plan.resident_tiles,      plan.tokens_per_block};
 }
 
@@ -270,8 +270,8 @@ std::vector<int64_t> attention_plan(std::vector<int64_t> shape, int64_t E, int64
   p.chunks_before = window[1], p.chunks_after = window[2], p.list_length = list_length, p.flags = flags;
   const rk::cuda::AttentionPlan plan =
       rk::cuda::plan_attention(p, static_cast<rk::cuda::AttentionPart>(part), longest, device_of(device));
-  return {plan.launch.grid[0], plan.launch.threads, plan.launch.shared_bytes, plan.steps,
-          plan.places,         plan.lead,           plan.tiles_per_block,     plan.rounds};
+  return {plan.launch.grid[0], plan.launch.threads, plan.launch.shared_bytes, plan.k_steps,
+          plan.stages,         plan.diagonal_first, plan.tiles_per_block,     plan.rounds};
 }
 
 // The same of plan_select, for queries [B, H, L, D] and S keys of other heads, of which some are context: steps, blocks
@@ -288,9 +288,9 @@ std::vector<int64_t> select_plan(std::vector<int64_t> shape, int64_t S, int64_t 
   p.element = element_size == 2 ? rk::Element::kBFloat16 : rk::Element::kSame;
   p.chunk_length = chunk_length;
   const rk::cuda::SelectPlan plan = rk::cuda::plan_select(select);
-  std::vector<int64_t> numbers{plan.steps, plan.blocks, plan.chosen};
+  std::vector<int64_t> numbers{plan.k_steps, plan.blocks, plan.chosen};
   for (const rk::cuda::SelectPass& pass : {plan.of_blocks, plan.of_keys})
-    for (const int64_t x : {pass.units, pass.slice, pass.candidates, int64_t{pass.shared_bytes}}) numbers.push_back(x);
+    for (const int64_t x : {pass.ctas, pass.slice, pass.candidates, int64_t{pass.shared_bytes}}) numbers.push_back(x);
   numbers.push_back(plan.bytes);
   return numbers;
 }

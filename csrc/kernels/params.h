@@ -4,19 +4,25 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define RK_HOST_DEVICE __host__ __device__
+#else
+#define RK_HOST_DEVICE
+#endif
+
 namespace rk {
 
-enum Flag : int64_t {  // in the order of backends/cpu.py
+enum Flag : int64_t {  // a test compares it with the Python backends
   kCausal = 1,
   kL2Norm = 2,
   kMaskPaddedQueries = 4,
   kWithinBucket = 8,
   kDedup = 16,
   kBucketAligned = 32,
-  kRest = 64,
+  kRestKey = 64,
 };
 
-// What tensors hold: the type that is computed with, or a half type beside float.
+// The type of tensors: that of the computation, or a half type where that is float.
 enum class Element { kSame, kBFloat16, kFloat16 };
 
 // Rows of [B, H, L, width], the last dimension contiguous; strides in elements.
@@ -28,6 +34,12 @@ struct Rows {
     return static_cast<T*>(data) + b * stride_b + h * stride_h + l * stride_l;
   }
 };
+
+// Whether a sequence is one window: its only chunk. Then all rounds would compute the same, so there is one, in the
+// order of positions, and no score_mod. ring: windows are those of the ring.
+RK_HOST_DEVICE constexpr bool is_single_window(int64_t length, int64_t chunk_length, bool ring) {
+  return ring && length <= chunk_length;
+}
 
 struct AttentionParams {
   Element element;  // of all rows
@@ -56,8 +68,10 @@ struct AttentionParams {
   Rows grad_out, grad_query, grad_key, grad_value;  // backward only
 
   bool has(Flag f) const { return flags & f; }
-  bool shared() const { return key.data == nullptr; }
+  bool shared_qk() const { return key.data == nullptr; }
   bool lists() const { return list_length > 0; }
+  bool ring() const { return !has(kBucketAligned) && !lists(); }
+  bool has_score_mod() const { return has(kWithinBucket) || has(kDedup); }
   bool dropout() const { return keep_factor != 1.0; }
   int64_t group() const { return key_heads ? H / key_heads : 1; }  // query heads that share a key head
 };

@@ -197,7 +197,7 @@ py::dict hash_plan(const std::vector<int64_t>& shape, int64_t rounds, const std:
   p.factors = factors.data(), p.n_factors = static_cast<int64_t>(factors.size());
   const rk::cuda::HashPlan plan = rk::cuda::plan_hash(p, device_of(device));
   using namespace py::literals;
-  return py::dict("steps"_a = plan.steps, "round_tiles"_a = plan.round_tiles, "rounds"_a = plan.rounds,
+  return py::dict("k_steps"_a = plan.k_steps, "round_tiles"_a = plan.round_tiles, "rounds"_a = plan.rounds,
                   "resident_tiles"_a = plan.resident_tiles, "tokens_per_block"_a = plan.tokens_per_block,
                   "threads"_a = plan.launch.threads, "shared_bytes"_a = plan.launch.shared_bytes);
 }

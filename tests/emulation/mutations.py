@@ -180,7 +180,7 @@ ORDER = [
     # counts and places
     ("the halves of a counter are mixed up", "order", "shared race",
      "digit % 2 ? 1u << 16 : 1u", "digit % 2 ? 1u : 1u << 16"),
-    ("a place in the high half without the low one", "order", "shared race", "scan.before + low;", "scan.before;"),
+    ("a rank in the high half without the low one", "order", "shared race", "scan.before + low;", "scan.before;"),
     ("places in both halves of a counter are the low one", "order", "shared race",
      "low += counts & 0xffff, high += counts >> 16;\n    }\n  }",
      "low += counts & 0xffff, high += counts & 0xffff;\n    }\n  }"),
@@ -243,7 +243,7 @@ ORDER = [
     ("later parts come first", "parts", "wrong",
      "for (int t = 0; t < tiles; ++t) {", "for (int t = tiles - 1; t >= 0; --t) {"),
     ("buckets of parts", "parts", "global race", "int slot = scan_block(sum, sums).before;", "int slot = 0;"),
-    ("slots of the digit of a place", "parts", "global race",
+    ("slots of the digit of a rank", "parts", "global race",
      "tile.slots()[tile.digits()[key]] + i : i", "tile.slots()[tile.digits()[i]] + i : i"),
 ]  # fmt: skip
 SCAN = [

@@ -58,7 +58,7 @@ Results<T> run(const cpu::TypedKernels<T>& kernels, AttentionParams p, const std
   const T poison = std::numeric_limits<T>::quiet_NaN();
   const int64_t rows = p.B * p.H * p.L, queries = p.B * p.H * p.n_queries;
   Results<T> r{std::vector<T>(queries * p.E, poison), std::vector<T>(queries, poison),
-               std::vector<T>(rows * p.D, poison),    std::vector<T>(p.shared() ? 0 : rows * p.D, poison),
+               std::vector<T>(rows * p.D, poison),    std::vector<T>(p.shared_qk() ? 0 : rows * p.D, poison),
                std::vector<T>(rows * p.E, poison),    std::unique_ptr<bool[]>(new bool[queries])};
   auto view = [&](const T* data, int64_t L, int64_t width) {
     return Rows{const_cast<T*>(data), p.H * L * width, L * width, width};
@@ -67,7 +67,7 @@ Results<T> run(const cpu::TypedKernels<T>& kernels, AttentionParams p, const std
   kernels.forward(p, threads(n_threads));
   p.grad_out = view(grad_out.data(), p.n_queries, p.E);
   p.grad_query = view(r.grad_query.data(), p.L, p.D), p.grad_value = view(r.grad_value.data(), p.L, p.E);
-  if (!p.shared()) p.grad_key = view(r.grad_key.data(), p.L, p.D);
+  if (!p.shared_qk()) p.grad_key = view(r.grad_key.data(), p.L, p.D);
   kernels.backward(p, threads(n_threads));
   return r;
 }
@@ -208,7 +208,7 @@ void list_case(const cpu::TypedKernels<T> cpu::Kernels::* type, const cpu::Typed
   else if (chance(0.2))
     p.float_mask = float_mask.data();
   else
-    p.flags |= chance(0.7) ? kRest : 0;
+    p.flags |= chance(0.7) ? kRestKey : 0;
   p.mask_stride_q = p.S, p.mask_stride_k = 1;
   const int64_t chunks = (p.L + p.chunk_length - 1) / p.chunk_length;
   std::vector<LocalWindow> windows;

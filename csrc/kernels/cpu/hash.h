@@ -1,5 +1,6 @@
 // Angular LSH: projections of 64 tokens at a time and their argmax, tokens in the lanes.
 #pragma once
+#include "kernels/cpu/half.h"
 
 namespace rk::cpu::RK_ISA {
 

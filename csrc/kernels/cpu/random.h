@@ -1,12 +1,13 @@
-// Philox4x32-10 (Salmon et al. 2011): dropout factors as a function of seed, head, round, query slot and window slot.
+// Philox4x32-10 (Salmon et al. 2011): dropout factors as a function of seed, head, round, query slot and window index.
 #pragma once
+#include "kernels/cpu/chunk.h"
 
 namespace rk::cpu::RK_ISA {
 
 typedef uint64_t Wide __attribute__((vector_size(RK_VECTOR_BYTES), aligned(4), may_alias));
 
-// The products of the low halves of the lanes. Vector extensions have none: of the whole product compilers make
-// several.
+// The products of the low halves of the lanes. Vector extensions have only the whole product, of which compilers make
+// several instructions.
 RK_INLINE Wide multiply_low(Wide a, Wide b) {
 #ifdef RK_MULTIPLY_LOW
   return reinterpret_cast<Wide>(RK_MULTIPLY_LOW(a, b));
@@ -15,7 +16,7 @@ RK_INLINE Wide multiply_low(Wide a, Wide b) {
 #endif
 }
 
-// Words 0 ... 3 in the low halves of the lanes; nothing looks at the high halves.
+// Words 0 to 3, in the low halves of the lanes. The high halves are not used.
 struct PhiloxState {
   Wide c0, c1, c2, c3;
   RK_INLINE void round(uint32_t k0, uint32_t k1) {
@@ -25,7 +26,7 @@ struct PhiloxState {
   }
 };
 
-// words[w][lane]: the four words of the counter (group, query_slot[lane], round, head).
+// words[w][lane]: word w of the counter (group, query_slot[lane], round, head).
 inline void philox(uint64_t seed, uint32_t group, const uint32_t* query_slot, uint32_t round, uint32_t head,
                    uint32_t (&words)[4][kQueries]) {
   for (int l = 0; l < kQueries; l += kLanes<float>) {
@@ -39,17 +40,19 @@ inline void philox(uint64_t seed, uint32_t group, const uint32_t* query_slot, ui
   }
 }
 
-// drop [keys][64]: the factor of every pair of queries and keys. Query l is slot place[l] of the chunk that starts at
-// chunk_start; key i is at place first + i of the window and has row row_of[i].
+// Writes drop [keys][64], the dropout factor of every pair. Query l is slot slot_in_chunk[l] of the chunk that starts
+// at chunk_start. Key i has the window index first + i and the row row_of[i].
 template <class T>
-RK_NOINLINE void dropout_block(const AttentionParams& p, const Unit& u, int64_t chunk_start, const int32_t* place,
-                               int queries, int64_t first, const int32_t* row_of, int keys, T* drop) {
+RK_NOINLINE void dropout_block(const AttentionParams& p, const HeadSequence& seq, int64_t chunk_start,
+                               const int32_t* slot_in_chunk, int queries, int64_t first, const int32_t* row_of,
+                               int keys, T* drop) {
   uint32_t slot[kQueries], words[4][kQueries];
-  for (int l = 0; l < kQueries; ++l) slot[l] = static_cast<uint32_t>(chunk_start % u.L + place[l < queries ? l : 0]);
+  for (int l = 0; l < kQueries; ++l)
+    slot[l] = static_cast<uint32_t>(chunk_start % seq.L + slot_in_chunk[l < queries ? l : 0]);
   const T keep = static_cast<T>(p.keep_factor);
   const uint64_t seed = static_cast<uint64_t>(*p.dropout_seed);
   for (int64_t group = first / 4; group * 4 < first + keys; ++group) {
-    philox(seed, static_cast<uint32_t>(group), slot, u.round(chunk_start), static_cast<uint32_t>(u.index), words);
+    philox(seed, static_cast<uint32_t>(group), slot, seq.round(chunk_start), static_cast<uint32_t>(seq.index), words);
     for (int w = 0; w < 4; ++w) {
       const int64_t i = group * 4 + w - first;
       if (i < 0 || i >= keys) continue;

@@ -1,8 +1,10 @@
-// One pseudo-key for all keys that a query may see but did not: the mean key and value of those that it may see, with
-// the logarithm of the number of unseen ones added to its score (separate queries and keys, without masks).
+// The rest key: one key that stands for all keys that a query may see but did not. It is the mean of all keys that the
+// query may see, and its value is the mean of their values. The logarithm of the number of unseen keys is added to its
+// score. It is for separate queries and keys without attn_mask.
 //
-// Causal means are running ones. Their sums are made block by block, so that blocks can go to different workers.
+// If causal, the means are running means. Their sums are made block by block, so that workers can share them.
 #pragma once
+#include "kernels/cpu/work.h"
 
 namespace rk::cpu::RK_ISA {
 
@@ -14,36 +16,36 @@ inline int64_t rest_blocks(const AttentionParams& p) {
 }
 
 template <class T>
-class Rest {
+class RestKey {
  public:
-  Rest(const AttentionParams& p, Shared<T>& shared)
+  RestKey(const AttentionParams& p, SequenceState<T>& state)
       : p_(p),
-        u_(shared.unit),
-        shared_(shared),
-        s_(shared.lists),
-        padding_(p.padding ? p.padding + u_.b * p.S : nullptr),
+        seq_(state.sequence),
+        state_(state),
+        s_(state.lists),
+        padding_(p.padding ? p.padding + seq_.b * p.S : nullptr),
         Dp_(round_up(p.D, kRowPad)),
         Ep_(round_up(p.E, kRowPad)),
         keys_(rest_keys(p)),
         blocks_(rest_blocks(p)) {}
 
-  // Merges the pseudo-key into out and lse of every query.
+  // Merges the rest key into out and lse of every query.
   template <class P>
   void forward(P&& parallel) {
     sum_keys(parallel);
-    T* lse = static_cast<T*>(p_.lse) + (u_.b * p_.H + u_.h) * p_.L;
+    T* lse = static_cast<T*>(p_.lse) + (seq_.b * p_.H + seq_.h) * p_.L;
     each_query(parallel, [&](int64_t i, const T* key_sum, const T* value_sum, T count) {
       const T unseen = count - s_.seen[i];
       if (!(unseen > 0)) return;
       const T score = score_of(i, key_sum, count, unseen);
       const T top = std::max(score, lse[i]), total = top + std::log(std::exp(score - top) + std::exp(lse[i] - top));
-      add_row<T>(p_.out.at<T>(u_.b, u_.h, i), value_sum, p_.E, std::exp(score - total) / count,
+      add_row<T>(p_.out.at<T>(seq_.b, seq_.h, i), value_sum, p_.E, std::exp(score - total) / count,
                  std::exp(lse[i] - total));
       lse[i] = total;
     });
   }
 
-  // Adds to the gradients. row_a and row_b as backward_rows left them.
+  // Adds its gradients. row_a and row_b are as backward_rows left them.
   template <class P>
   void backward(P&& parallel) {
     sum_keys(parallel);
@@ -57,14 +59,14 @@ class Rest {
       *a = *b = 0;
       if (!(unseen > 0)) return;
       const T* g = grad_out(i);
-      const T weight = std::exp2(score_of(i, key_sum, count, unseen) * static_cast<T>(kLog2e) - shared_.row_a[i]);
-      const T slope = weight * (dot<T>(g, value_sum, p_.E) / count - shared_.row_b[i]) * static_cast<T>(p_.scale);
+      const T weight = std::exp2(score_of(i, key_sum, count, unseen) * static_cast<T>(kLog2e) - state_.row_a[i]);
+      const T slope = weight * (dot<T>(g, value_sum, p_.E) / count - state_.row_b[i]) * static_cast<T>(p_.scale);
       *a = slope / count, *b = weight / count;
-      add_row<T>(p_.grad_query.at<T>(u_.b, u_.h, i), key_sum, p_.D, *a);
+      add_row<T>(p_.grad_query.at<T>(seq_.b, seq_.h, i), key_sum, p_.D, *a);
       add_row<T>(s_.query_sums + i / kRestBlock * Dp_, query(i), p_.D, *a);
       add_row<T>(s_.out_sums + i / kRestBlock * Ep_, g, p_.E, *b);
     });
-    for (int64_t k = blocks_ - 1; k-- > 0;) {  // now of a block and all after it
+    for (int64_t k = blocks_ - 1; k-- > 0;) {  // sums of a block and all blocks after it
       add_row<T>(s_.query_sums + k * Dp_, s_.query_sums + (k + 1) * Dp_, p_.D);
       add_row<T>(s_.out_sums + k * Ep_, s_.out_sums + (k + 1) * Ep_, p_.E);
     }
@@ -72,7 +74,7 @@ class Rest {
       std::vector<T> sums(Dp_ + Ep_);
       T *q = sums.data(), *g = q + Dp_;
       for (int64_t k = begin; k < end; ++k) {
-        const bool causal = p_.has(kCausal);  // then of the queries from the key on
+        const bool causal = p_.has(kCausal);  // then the sums are over queries from the key's position on
         std::copy_n(s_.query_sums + (causal ? k + 1 : 0) * Dp_, Dp_, q);
         std::copy_n(s_.out_sums + (causal ? k + 1 : 0) * Ep_, Ep_, g);
         for (int64_t i = std::min((k + 1) * kRestBlock, std::max(keys_, p_.L)); i-- > k * kRestBlock;) {
@@ -81,16 +83,16 @@ class Rest {
             add_row<T>(g, grad_out(i), p_.E, s_.value_weight[i]);
           }
           if (!counts(i)) continue;
-          add_row<T>(p_.grad_key.at<T>(u_.b, u_.key_head, i), q, p_.D);
-          add_row<T>(p_.grad_value.at<T>(u_.b, u_.key_head, i), g, p_.E);
+          add_row<T>(p_.grad_key.at<T>(seq_.b, seq_.key_head, i), q, p_.D);
+          add_row<T>(p_.grad_value.at<T>(seq_.b, seq_.key_head, i), g, p_.E);
         }
       }
     });
   }
 
  private:
-  const T* query(int64_t i) const { return p_.query.at<T>(u_.b, u_.h, i); }
-  const T* grad_out(int64_t i) const { return p_.grad_out.at<T>(u_.b, u_.h, i); }
+  const T* query(int64_t i) const { return p_.query.at<T>(seq_.b, seq_.h, i); }
+  const T* grad_out(int64_t i) const { return p_.grad_out.at<T>(seq_.b, seq_.h, i); }
   bool counts(int64_t i) const { return i < keys_ && !(padding_ && padding_[i]); }
 
   T score_of(int64_t i, const T* key_sum, T count, T unseen) const {
@@ -99,12 +101,12 @@ class Rest {
 
   void add_key(int64_t i, T* key_sum, T* value_sum, T& count) const {
     if (!counts(i)) return;
-    add_row<T>(key_sum, p_.key.at<T>(u_.b, u_.key_head, i), p_.D);
-    add_row<T>(value_sum, p_.value.at<T>(u_.b, u_.key_head, i), p_.E);
+    add_row<T>(key_sum, p_.key.at<T>(seq_.b, seq_.key_head, i), p_.D);
+    add_row<T>(value_sum, p_.value.at<T>(seq_.b, seq_.key_head, i), p_.E);
     count += 1;
   }
 
-  // Sums of the keys before every block, and of all.
+  // Sums of the keys before each block, and of all keys.
   template <class P>
   void sum_keys(P&& parallel) {
     s_.key_sums.grow((blocks_ + 1) * Dp_), s_.value_sums.grow((blocks_ + 1) * Ep_), s_.counts.grow(blocks_ + 1);
@@ -124,7 +126,7 @@ class Rest {
     }
   }
 
-  // f(query, sum of the keys that it may see, of their values, their number).
+  // Calls f(query, sum of keys, sum of values, number of keys) for every query, of the keys that it may see.
   template <class P, class F>
   void each_query(P&& parallel, F&& f) {
     parallel(0, blocks_, [&](auto&, int64_t begin, int64_t end) {
@@ -144,8 +146,8 @@ class Rest {
   }
 
   const AttentionParams& p_;
-  const Unit& u_;
-  Shared<T>& shared_;
+  const HeadSequence& seq_;
+  SequenceState<T>& state_;
   ListState<T>& s_;
   const bool* padding_;
   int64_t Dp_, Ep_, keys_, blocks_;

@@ -1,18 +1,20 @@
 // Which keys each chunk of queries attends: its local window, and the keys to which its queries give most weight.
 //
-// The weights are those of the mean queries of its sub-groups: each one's softmax over the keys, times the share of its
-// queries to which a key is new. Many keys are chosen in two steps: blocks of keys by their mean keys, then keys of
-// those.
+// A chunk is divided into sub-groups, and a mean query stands for each. The weight of a key is the sum over sub-groups
+// of the mean query's softmax over the keys, times the share of the sub-group's queries that have not seen the key in
+// the first round. If there are many keys, blocks of keys are chosen first, by their mean keys, and then keys of these.
 #pragma once
+#include "kernels/cpu/blocks.h"
+#include "kernels/cpu/work.h"
 
 namespace rk::cpu::RK_ISA {
 
 constexpr int64_t kSubgroups = 4;        // of a chunk; one mean query stands for each
-constexpr int64_t kExactKeys = 16384;    // up to so many keys each is looked at
+constexpr int64_t kExactKeys = 16384;    // with more keys, blocks of keys are chosen first
 constexpr int64_t kKeyBlock = kQueries;  // keys of a block
-constexpr int64_t kChosenBlocks = 64;    // or twice what the budget fills
+constexpr int64_t kChosenBlocks = 64;    // at least; or twice as many as the budget fills
 
-// A weight too small for a float still beats a key that is not to be taken.
+// Added to weights, so that a weight of zero differs from a key that must not be taken.
 template <class T>
 constexpr T kLeast = T(1e-30);
 
@@ -42,12 +44,12 @@ struct SelectScratch {
   }
 };
 
-// What all chunks of a unit share.
+// What all chunks of a sequence share.
 template <class T>
 struct KeyBlocks {
-  int64_t n_keys, count;  // without the context; blocks
-  Buffer<T> means;        // [count][Dp], where keys are chosen in two steps
-  Buffer<T> transposed;   // [count][Dp][64], where they are not
+  int64_t n_keys, count;  // keys without context keys; blocks
+  Buffer<T> means;        // [count][Dp], if two_steps
+  Buffer<T> transposed;   // [count][Dp][64], if not
   std::vector<int> sizes;
   bool two_steps;
 };
@@ -55,17 +57,17 @@ struct KeyBlocks {
 template <class T>
 class Selection {
  public:
-  Selection(const SelectParams& select, const AttentionParams& p, Shared<T>& shared, KeyBlocks<T>& blocks)
+  Selection(const SelectParams& select, const AttentionParams& p, SequenceState<T>& state, KeyBlocks<T>& blocks)
       : select_(select),
         p_(p),
-        u_(shared.unit),
-        rules_(*shared.rules),
+        seq_(state.sequence),
+        score_mod_(*state.score_mod),
         blocks_(blocks),
-        padding_(p.padding ? p.padding + u_.b * p.S : nullptr) {}
+        padding_(p.padding ? p.padding + seq_.b * p.S : nullptr) {}
 
-  const LocalWindow& window(int64_t chunk) const { return select_.windows[u_.b * u_.round_begin[1] + chunk]; }
+  const LocalWindow& window(int64_t chunk) const { return select_.windows[seq_.b * seq_.round_begin[1] + chunk]; }
 
-  // The rows of the first of two rounds.
+  // Writes a list of the first of two rounds: context keys and the local window.
   void local_row(int64_t chunk) const {
     int32_t* list = row(chunk);
     list = write_context(list);
@@ -79,7 +81,7 @@ class Selection {
     const int64_t batch = blocks_.two_steps ? 1 : s.batch;
     for (int64_t c = begin; c < end; c += batch) {
       const int64_t n = std::min(batch, end - c);
-      std::fill_n<T*>(s.means, n * s.subgroups * s.Dp, T(0));  // of sub-groups without members, too
+      std::fill_n<T*>(s.means, n * s.subgroups * s.Dp, T(0));  // sub-groups without members need zeros, too
       for (int64_t i = 0; i < n; ++i) fill_members(s, c + i, i * s.subgroups), mean_queries(s, i * s.subgroups);
       if (blocks_.two_steps)
         choose_blocks(s);
@@ -92,7 +94,7 @@ class Selection {
 
   // to [Dp][64]
   void transpose_keys(SelectScratch<T>& s, const int* key, int count, T* to) const {
-    gather<T>(p_.key, u_, u_.key_head, key, count, static_cast<int>(p_.S), p_.D, s.keys, s.Dp);
+    gather<T>(p_.key, seq_, seq_.key_head, key, count, static_cast<int>(p_.S), p_.D, s.keys, s.Dp);
     transpose_rows<T>(s.keys, s.Dp, count, p_.D, to);
   }
 
@@ -106,14 +108,14 @@ class Selection {
  private:
   bool padded(int key) const { return padding_ && padding_[key]; }
   int32_t* row(int64_t chunk) const {
-    return select_.lists + ((u_.b * p_.H + u_.h) * u_.n_chunks() + chunk) * p_.list_length;
+    return select_.lists + ((seq_.b * p_.H + seq_.h) * seq_.n_chunks() + chunk) * p_.list_length;
   }
   int32_t* write_context(int32_t* list) const {
     for (int64_t k = blocks_.n_keys; k < p_.S; ++k) *list++ = static_cast<int32_t>(k);
     return list;
   }
 
-  // f(row, positions, count) for the sub-groups of the chunk whose first one is in row `first`.
+  // Calls f(row, positions, count) for the sub-groups of a chunk, the first of which is in row `first`.
   template <class F>
   void each_subgroup(const SelectScratch<T>& s, int64_t first, F&& f) const {
     for (int64_t m = first; m < first + s.subgroups; ++m) {
@@ -123,22 +125,22 @@ class Selection {
     }
   }
 
-  // The queries of a chunk that choose: those that are no padding, or all where there are no others.
+  // The queries of a chunk that choose its keys: those that are no padding, or all if there are no others.
   void fill_members(SelectScratch<T>& s, int64_t chunk, int64_t first) const {
-    const Chunk c = u_.chunks[chunk];
+    const Chunk c = seq_.chunks[chunk];
     int* members = s.members.data() + first * s.size;
     std::fill_n(members, s.subgroups * s.size, -1);
-    const bool* padding = select_.query_padding ? select_.query_padding + u_.b * p_.L : nullptr;
+    const bool* padding = select_.query_padding ? select_.query_padding + seq_.b * p_.L : nullptr;
     int n = 0;
     for (int i = 0; i < c.count; ++i)
-      if (const int position = u_.position(c.start + i); !(padding && padding[position])) members[n++] = position;
+      if (const int position = seq_.position(c.start + i); !(padding && padding[position])) members[n++] = position;
     if (n == 0)
-      for (int i = 0; i < c.count; ++i) members[i] = u_.position(c.start + i);
+      for (int i = 0; i < c.count; ++i) members[i] = seq_.position(c.start + i);
   }
 
   void mean_queries(SelectScratch<T>& s, int64_t first) const {
     each_subgroup(s, first, [&](int64_t m, const int* position, int count) {
-      gather<T>(p_.query, u_, u_.h, position, count, static_cast<int>(p_.L), p_.D, s.queries, s.Dp);
+      gather<T>(p_.query, seq_, seq_.h, position, count, static_cast<int>(p_.L), p_.D, s.queries, s.Dp);
       T* mean = s.means + m * s.Dp;
       for (int i = 0; i < count; ++i) add_row<T>(mean, s.queries + i * s.Dp, s.Dp, T(1) / count);
       s.largest[m] = p_.has(kCausal) ? *std::max_element(position, position + count) : std::numeric_limits<int>::max();
@@ -150,7 +152,7 @@ class Selection {
     std::iota(s.candidates.begin(), s.candidates.end(), 0);
   }
 
-  // The keys of the blocks to which the chunk's queries give most weight.
+  // The candidates are the keys of the blocks to which the chunk's queries give most weight.
   void choose_blocks(SelectScratch<T>& s) const {
     s.total.assign(blocks_.count, T(0));
     std::vector<T>& x = s.tops;
@@ -164,7 +166,7 @@ class Selection {
         top = std::max(top, x[b]);
       }
       for (T& value : x) sum += value = std::exp(value - top);
-      if (!(sum > 0)) return;  // it sees no block, or not a number
+      if (!(sum > 0)) return;  // it sees no block, or a score is NaN
       for (int64_t b = 0; b < blocks_.count; ++b)
         s.total[b] += x[b] / sum + (b * kKeyBlock <= s.largest[m] && blocks_.sizes[b] ? kLeast<T> : T(0));
     });
@@ -180,8 +182,8 @@ class Selection {
                             s.candidates.begin());
   }
 
-  // The weights of the candidates for every row of means, block by block: a block's are in units of the largest score
-  // so far, so that scores never leave the cache.
+  // Weighs the candidates for every mean query, block by block. Weights of a block are in units of the exponential of
+  // the largest score so far, so that scores do not leave the cache.
   void weigh_keys(SelectScratch<T>& s, int64_t rows) const {
     const int64_t n = s.candidates.size(), blocks = (n + kKeyBlock - 1) / kKeyBlock;
     s.weights.resize(rows * blocks * kKeyBlock), s.tops.resize(rows * blocks);
@@ -212,13 +214,13 @@ class Selection {
   void weigh_block(SelectScratch<T>& s, int64_t m, int64_t k, int64_t blocks) const {
     const int seen = static_cast<int>(std::min(kKeyBlock, s.n_seen[m] - k));
     const T *bias = s.padding.data() + k, *product = s.tile + m * kKeyBlock;
-    if (rules_.any()) mean_bias(s, m, k, seen), bias = s.bias.data();
+    if (score_mod_.any()) mean_bias(s, m, k, seen), bias = s.bias.data();
     T *x = s.weights.data() + (m * blocks) * kKeyBlock + k, scores[kKeyBlock];
     const Vec<T> scale = splat(static_cast<T>(p_.scale * kLog2e));
     Vec<T> tops = splat(s.top[m]), sums{};
     for (int j = 0; j < kKeyBlock; j += kLanes<T>) {
       Vec<T> y = load<T>(product + j) * scale + load<T>(bias + j);
-      y = load<T>(bias + j) > splat(kMasked<T>) ? y : splat(kMasked<T>);  // also where a masked key is not a number
+      y = load<T>(bias + j) > splat(kMasked<T>) ? y : splat(kMasked<T>);  // also if a masked key is NaN
       if (j + kLanes<T> > seen)
         for (int i = std::max(0, seen - j); i < kLanes<T>; ++i) y[i] = kMasked<T>;
       tops = maximum<T>(tops, y);
@@ -233,9 +235,9 @@ class Selection {
     }
     s.sum[m] = s.sum[m] * std::exp2(s.top[m] - top) + sum<T>(sums);
     s.top[m] = s.tops[m * blocks + k / kKeyBlock] = top;
-    if (rules_.any())
+    if (score_mod_.any())
       for (int j = 0; j < seen; ++j)
-        if (!(bias[j] > kMasked<T>)) x[j] = -1;  // not to be taken
+        if (!(bias[j] > kMasked<T>)) x[j] = -1;  // must not be taken
   }
 
   void select_row(SelectScratch<T>& s, int64_t chunk, int64_t first_row) const {
@@ -243,9 +245,9 @@ class Selection {
     s.total.assign(n, T(0));
     each_subgroup(s, first_row, [&](int64_t m, const int* position, int count) { add_weights(s, m, position, count); });
     int32_t* list = row(chunk);
-    LocalWindow local = window(chunk % u_.round_begin[1]);
+    LocalWindow local = window(chunk % seq_.round_begin[1]);
     s.positions.clear();
-    if (u_.R == 1) {
+    if (seq_.R == 1) {
       list = write_context(list);
       for (int k = local.begin; k < local.end; ++k)
         if (!padded(k)) s.positions.push_back(k);
@@ -260,10 +262,10 @@ class Selection {
     std::fill(list, row(chunk) + p_.list_length, -1);
   }
 
-  // total += the softmax of a sub-group, times the share of its queries to which the key is new.
+  // total += the softmax of a sub-group, times the share of its queries that have not seen the key yet.
   void add_weights(SelectScratch<T>& s, int64_t m, const int* position, int count) const {
     if (!(s.sum[m] > 0)) return;
-    // Queries see new keys from the first candidate on, up to their own position and without their local window.
+    // A query has not seen keys before its position, except those of its local window.
     s.steps.clear();
     auto step = [&](int from, int to, int by) {
       if (from < to) s.steps.emplace_back(from, by), s.steps.emplace_back(to, -by);
@@ -271,7 +273,7 @@ class Selection {
     for (int i = 0; i < count; ++i) {
       const int to = p_.has(kCausal) ? below(s, position[i] + 1) : s.n_seen[m];
       step(0, to, 1);
-      if (u_.R == 1) continue;  // its whole chunk's window is left out later
+      if (seq_.R == 1) continue;  // the window of the whole chunk is left out later
       const LocalWindow& w = window(position[i] / p_.chunk_length);
       step(std::min(below(s, w.begin), to), std::min(below(s, w.end), to), -1);
     }
@@ -292,7 +294,7 @@ class Selection {
     while (from < to) {
       const int end = static_cast<int>(std::min<int64_t>(to, (from / kKeyBlock + 1) * kKeyBlock));
       const T factor = share / s.sum[m] * std::exp2(s.tops[m * blocks + from / kKeyBlock] - s.top[m]);
-      if (rules_.any()) {
+      if (score_mod_.any()) {
         for (int j = from; j < end; ++j)
           if (x[j] >= 0) total[j] += x[j] * factor + least;
       } else {
@@ -302,8 +304,8 @@ class Selection {
     }
   }
 
-  // bias [64] of the candidates from k on: the mean of what attn_mask adds for those queries of a sub-group that may
-  // see the key, and the log of their share.
+  // Writes bias [64] for the candidates from k on: the mean of attn_mask over the queries of a sub-group that may see
+  // the key, plus the logarithm of their share.
   void mean_bias(SelectScratch<T>& s, int64_t m, int64_t k, int n) const {
     const int* position = s.members.data() + m * s.size;
     const int* key = s.candidates.data() + k;
@@ -312,20 +314,20 @@ class Selection {
     std::fill_n(bias, kKeyBlock, T(0));
     for (; count < s.size && position[count] >= 0; ++count)
       for (int j = 0; j < n && !(p_.has(kCausal) && key[j] > position[count]); ++j)
-        if (const T mask = rules_.mask(position[count], key[j]); mask > kMasked<T>) bias[j] += mask, ++seeing[j];
+        if (const T mask = score_mod_.mask(position[count], key[j]); mask > kMasked<T>) bias[j] += mask, ++seeing[j];
     for (int j = 0; j < n; ++j)
       bias[j] = seeing[j] && s.padding[k + j] == 0
                     ? bias[j] / seeing[j] * static_cast<T>(kLog2e) + std::log2(T(seeing[j]) / count)
                     : kMasked<T>;
   }
 
-  // chosen = the indices of the `wanted` largest positive totals, rising; of equal ones the first.
+  // chosen = the rising indices of the `wanted` largest positive totals. Of equal totals the first are taken.
   void take_largest(SelectScratch<T>& s, int64_t wanted) const {
     const int64_t n = s.total.size(), blocks = (n + kKeyBlock - 1) / kKeyBlock;
     s.chosen.clear();
     if (wanted <= 0 || n == 0) return;
     s.total.resize(blocks * kKeyBlock, T(0));
-    // As many blocks as keys are wanted have such a maximum: smaller keys need not be looked at.
+    // At least `wanted` blocks have a maximum this large, so smaller totals need not be looked at.
     s.block_tops.resize(blocks);
     for (int64_t b = 0; b < blocks; ++b) {
       Vec<T> top{};
@@ -354,8 +356,8 @@ class Selection {
 
   const SelectParams& select_;
   const AttentionParams& p_;
-  const Unit& u_;
-  const PairRules<T>& rules_;
+  const HeadSequence& seq_;
+  const ScoreMod<T>& score_mod_;
   KeyBlocks<T>& blocks_;
   const bool* padding_;
 };
@@ -363,13 +365,13 @@ class Selection {
 template <class T>
 void select_keys(const SelectParams& select, const Threads& threads) {
   const AttentionParams& given = select.attention;
-  for_each_unit<T, SelectScratch<T>>(given, threads, [&](Shared<T>& shared, auto&& parallel) {
-    const Unit& u = shared.unit;
-    const AttentionParams p = shared.half.widen(given, u, {kQueryRows, kKeyRows}, {}, parallel);
+  for_each_head_sequence<T, SelectScratch<T>>(given, threads, [&](SequenceState<T>& state, auto&& parallel) {
+    const HeadSequence& seq = state.sequence;
+    const AttentionParams p = state.half.widen(given, seq, {kQueryRows, kKeyRows}, {}, parallel);
     KeyBlocks<T> blocks;
     blocks.n_keys = p.S - p.context_keys;
     blocks.count = (blocks.n_keys + kKeyBlock - 1) / kKeyBlock;
-    blocks.two_steps = blocks.n_keys > kExactKeys && !shared.rules->any();
+    blocks.two_steps = blocks.n_keys > kExactKeys && !state.score_mod->any();
     if (blocks.two_steps) {
       const int64_t Dp = round_up(p.D, kRowPad);
       blocks.means.resize(blocks.count * Dp);
@@ -380,8 +382,8 @@ void select_keys(const SelectParams& select, const Threads& threads) {
           std::fill_n(mean, Dp, T(0));
           int n = 0;
           for (int64_t k = b * kKeyBlock; k < std::min((b + 1) * kKeyBlock, blocks.n_keys); ++k) {
-            if (p.padding && p.padding[u.b * p.S + k]) continue;
-            add_row<T>(mean, p.key.at<T>(u.b, u.key_head, k), p.D);
+            if (p.padding && p.padding[seq.b * p.S + k]) continue;
+            add_row<T>(mean, p.key.at<T>(seq.b, seq.key_head, k), p.D);
             ++n;
           }
           blocks.sizes[b] = n;
@@ -389,18 +391,18 @@ void select_keys(const SelectParams& select, const Threads& threads) {
         }
       });
     }
-    const Selection<T> selection(select, p, shared, blocks);
+    const Selection<T> selection(select, p, state, blocks);
     if (!blocks.two_steps) {
       blocks.transposed.resize(blocks.count * round_up(p.D, kRowPad) * kKeyBlock);
       parallel(0, blocks.count, [&](SelectScratch<T>& s, int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) selection.transpose_block(s, b);
       });
     }
-    if (u.R > 1)
-      parallel(0, u.round_begin[1], [&](auto&, int64_t begin, int64_t end) {
+    if (seq.R > 1)
+      parallel(0, seq.round_begin[1], [&](auto&, int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) selection.local_row(c);
       });
-    parallel(u.round_begin[u.R - 1], u.round_begin[u.R],
+    parallel(seq.round_begin[seq.R - 1], seq.round_begin[seq.R],
              [&](SelectScratch<T>& s, int64_t begin, int64_t end) { selection.chunks(s, begin, end); });
   });
 }

@@ -1,6 +1,13 @@
-// Vectors, exp2, transposition and the register-blocked multiply. Compiled once per instruction set, inside its
-// namespace: RK_VECTOR_BYTES is the vector size, RK_TILE_VECTORS the vectors in a row of a register tile.
+// Vectors, exp2, transposition and the register-blocked product. The kernels are compiled once per instruction set, in
+// the namespace RK_ISA. RK_VECTOR_BYTES: bytes of a vector. RK_TILE_VECTORS: vectors in a row of a register tile.
 #pragma once
+#include "kernels/cpu/standard.h"
+
+#ifndef RK_ISA  // the header is read on its own, as by an editor
+#define RK_ISA baseline
+#define RK_VECTOR_BYTES 16
+#define RK_TILE_VECTORS 2
+#endif
 #define RK_INLINE inline __attribute__((always_inline))
 #define RK_NOINLINE __attribute__((noinline))
 #define RK_LAMBDA __attribute__((always_inline))  // after the parameters of a lambda that must not become a call
@@ -142,7 +149,7 @@ RK_INLINE void column_tiles(int64_t begin, int64_t end, F&& f) {
 
 template <class T, int S, int... I>
 RK_INLINE void swap_halves(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, I...>) {
-  // In blocks of S lanes: the second blocks of a change places with the first blocks of b.
+  // In blocks of S lanes, the second blocks of a are exchanged with the first blocks of b.
   constexpr int n = sizeof...(I);
   const auto low = __builtin_shufflevector(a, b, (I / S % 2 == 0 ? I : n + I - S)...);
   const auto high = __builtin_shufflevector(a, b, (I / S % 2 == 0 ? I + S : n + I)...);

@@ -1,5 +1,5 @@
-// What the kernels use of the standard library and of each other's plain code. Included before an instruction set is
-// chosen, so that shared inline functions are compiled for the baseline.
+// What the kernels use from the standard library and from plain code. It is included before an instruction set is
+// chosen, so that these inline functions are compiled for the baseline.
 #pragma once
 #include <algorithm>
 #include <atomic>

@@ -1,7 +1,9 @@
-// Which keys a chunk of queries sees: the chunk table of one sequence of one head. The same for every instruction set.
+// Which keys a chunk of queries sees: the table of chunks of one sequence of one head. Not compiled per instruction
+// set.
 //
-// The R rounds of the L sorted tokens form a ring of R * L slots. A chunk is a range of slots; its queries see the keys
-// of the chunks before ... after it: circularly over the ring, or (bucket-aligned) within one bucket of one round.
+// The R rounds of the L sorted tokens form a ring of R * L slots. A chunk is a range of slots. Its queries see the keys
+// of its window, which is the chunks from `before` chunks before it to `after` chunks after it. Windows wrap around the
+// ring, or (bucket-aligned) stay within one bucket of one round.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -13,24 +15,24 @@ namespace rk::cpu {
 
 struct Chunk {
   int32_t start, count;  // slots
-  int32_t segment;       // windows do not leave it
+  int32_t segment;       // a window has chunks of one segment only
 };
 
-// Positions [from, to).
+// Positions [begin, end).
 struct Range {
-  int32_t from, to;
+  int32_t begin, end;
 };
 
-// One sequence of one head: the unit of work between which nothing is shared.
-struct Unit {
-  int64_t b, h, key_head, index;  // index: among those of all heads, part of the dropout counter
-  int64_t offset, L, n_queries;   // the sequence's rows, and how many of them, the first ones, are queries
+// One sequence of one head. It shares nothing with others.
+struct HeadSequence {
+  int64_t b, h, key_head, index;  // index: among the sequences of all heads; part of the dropout counter
+  int64_t offset, L, n_queries;   // first row in the batch row; rows; how many of them, from the first, are queries
   int R, before, after;
-  bool ring;
+  bool ring, single_window;
   const int32_t* order;  // [R * L] positions in the sequence, or null
   std::vector<Chunk> chunks;
   std::vector<int32_t> round_begin;  // [R + 1] first chunk of every round
-  std::vector<Range> local;          // what the later rounds of key lists leave out, of every chunk in the first round
+  std::vector<Range> excluded;       // with lists: keys that a chunk of the first round saw, and later rounds leave out
 
   int position(int64_t slot) const { return order ? order[slot] : static_cast<int>(slot % L); }
   int round(int64_t slot) const { return static_cast<int>(slot / L); }
@@ -45,33 +47,33 @@ struct Unit {
   }
 };
 
-inline int64_t n_units(const AttentionParams& p) { return p.B * p.H * p.n_sequences; }
+inline int64_t n_head_sequences(const AttentionParams& p) { return p.B * p.H * p.n_sequences; }
 
-inline void add_round(Unit& u, int round, const int32_t* bucket, int64_t chunk_length) {
-  u.round_begin.push_back(u.n_chunks());
+inline void add_round(HeadSequence& seq, int round, const int32_t* bucket, int64_t chunk_length) {
+  seq.round_begin.push_back(seq.n_chunks());
   int64_t begin = 0;
-  while (begin < u.L) {
-    int64_t end = u.L;
-    if (!u.ring) {  // up to the end of the bucket
-      const int32_t* of_round = bucket + round * u.L;
-      const int32_t* slots = u.order + round * u.L;
+  while (begin < seq.L) {
+    int64_t end = seq.L;
+    if (!seq.ring) {  // up to the end of the bucket
+      const int32_t* of_round = bucket + round * seq.L;
+      const int32_t* slots = seq.order + round * seq.L;
       end = begin + 1;
-      while (end < u.L && of_round[slots[end]] == of_round[slots[begin]]) ++end;
+      while (end < seq.L && of_round[slots[end]] == of_round[slots[begin]]) ++end;
     }
-    const int32_t segment = u.ring ? 0 : static_cast<int32_t>(round * u.L + begin);
+    const int32_t segment = seq.ring ? 0 : static_cast<int32_t>(round * seq.L + begin);
     for (int64_t s = begin; s < end; s += chunk_length)
-      u.chunks.push_back(
-          {static_cast<int32_t>(round * u.L + s), static_cast<int32_t>(std::min(chunk_length, end - s)), segment});
+      seq.chunks.push_back(
+          {static_cast<int32_t>(round * seq.L + s), static_cast<int32_t>(std::min(chunk_length, end - s)), segment});
     begin = end;
   }
 }
 
-// The list of keys of a chunk.
-inline const int32_t* key_list(const AttentionParams& p, const Unit& u, int64_t chunk) {
-  return p.key_indices + ((u.b * p.H + u.h) * u.n_chunks() + chunk) * p.list_length;
+// The key indices of a chunk.
+inline const int32_t* key_list(const AttentionParams& p, const HeadSequence& seq, int64_t chunk) {
+  return p.key_indices + ((seq.b * p.H + seq.h) * seq.n_chunks() + chunk) * p.list_length;
 }
 
-// From the first to the last key of a list, less the context.
+// The range of positions that a list's keys span, without context keys.
 inline Range list_range(const AttentionParams& p, const int32_t* list) {
   int64_t n = 0;
   while (n < p.list_length && list[n] >= 0) ++n;
@@ -79,34 +81,34 @@ inline Range list_range(const AttentionParams& p, const int32_t* list) {
   return first == n ? Range{0, 0} : Range{list[first], list[n - 1] + 1};
 }
 
-// Fills u with the unit at `index`; bucket_scratch holds its buckets, [R, L] of the sequence, if the rules need them.
-inline void make_unit(const AttentionParams& p, int64_t index, Unit& u, std::vector<int32_t>& bucket_scratch) {
+// Fills in the sequence with this index, and in bucket_scratch its buckets [R, L] if there are any.
+inline void make_head_sequence(const AttentionParams& p, int64_t index, HeadSequence& seq,
+                               std::vector<int32_t>& bucket_scratch) {
   const int64_t head = index / p.n_sequences, s = index % p.n_sequences;
-  u.b = head / p.H, u.h = head % p.H, u.key_head = u.h / p.group(), u.index = s * p.B * p.H + head;
-  const int32_t* bounds = p.cu_seqlens ? p.cu_seqlens + u.b * p.bounds_stride : nullptr;
-  u.offset = bounds ? bounds[s] : 0;
-  u.L = (bounds ? bounds[s + 1] : p.L) - u.offset;
-  u.n_queries = std::clamp<int64_t>(p.n_queries - u.offset, 0, u.L);
-  u.ring = !p.has(kBucketAligned);
-  // A ring sequence that fits one chunk is one window, not hashed: its rounds would only repeat it.
-  const bool single = u.ring && u.L <= p.chunk_length && !p.lists();
-  u.R = single ? 1 : static_cast<int>(p.R);
-  u.before = single ? 0 : static_cast<int>(p.chunks_before);
-  u.after = single ? 0 : static_cast<int>(p.chunks_after);
-  u.order = p.order ? p.order + head * p.R * p.L + p.R * u.offset : nullptr;
+  seq.b = head / p.H, seq.h = head % p.H, seq.key_head = seq.h / p.group(), seq.index = s * p.B * p.H + head;
+  const int32_t* bounds = p.cu_seqlens ? p.cu_seqlens + seq.b * p.bounds_stride : nullptr;
+  seq.offset = bounds ? bounds[s] : 0;
+  seq.L = (bounds ? bounds[s + 1] : p.L) - seq.offset;
+  seq.n_queries = std::clamp<int64_t>(p.n_queries - seq.offset, 0, seq.L);
+  seq.ring = !p.has(kBucketAligned);
+  const bool single = seq.single_window = is_single_window(seq.L, p.chunk_length, p.ring());
+  seq.R = single ? 1 : static_cast<int>(p.R);
+  seq.before = single ? 0 : static_cast<int>(p.chunks_before);
+  seq.after = single ? 0 : static_cast<int>(p.chunks_after);
+  seq.order = p.order ? p.order + head * p.R * p.L + p.R * seq.offset : nullptr;
   bucket_scratch.clear();
   if (p.buckets && !single)
-    for (int r = 0; r < u.R; ++r) {
-      const int32_t* row = p.buckets + (head * p.R + r) * p.L + u.offset;
-      bucket_scratch.insert(bucket_scratch.end(), row, row + u.L);
+    for (int r = 0; r < seq.R; ++r) {
+      const int32_t* row = p.buckets + (head * p.R + r) * p.L + seq.offset;
+      bucket_scratch.insert(bucket_scratch.end(), row, row + seq.L);
     }
-  u.chunks.clear();
-  u.round_begin.clear();
-  for (int r = 0; r < u.R; ++r) add_round(u, r, bucket_scratch.data(), p.chunk_length);
-  u.round_begin.push_back(u.n_chunks());
-  u.local.clear();
-  if (p.key_indices && u.R > 1)
-    for (int c = 0; c < u.round_begin[1]; ++c) u.local.push_back(list_range(p, key_list(p, u, c)));
+  seq.chunks.clear();
+  seq.round_begin.clear();
+  for (int r = 0; r < seq.R; ++r) add_round(seq, r, bucket_scratch.data(), p.chunk_length);
+  seq.round_begin.push_back(seq.n_chunks());
+  seq.excluded.clear();
+  if (p.key_indices && seq.R > 1)
+    for (int c = 0; c < seq.round_begin[1]; ++c) seq.excluded.push_back(list_range(p, key_list(p, seq, c)));
 }
 
 }  // namespace rk::cpu

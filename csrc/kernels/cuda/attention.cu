@@ -1,6 +1,7 @@
 // Launches the kernels of chunk attention, round by round.
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_forward.cuh"
+#include "kernels/cuda/kernel_table.cuh"
 #include "kernels/cuda/kernels.h"
 
 namespace rk::cuda {
@@ -11,10 +12,11 @@ AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan
   const AttentionScratch scratch = plan_attention_scratch(p, backward);
   const auto at = [&](int64_t bytes) { return static_cast<char*>(memory) + bytes; };
   if (scratch.has_windows) {
-    a.windows = reinterpret_cast<int4*>(at(scratch.windows)), a.places = reinterpret_cast<int32_t*>(at(scratch.places));
+    a.windows = reinterpret_cast<int4*>(at(scratch.windows)),
+    a.slot_of_position = reinterpret_cast<int32_t*>(at(scratch.slot_of_position));
   }
   if (backward) a.residuals = reinterpret_cast<QueryResidual*>(at(scratch.residuals));
-  a.query = p.query, a.key = p.shared() ? p.query : p.key, a.value = p.value, a.out = p.out;
+  a.query = p.query, a.key = p.shared_qk() ? p.query : p.key, a.value = p.value, a.out = p.out;
   a.order = p.order, a.buckets = p.buckets, a.padding = p.padding, a.cu_seqlens = p.cu_seqlens;
   a.lse = static_cast<float*>(p.lse), a.self_only = p.self_only;
   a.dropout_seed = p.dropout_seed;
@@ -26,16 +28,17 @@ AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan
   a.chunk_length = static_cast<int>(p.chunk_length);
   a.before = static_cast<int>(p.chunks_before), a.after = static_cast<int>(p.chunks_after);
   a.tiles_per_block = plan.tiles_per_block, a.blocks_per_sequence = plan.blocks_per_sequence;
-  a.tile_chunk = plan.tile_chunk, a.places_of_tiles = plan.places;
+  a.tile_chunk = plan.tile_chunk, a.stages = plan.stages;
   a.scale = static_cast<float>(p.scale);
   a.dropout = p.dropout(), a.keep_factor = static_cast<float>(p.keep_factor), a.drop_threshold = p.drop_threshold;
-  a.causal = p.has(kCausal), a.shared = p.shared(), a.l2 = p.has(kL2Norm), a.lead = plan.lead;
+  a.causal = p.has(kCausal), a.shared_qk = p.shared_qk(), a.l2 = p.has(kL2Norm), a.diagonal_first = plan.diagonal_first;
   a.bucket_aligned = p.has(kBucketAligned), a.within_bucket = p.has(kWithinBucket), a.dedup = p.has(kDedup);
+  a.has_score_mod = p.has_score_mod();
   a.mask_padded_queries = p.has(kMaskPaddedQueries);
   if (p.lists()) {
     a.lists = p.key_indices, a.list_length = static_cast<int>(p.list_length),
     a.context = static_cast<int>(p.context_keys);
-    a.list_slots = static_cast<int>(list_slots(p));
+    a.list_stride = static_cast<int>(list_stride(p));
   }
   const int64_t bytes = p.element == Element::kSame ? 4 : 2;
   a.aligned_rows = is_aligned(a.query, p.D, bytes) && is_aligned(a.key, p.D, bytes) && is_aligned(a.value, p.E, bytes);
@@ -45,40 +48,31 @@ AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan
 
 AttentionArguments backward_arguments(const AttentionParams& p, const AttentionPlan& plan, void* scratch) {
   AttentionArguments a = arguments(p, plan, scratch, true);
-  a.grad_out = p.grad_out, a.grad_query_begun = p.has(kRest);
+  a.grad_out = p.grad_out, a.grad_query_begun = p.has(kRestKey);
   a.grad_query = p.grad_query, a.grad_key = p.grad_key, a.grad_value = p.grad_value;
   const int64_t bytes = p.element == Element::kSame ? 4 : 2;
   a.aligned_rows = a.aligned_rows && is_aligned(a.grad_out, p.E, bytes);
   a.aligned_out = is_aligned(a.grad_query, p.D, bytes) && is_aligned(a.grad_value, p.E, bytes) &&
-                  (p.shared() || is_aligned(a.grad_key, p.D, bytes));
+                  (p.shared_qk() || is_aligned(a.grad_key, p.D, bytes));
   return a;
 }
 
 using Kernel = void(AttentionArguments);
 
-template <class T, int STEPS>
-Kernel* kernel_of(AttentionPart part) {
-  return part == AttentionPart::kForward     ? attention_forward_kernel<T, STEPS>
-         : part == AttentionPart::kGradQuery ? attention_grad_query_kernel<T, STEPS>
-                                             : attention_grad_keys_kernel<T, STEPS>;
-}
-
-template <class T>
-Kernel* kernel_of(AttentionPart part, int steps) {
-  if constexpr (sizeof(T) == 2)
-    if (steps == 2) return kernel_of<T, 2>(part);
-  return steps == 4 ? kernel_of<T, 4>(part) : kernel_of<T, 8>(part);
-}
-
-Kernel* kernel_of(AttentionPart part, Element element, int steps) {
-  return element == Element::kBFloat16  ? kernel_of<bf16>(part, steps)
-         : element == Element::kFloat16 ? kernel_of<fp16>(part, steps)
-                                        : kernel_of<float>(part, steps);
+Kernel* kernel_of(AttentionPart part, Element element, int k_steps) {
+  return kernel_for<Kernel>(element, k_steps, [&]<class T, int K_STEPS>(Instance<T, K_STEPS>) -> Kernel* {
+    if constexpr (sizeof(T) == 4 && K_STEPS < kAttentionFloatSteps)
+      return nullptr;
+    else
+      return part == AttentionPart::kForward     ? attention_forward_kernel<T, K_STEPS>
+             : part == AttentionPart::kGradQuery ? attention_grad_query_kernel<T, K_STEPS>
+                                                 : attention_grad_keys_kernel<T, K_STEPS>;
+  });
 }
 
 // A token stands once in each round, so a round may add to what the last one wrote.
 int launch_rounds(AttentionPart part, AttentionArguments a, const AttentionPlan& plan, void* stream) {
-  Kernel* kernel = kernel_of(part, a.element, plan.steps);
+  Kernel* kernel = kernel_of(part, a.element, plan.k_steps);
   for (int round = 0; round < plan.rounds; ++round) {
     a.round = round;
     if (const int error = launch(kernel, plan.launch, a, stream)) return error;
@@ -86,8 +80,8 @@ int launch_rounds(AttentionPart part, AttentionArguments a, const AttentionPlan&
   return cudaSuccess;
 }
 
-Launch one_dimension(int64_t units, int units_of_block) {
-  return {{static_cast<uint32_t>(ceil_div(units, units_of_block)), 1, 1}, kAttentionThreads, 0};
+Launch one_dimension(int64_t items, int items_per_block) {
+  return {{static_cast<uint32_t>(ceil_div(items, items_per_block)), 1, 1}, kAttentionThreads, 0};
 }
 
 int find_windows(const AttentionParams& p, const AttentionArguments& a, void* stream) {

@@ -1,4 +1,4 @@
-// What kernels use beside plain CUDA C++: asynchronous copies, matrix fragments, launches.
+// What kernels use besides plain CUDA C++: asynchronous copies, matrix fragments, launches.
 //
 // With RK_HOST defined the same names come from the tests (host_device.h), which compile the kernels for a CPU. Kernels
 // use only CUDA C++ that g++ understands with those macros, and what is here.
@@ -119,6 +119,7 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 template <class Params>
 int launch(void (*kernel)(Params), const Launch& shape, const Params& params, void* stream) {
   constexpr int kWithoutAsking = 48 * 1024 - 4096;  // less what a kernel declares itself
+  if (!kernel) return cudaErrorInvalidDeviceFunction;
   const void* function = reinterpret_cast<const void*>(kernel);
   void* arguments[] = {const_cast<Params*>(&params)};
   cudaError_t error = cudaSuccess;

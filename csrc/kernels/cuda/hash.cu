@@ -1,5 +1,6 @@
 // Launches the hash kernel.
 #include "kernels/cuda/hash.cuh"
+#include "kernels/cuda/kernel_table.cuh"
 #include "kernels/cuda/kernels.h"
 
 namespace rk::cuda {
@@ -31,21 +32,14 @@ HashArguments arguments(const HashParams& p, const HashPlan& plan) {
   return a;
 }
 
-template <class T>
-auto* kernel_of(int steps) {
-  return steps == 2 ? hash_kernel<T, 2> : steps == 4 ? hash_kernel<T, 4> : hash_kernel<T, 8>;
-}
-
 }  // namespace
 
 int hash_buckets(const HashParams& p, const Device& device, void* stream) {
   if (p.B * p.H * p.L * p.R == 0) return cudaSuccess;
   const HashPlan plan = plan_hash(p, device);
   const HashArguments a = arguments(p, plan);
-  auto* kernel = p.element == Element::kBFloat16  ? kernel_of<bf16>(plan.steps)
-                 : p.element == Element::kFloat16 ? kernel_of<fp16>(plan.steps)
-                                                  : kernel_of<float>(plan.steps);
-  return launch(kernel, plan.launch, a, stream);
+  const auto instance = []<class T, int K_STEPS>(Instance<T, K_STEPS>) { return &hash_kernel<T, K_STEPS>; };
+  return launch(kernel_for<void(HashArguments)>(p.element, plan.k_steps, instance), plan.launch, a, stream);
 }
 
 }  // namespace rk::cuda

@@ -62,12 +62,12 @@ __device__ __forceinline__ T split(float& rest) {
 template <class T>
 constexpr int kHashTerms = hash_terms(sizeof(T));
 
-// Where things are in shared memory: rows of x warp by warp, then column tiles [terms][16 * STEPS][8].
-template <class T, int STEPS>
+// Where things are in shared memory: rows of x warp by warp, then column tiles [terms][16 * K_STEPS][8].
+template <class T, int K_STEPS>
 struct HashLayout {
-  static constexpr int kDepth = 16 * STEPS;
-  static constexpr int kRowBytes = hash_row_bytes(sizeof(T), STEPS);
-  static constexpr int kTileBytes = hash_column_tile_bytes(sizeof(T), STEPS);
+  static constexpr int kDepth = 16 * K_STEPS;
+  static constexpr int kRowBytes = hash_row_bytes(sizeof(T), K_STEPS);
+  static constexpr int kTileBytes = hash_column_tile_bytes(sizeof(T), K_STEPS);
   unsigned char* memory;
 
   int rows;  // of all warps
@@ -80,11 +80,11 @@ struct HashLayout {
 };
 
 // The block loads `count` column tiles. Beyond the head size and the factor there are zeros, which are never the best.
-template <class T, int STEPS>
-__device__ void load_columns(const HashArguments& p, const HashLayout<T, STEPS>& layout, const ColumnTile* tiles,
+template <class T, int K_STEPS>
+__device__ void load_columns(const HashArguments& p, const HashLayout<T, K_STEPS>& layout, const ColumnTile* tiles,
                              const float* rotations, int count) {
   const int width = count * kHashColumns;
-  for (int i = threadIdx.x; i < HashLayout<T, STEPS>::kDepth * width; i += blockDim.x) {
+  for (int i = threadIdx.x; i < HashLayout<T, K_STEPS>::kDepth * width; i += blockDim.x) {
     const int k = i / width, tile = i % width / kHashColumns, column = i % kHashColumns;
     const bool inside = k < p.D && column < tiles[tile].count;
     float rest = inside ? __ldg(rotations + k * p.columns + tiles[tile].column + column) : 0.f;
@@ -94,10 +94,10 @@ __device__ void load_columns(const HashArguments& p, const HashLayout<T, STEPS>&
 }
 
 // The warp loads its rows of the tile of tokens that begins at `first`, zeros beyond the sequence and the head size.
-template <class T, int STEPS>
-__device__ void load_rows(const HashArguments& p, const HashLayout<T, STEPS>& layout, const T* x, int64_t first,
+template <class T, int K_STEPS>
+__device__ void load_rows(const HashArguments& p, const HashLayout<T, K_STEPS>& layout, const T* x, int64_t first,
                           int warp, int lane) {
-  constexpr int kDepth = 16 * STEPS, kPerCopy = 16 / sizeof(T), kCopies = kDepth / kPerCopy;
+  constexpr int kDepth = 16 * K_STEPS, kPerCopy = 16 / sizeof(T), kCopies = kDepth / kPerCopy;
   if (p.aligned) {
 #pragma unroll 4
     for (int i = lane; i < kWarp * kCopies; i += kWarp) {
@@ -122,23 +122,23 @@ __device__ void load_rows(const HashArguments& p, const HashLayout<T, STEPS>& la
 // products[tile][m][2 * h + j]: row 16 m + 8 h + g, column 2 q + j.
 using HashProducts = float[2][2][4];
 
-template <class T, int STEPS>
+template <class T, int K_STEPS>
 struct HashProjector {
-  uint32_t fragments[2][STEPS][4];
+  uint32_t fragments[2][K_STEPS][4];
 
-  __device__ void take_rows(const HashLayout<T, STEPS>& layout, int warp, int lane) {
+  __device__ void take_rows(const HashLayout<T, K_STEPS>& layout, int warp, int lane) {
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
-      for (int k = 0; k < STEPS; ++k)
+      for (int k = 0; k < K_STEPS; ++k)
         load_matrices(fragments[m][k], layout.row(warp * kWarp + m * 16 + lane % 16) + (k * 2 + lane / 16) * 16);
   }
 
-  __device__ void project(HashProducts& products, const HashLayout<T, STEPS>& layout, int tile, int, int lane) const {
+  __device__ void project(HashProducts& products, const HashLayout<T, K_STEPS>& layout, int tile, int, int lane) const {
 #pragma unroll
     for (int term = 0; term < kHashTerms<T>; ++term)
 #pragma unroll
-      for (int k = 0; k < STEPS; k += 2)
+      for (int k = 0; k < K_STEPS; k += 2)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           uint32_t columns[4];
@@ -152,21 +152,22 @@ struct HashProjector {
   }
 };
 
-template <int STEPS>
-struct HashProjector<float, STEPS> {
-  __device__ void take_rows(const HashLayout<float, STEPS>&, int, int) {}
+template <int K_STEPS>
+struct HashProjector<float, K_STEPS> {
+  __device__ void take_rows(const HashLayout<float, K_STEPS>&, int, int) {}
 
-  __device__ void project(HashProducts& products, const HashLayout<float, STEPS>& layout, int tile, int warp,
+  __device__ void project(HashProducts& products, const HashLayout<float, K_STEPS>& layout, int tile, int warp,
                           int lane) const {
     const unsigned char* rows = layout.row(warp * kWarp + lane / 4);
     const float* columns[2];
     for (int i = 0; i < 2; ++i) columns[i] = layout.column_row(tile + i, 0, 0) + lane % 4 * 2;
 #pragma unroll 2
-    for (int k = 0; k < 16 * STEPS; k += 4) {
+    for (int k = 0; k < 16 * K_STEPS; k += 4) {
       float4 x[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r)
-        x[r] = *reinterpret_cast<const float4*>(rows + r * 8 * HashLayout<float, STEPS>::kRowBytes + k * sizeof(float));
+        x[r] =
+            *reinterpret_cast<const float4*>(rows + r * 8 * HashLayout<float, K_STEPS>::kRowBytes + k * sizeof(float));
 #pragma unroll
       for (int d = 0; d < 4; ++d)
 #pragma unroll
@@ -237,13 +238,13 @@ struct HashRows {
   }
 };
 
-template <class T, int STEPS>
+template <class T, int K_STEPS>
 __global__ void __launch_bounds__(kHashMaxWarps* kWarp, kHashWarps / kHashMaxWarps)
     hash_kernel(const __grid_constant__ HashArguments p) {
   RK_DYNAMIC_SHARED(memory);
   __shared__ ColumnTile tiles[kHashMaxTiles];
   const int rows = static_cast<int>(blockDim.x);  // one a thread
-  const HashLayout<T, STEPS> layout{memory, rows};
+  const HashLayout<T, K_STEPS> layout{memory, rows};
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int groups = (p.R + p.rounds_per_block - 1) / p.rounds_per_block;  // of rounds
   const int group = blockIdx.x % groups, share = blockIdx.x / groups % p.blocks_per_head;
@@ -256,7 +257,7 @@ __global__ void __launch_bounds__(kHashMaxWarps* kWarp, kHashWarps / kHashMaxWar
 
   load_rows(p, layout, x, begin, warp, lane);
   for (int64_t first = begin; first < end; first += rows) {
-    HashProjector<T, STEPS> projector;
+    HashProjector<T, K_STEPS> projector;
     wait_for_copies<0>();
     __syncwarp();
     projector.take_rows(layout, warp, lane);

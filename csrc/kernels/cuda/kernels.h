@@ -5,27 +5,28 @@
 
 namespace rk::cuda {
 
-// Of the calling thread's current device.
+// Fills in the calling thread's current device.
 int current_device(Device& device);
 
 int hash_buckets(const HashParams& p, const Device& device, void* stream);
 
-// scratch_order: like p.order, where the plan has several passes; counts: where it asks for them.
+// scratch_order has the shape of p.order, and is used if the plan has several passes. counts has plan.counts()
+// elements.
 int bucket_order(const OrderParams& p, const Device& device, int32_t* scratch_order, int32_t* counts, void* stream);
 
-// Where cu_seqlens are, `longest` tokens has the longest sequence, at most. scratch: see plan_attention_scratch.
+// longest: no sequence has more tokens. scratch: see plan_attention_scratch.
 int attention_forward(const AttentionParams& p, int64_t longest, const Device& device, void* scratch, void* stream);
 int attention_backward(const AttentionParams& p, int64_t longest, const Device& device, void* scratch, void* stream);
 
-// The pseudo-key of attention to lists of keys: it stands for the keys that a query may see and did not.
+// The rest key of attention to lists: it stands for the keys that a query may see but did not.
 struct RestParams {
-  // Sums of the keys that the query at a position may see, or of those that all may see: [B, key heads, sum_rows, D]
-  // and E, and how many they are, [B, sum_rows].
+  // Sums of the keys and values that the query at a position may see (or, with one row, every query may see):
+  // [B, key heads, sum_rows, D] and E. counts [B, sum_rows] is how many keys a sum has.
   const float *key_sums, *value_sums;
   const int32_t* counts;
   int64_t sum_rows;
-  // Backward: what each query gives to every key that it may see, [B, H, L, D] and E; and what each key, or all, gets,
-  // [B, key heads, grad_rows, D] and E.
+  // Backward: what each query adds to the gradient of every key that it may see, [B, H, L, D] and E; and the sums of
+  // these for each key (or, with one row, for all keys), [B, key heads, grad_rows, D] and E.
   float *query_terms, *value_terms;
   const float *key_grads, *value_grads;
   int64_t grad_rows;
@@ -33,7 +34,7 @@ struct RestParams {
 
 int list_attention_forward(const AttentionParams& p, const RestParams& rest, const Device& device, void* stream);
 
-// Writes grad_query and the terms; list_attention_backward goes on from there.
+// Writes the rest key's part of grad_query and the terms. list_attention_backward adds to grad_query.
 int list_rest_backward(const AttentionParams& p, const RestParams& rest, void* stream);
 
 // scratch: see plan_list_scratch.

@@ -2,12 +2,6 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define RK_HOST_DEVICE __host__ __device__
-#else
-#define RK_HOST_DEVICE
-#endif
-
 namespace rk::cuda {
 
 struct Launch {

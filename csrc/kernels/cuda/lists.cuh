@@ -1,49 +1,50 @@
-// Attention to lists of keys: the gradients of the places of lists become those of keys, and the pseudo-key that stands
-// for all keys that a query did not see.
+// Attention to lists of keys, around the kernels of chunk attention: gradients of list entries become those of keys,
+// and the rest key stands for all keys that a query may see but did not.
 #pragma once
 #include "kernels/cuda/attention_sequence.cuh"
 
 namespace rk::cuda {
 
-// Of all lists of a head, `places` slots; see AttentionSequence.
+// The lists of a head have `entries` entries, each list padded to whole tiles.
 struct ListArguments {
-  AttentionArguments attention;   // grad_query, grad_key and grad_value: of the tensors
-  Rows place_keys, place_values;  // gradients, [B, H, places, D] and E
-  int32_t* keys;                  // [B, H, places], S: none
-  const int32_t* order;           // [B, H, places]: by key
-  int32_t* starts;                // [B, H, S + 2] in that order
-  int64_t places;
-  // The pseudo-key, where there is one. Rows of sums are for each position, or one for all.
-  const float *key_sums, *value_sums;    // [B, key heads, sum_rows, D] and E, of the keys that count
-  const int32_t* counts;                 // [B, sum_rows]
-  float *query_terms, *value_terms;      // [B, H, L, D] and E: what each query gives to all keys that it may see
-  const float *key_grads, *value_grads;  // [B, key heads, grad_rows, D] and E: what each key gets of them
+  AttentionArguments attention;             // its gradients are those of the whole tensors
+  Rows entry_grad_keys, entry_grad_values;  // [B, H, entries, D] and [B, H, entries, E]
+  int32_t* keys;                            // [B, H, entries], the key of each entry; S: none
+  const int32_t* order;                     // [B, H, entries], entries sorted by key
+  int32_t* starts;                          // [B, H, S + 2], where each key begins in the order
+  int64_t entries;
+  // The rest key, if there is one. sum_rows is the length if sums differ by position (causal), else 1.
+  const float *key_sums, *value_sums;  // [B, key heads, sum_rows, D] and E, sums of visible keys and values
+  const int32_t* counts;               // [B, sum_rows], how many keys these sums have
+  float *query_terms,
+      *value_terms;  // [B, H, L, D] and E, what each query adds to the gradient of every key that it may see
+  const float *key_grads, *value_grads;  // [B, key heads, grad_rows, D] and E, the sums of these for each key
   int sum_rows, grad_rows;
 };
 
-// The key of each place.
+// Fills `keys`. One thread for each entry.
 __global__ void __launch_bounds__(kAttentionThreads) list_keys_kernel(const __grid_constant__ ListArguments p) {
   const int64_t number = int64_t{blockIdx.x} * kAttentionThreads + threadIdx.x;
-  if (number >= p.attention.heads * p.places) return;
-  const int slots = p.attention.list_slots, length = p.attention.list_length;
+  if (number >= p.attention.heads * p.entries) return;
+  const int slots = p.attention.list_stride, length = p.attention.list_length;
   const int64_t row = number / slots;
-  const int place = static_cast<int>(number % slots);
-  const int key = place < length ? p.attention.lists[row * length + place] : -1;
+  const int entry = static_cast<int>(number % slots);
+  const int key = entry < length ? p.attention.lists[row * length + entry] : -1;
   p.keys[number] = key < 0 ? p.attention.S : key;
 }
 
-// Where each key begins in the order.
+// Fills `starts`. One thread for each entry in sorted order, and one for the end.
 __global__ void __launch_bounds__(kAttentionThreads) list_starts_kernel(const __grid_constant__ ListArguments p) {
   const int64_t number = int64_t{blockIdx.x} * kAttentionThreads + threadIdx.x;
-  const int64_t head = number / (p.places + 1), i = number % (p.places + 1);
+  const int64_t head = number / (p.entries + 1), i = number % (p.entries + 1);
   if (head >= p.attention.heads) return;
-  const int32_t *keys = p.keys + head * p.places, *order = p.order + head * p.places;
-  const int before = i == 0 ? -1 : keys[order[i - 1]], key = i == p.places ? p.attention.S + 1 : keys[order[i]];
+  const int32_t *keys = p.keys + head * p.entries, *order = p.order + head * p.entries;
+  const int before = i == 0 ? -1 : keys[order[i - 1]], key = i == p.entries ? p.attention.S + 1 : keys[order[i]];
   int32_t* starts = p.starts + head * (p.attention.S + 2);
   for (int k = before + 1; k <= key; ++k) starts[k] = static_cast<int32_t>(i);
 }
 
-// A warp for each key: the sum of the gradients of its places, in their order.
+// Sums the gradients of the entries of each key, in a fixed order. One warp for each key.
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads, 8) list_sum_kernel(const __grid_constant__ ListArguments p) {
   const AttentionArguments& a = p.attention;
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 8) list_sum_kernel(const __
   const int64_t head = number / a.S, b = head / key_heads, key_head = head % key_heads;
   const int key = static_cast<int>(number % a.S);
   if (head >= a.heads / a.group) return;
-  const auto add_up = [&](const Rows& places, const float* grads, const Rows& to, int width) {
+  const auto add_up = [&](const Rows& entries, const float* grads, const Rows& to, int width) {
     LaneRow sum{};
     if (grads && key < a.S - a.context && !(a.padding && a.padding[b * a.S + key])) {
       const float* row = grads + (head * p.grad_rows + min(key, p.grad_rows - 1)) * width;
@@ -61,22 +62,22 @@ __global__ void __launch_bounds__(kAttentionThreads, 8) list_sum_kernel(const __
     for (int64_t h = key_head * a.group; h < (key_head + 1) * a.group; ++h) {
       const int64_t query_head = b * a.H + h;
       const int32_t* starts = p.starts + query_head * (a.S + 2) + key;
-      const int32_t* order = p.order + query_head * p.places;
+      const int32_t* order = p.order + query_head * p.entries;
       for (int i = starts[0]; i < starts[1]; ++i) {
-        const T* row = row_of<T>(places, b, h, order[i]);
+        const T* row = row_of<T>(entries, b, h, order[i]);
         LaneRow::each(width, [&](int j, int d) { sum.x[j] += to_float(row[d]); });
       }
     }
     T* row = row_of<T>(to, b, key_head, key);
     LaneRow::each(width, [&](int i, int d) { row[d] = from_float<T>(sum.x[i]); });
   };
-  add_up(p.place_keys, p.key_grads, a.grad_key, a.D);
-  add_up(p.place_values, p.value_grads, a.grad_value, a.E);
+  add_up(p.entry_grad_keys, p.key_grads, a.grad_key, a.D);
+  add_up(p.entry_grad_values, p.value_grads, a.grad_value, a.E);
 }
 
-// The pseudo-key of a query, for a warp: its score (natural), or -infinity where the query saw every key.
-struct RestOfQuery {
-  int64_t head, row, sum_row;  // b * H + h; of [B, H, L]; of the sums
+// The rest key of a query, computed by one warp. Its score is natural, and -infinity if the query saw every key.
+struct RestKey {
+  int64_t head, row, sum_row;  // b * H + h; row of [B, H, L]; row of the sums
   int b, h, position, visible;
   float score;
 
@@ -92,9 +93,9 @@ struct RestOfQuery {
     sum_row = (int64_t{b} * (a.H / a.group) + h / a.group) * p.sum_rows + sum_index;
     visible = p.counts[int64_t{b} * p.sum_rows + sum_index];
     const int chunks = (a.L + a.chunk_length - 1) / a.chunk_length, limit = a.causal ? position : INT32_MAX;
-    int seen = 0, low = INT32_MAX, high = -1;  // of the first round's keys, less the context
+    int seen = 0, low = INT32_MAX, high = -1;  // low, high: range of the first round's keys, without context keys
     for (int round = 0; round < a.R; ++round) {
-      const bool last = round == a.R - 1;  // the first of two has the order of positions
+      const bool last = round == a.R - 1;  // the first of two rounds has the order of positions
       const int chunk = (last ? slot - round * a.L : position) / a.chunk_length;
       const int32_t* list = a.lists + ((head * a.R + round) * chunks + chunk) * a.list_length;
       for (int i = lane; i < a.list_length; i += kWarp) {
@@ -114,13 +115,13 @@ struct RestOfQuery {
   }
 };
 
-// A warp for each query: merges its pseudo-key into what its lists left.
+// Merges the rest key of each query into the result of its lists. One warp for each query.
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads, 8) rest_forward_kernel(const __grid_constant__ ListArguments p) {
   const AttentionArguments& a = p.attention;
   const int64_t number = int64_t{blockIdx.x} * (kAttentionThreads / kWarp) + threadIdx.x / kWarp;
   if (number >= a.heads * a.L) return;
-  RestOfQuery q{};
+  RestKey q{};
   q.take<T>(p, number);
   if (q.score == -INFINITY) return;
   const float lse = a.lse[q.row], top = fmaxf(lse, q.score);
@@ -133,13 +134,13 @@ __global__ void __launch_bounds__(kAttentionThreads, 8) rest_forward_kernel(cons
   if (threadIdx.x % kWarp == 0) a.lse[q.row] = both;
 }
 
-// The same backward: the gradient of the query, to which those of its lists are added, and its terms.
+// Writes the rest key's part of the gradient of each query, to which the kernels of chunk attention add, and its terms.
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads, 8) rest_backward_kernel(const __grid_constant__ ListArguments p) {
   const AttentionArguments& a = p.attention;
   const int64_t number = int64_t{blockIdx.x} * (kAttentionThreads / kWarp) + threadIdx.x / kWarp;
   if (number >= a.heads * a.L) return;
-  RestOfQuery q{};
+  RestKey q{};
   q.take<T>(p, number);
   const float weight = q.score == -INFINITY ? 0.f : expf(q.score - a.lse[q.row]) / max(q.visible, 1);
   const T *query = row_of<T>(a.query, q.b, q.h, q.position), *out = row_of<T>(a.out, q.b, q.h, q.position);

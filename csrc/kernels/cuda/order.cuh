@@ -56,8 +56,8 @@ struct OrderTile {
   __device__ uint32_t& pair(int sorter, int pair) const {
     return reinterpret_cast<uint32_t*>(counters)[sorter * pairs + pair];
   }
-  __device__ uint16_t* places() const { return counters + p.sorters * 2 * pairs; }  // [tile], of the sorted keys
-  __device__ uint16_t* digits() const { return places() + p.tile; }                 // [tile], of a part's keys
+  __device__ uint16_t* key_of_rank() const { return counters + p.sorters * 2 * pairs; }  // [tile], of the sorted keys
+  __device__ uint16_t* digits() const { return key_of_rank() + p.tile; }                 // [tile], of a part's keys
   __device__ int32_t* slots() const { return reinterpret_cast<int32_t*>(digits() + p.tile); }  // [base], of a part
 };
 
@@ -97,8 +97,8 @@ __device__ __forceinline__ void for_keys(const OrderTile& tile, int warp, int la
   }
 }
 
-// Counters of all warps become the first place of each: after smaller digits, and after the same one of earlier warps.
-__device__ __forceinline__ void counts_to_places(const OrderTile& tile, int* sums) {
+// Counters of all warps become the first rank of each: after smaller digits, and after the same one of earlier warps.
+__device__ __forceinline__ void counts_to_ranks(const OrderTile& tile, int* sums) {
   int carry = 0;
   for (int first = 0; first < tile.pairs; first += blockDim.x) {
     const int pair = first + threadIdx.x;
@@ -155,9 +155,9 @@ __global__ void __launch_bounds__(kOrderMaxThreads, PART == OrderPart::kAll ? 1 
     }
     return;
   }
-  counts_to_places(tile, sums);
+  counts_to_ranks(tile, sums);
   __syncthreads();
-  if constexpr (PART == OrderPart::kRank) {  // what to add to a key's place in the tile for its slot
+  if constexpr (PART == OrderPart::kRank) {  // what to add to a key's rank in the tile for its slot
     for (int i = threadIdx.x; i < p.base; i += blockDim.x) tile.slots()[i] = of_tile[i] - tile.counters[i];
     __syncthreads();
   }
@@ -170,18 +170,18 @@ __global__ void __launch_bounds__(kOrderMaxThreads, PART == OrderPart::kAll ? 1 
     };
     for_keys<kAhead>(tile, warp, lane, digit_again, [&](int i, bool inside, uint32_t digit) {
       const uint32_t peers = lanes_with(digit, inside, bits);
-      const int place = counters[digit] + __popc(peers & ((1u << lane) - 1));
+      const int rank = counters[digit] + __popc(peers & ((1u << lane) - 1));
       __syncwarp();
       if (inside) {
-        if (peers >> lane == 1) counters[digit] = static_cast<uint16_t>(place + 1);  // the last of them
-        tile.places()[place] = static_cast<uint16_t>(i);
+        if (peers >> lane == 1) counters[digit] = static_cast<uint16_t>(rank + 1);  // the last of them
+        tile.key_of_rank()[rank] = static_cast<uint16_t>(i);
       }
       __syncwarp();
     });
   }
   __syncthreads();
   for (int i = threadIdx.x; i < tile.count; i += blockDim.x) {
-    const int key = tile.places()[i];
+    const int key = tile.key_of_rank()[i];
     const int slot = PART == OrderPart::kRank ? tile.slots()[tile.digits()[key]] + i : i;
     p.order[tile.segment.slots + slot] = tile.position(key);
   }

@@ -1,4 +1,4 @@
-// How each kernel is launched: pure functions of the problem and the device, the only place where that is decided.
+// How each kernel is launched: pure functions of the problem and the device. Nothing else decides it.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,9 +9,24 @@
 namespace rk::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kReservedShared = 4096;  // at least what a block holds beside its dynamic shared memory
+constexpr int kReservedShared = 4096;  // bytes for the shared memory of a block that is not dynamic
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Kernels are compiled for head sizes of 16 * K_STEPS; other sizes are padded to the next of these. kernel_table.cuh
+// has the instances.
+constexpr int kHeadSteps[] = {2, 4, 8};
+constexpr int kMaxHeadDim = 16 * 8;
+
+// The number of steps for a head size: the smallest that holds it and is at least `least`. 0 if none does.
+constexpr int head_steps(int64_t head_dim, int least = 2) {
+  for (const int steps : kHeadSteps)
+    if (steps >= least && head_dim <= 16 * steps) return steps;
+  return 0;
+}
+static_assert(head_steps(kMaxHeadDim) && !head_steps(kMaxHeadDim + 1));
+
+inline int64_t bytes_of(Element element) { return element == Element::kSame ? 4 : 2; }
 
 // Whether rows can be moved 16 bytes at a time.
 inline bool is_aligned(const Rows& rows, int64_t width, int64_t bytes) {
@@ -22,14 +37,15 @@ inline bool is_aligned(const Rows& rows, int64_t width, int64_t bytes) {
 
 // ---- hash
 
-constexpr int kHashMaxWarps = 8;  // of a block; each has 32 rows
-constexpr int kHashWarps = 16;    // of a multiprocessor, for their registers
-constexpr int kHashColumns = 8;   // of rotations in a column tile, of one factor each
-constexpr int kHashMaxDim = 128, kHashMaxFactors = 8, kHashMaxTiles = 128;  // column tiles in shared memory at a time
+constexpr int kHashMaxWarps = 8;    // warps of a block; each has 32 rows
+constexpr int kHashWarps = 16;      // warps that the registers of a multiprocessor allow
+constexpr int kHashColumns = 8;     // columns of a column tile, all of one factor of one round
+constexpr int kHashMaxTiles = 128;  // column tiles in shared memory at a time
+constexpr int kHashMaxDim = kMaxHeadDim, kHashMaxFactors = 8;
 
 struct HashPlan {
   Launch launch;
-  int steps = 0;            // template argument: the head size is padded to 16 * steps
+  int k_steps = 0;          // template argument: the head size is padded to 16 * k_steps
   int round_tiles = 0;      // column tiles of a round
   int rounds = 0;           // that a block computes
   int resident_tiles = 0;   // column tiles in shared memory at a time, an even number
@@ -42,20 +58,20 @@ struct HashPlan {
 constexpr int hash_terms(int element_bytes) { return element_bytes == 2 ? 2 : 1; }
 
 // Bytes of a row of x in shared memory: 16 more, so that rows one after another begin in different banks.
-constexpr int hash_row_bytes(int element_bytes, int steps) { return element_bytes * 16 * steps + 16; }
+constexpr int hash_row_bytes(int element_bytes, int k_steps) { return element_bytes * 16 * k_steps + 16; }
 
-// Bytes of a column tile: each term is [16 * steps][8 columns]; and 16 more, for the same reason.
-constexpr int hash_column_tile_bytes(int element_bytes, int steps) {
-  return element_bytes * hash_terms(element_bytes) * 16 * steps * kHashColumns + 16;
+// Bytes of a column tile: each term is [16 * k_steps][8 columns]; and 16 more, for the same reason.
+constexpr int hash_column_tile_bytes(int element_bytes, int k_steps) {
+  return element_bytes * hash_terms(element_bytes) * 16 * k_steps * kHashColumns + 16;
 }
 
 inline HashPlan plan_hash(const HashParams& p, const Device& device) {
   HashPlan plan;
-  const int bytes = p.element == Element::kSame ? 4 : 2;
-  plan.steps = p.D <= 32 ? 2 : p.D <= 64 ? 4 : 8;
+  const int bytes = bytes_of(p.element);
+  plan.k_steps = head_steps(p.D);
   for (int64_t f = 0; f < p.n_factors; ++f)
     plan.round_tiles += static_cast<int>(ceil_div(p.factors[f] / 2, kHashColumns));
-  const int column_tile = hash_column_tile_bytes(bytes, plan.steps);
+  const int column_tile = hash_column_tile_bytes(bytes, plan.k_steps);
   const auto tiles_of = [&](int64_t rounds) {  // that are to be in shared memory
     const int64_t tiles = ceil_div(rounds * plan.round_tiles, 2) * 2;
     return static_cast<int>(std::min<int64_t>(tiles, kHashMaxTiles));
@@ -65,7 +81,7 @@ inline HashPlan plan_hash(const HashParams& p, const Device& device) {
   int most = -1, blocks = 0;
   for (int64_t rounds = p.R; rounds >= 1; rounds /= 2) {
     for (const int warps : {4, kHashMaxWarps}) {
-      const int rows = warps * kWarp, row_bytes = rows * hash_row_bytes(bytes, plan.steps);
+      const int rows = warps * kWarp, row_bytes = rows * hash_row_bytes(bytes, plan.k_steps);
       const int room = device.shared_bytes_per_block - kReservedShared - row_bytes;
       const int resident = std::clamp(room / column_tile / 2 * 2, 2, tiles_of(rounds));
       const int shared = row_bytes + resident * column_tile;
@@ -88,8 +104,8 @@ inline HashPlan plan_hash(const HashParams& p, const Device& device) {
 
 // ---- bucket order
 
-constexpr int kOrderWholeTile = 1 << 16;  // keys of a block that sorts a whole segment: places in it have 16 bits
-constexpr int kOrderPartTile = 1 << 14;   // of one of several blocks
+constexpr int kOrderWholeTile = 1 << 16;  // keys of a block that sorts a whole segment; their ranks have 16 bits
+constexpr int kOrderPartTile = 1 << 14;   // keys of one of several blocks
 constexpr int kOrderWholeBase = (1 << 11) + 1, kOrderPartBase = (1 << 9) + 1;  // more buckets are sorted digit by digit
 constexpr int kOrderMaxThreads = 1024, kOrderKeysOfWarp = 256, kOrderFewSorters = 4;
 
@@ -110,7 +126,7 @@ inline OrderPlan plan_order(const OrderParams& p, const Device& device) {
   OrderPlan plan;
   plan.segments = p.rows * p.rounds * p.n_sequences;
   const int64_t n_buckets = std::min<int64_t>(p.n_buckets, INT32_MAX);
-  // The fewest digits of at most `most`, and for these the least power of two as a base.
+  // Chooses the fewest digits whose base is at most `most`, and then the least power of two as the base.
   const auto choose_base = [&](int64_t most) {
     plan.passes = 0;
     const auto reach = [&](int64_t base) {
@@ -129,11 +145,11 @@ inline OrderPlan plan_order(const OrderParams& p, const Device& device) {
   choose_base(kOrderWholeBase);
   const int64_t whole = ceil_div(p.longest, kWarp) * kWarp;
   plan.tile = static_cast<int>(std::min<int64_t>(whole, kOrderWholeTile));
-  int64_t beside = 2 * plan.tile;  // the places of the sorted keys in the tile
+  int64_t beside = 2 * plan.tile;  // bytes of the sorted keys
   if (whole > kOrderWholeTile || beside + kOrderFewSorters * counter_bytes() > room) {
     choose_base(kOrderPartBase);
     plan.tile = kOrderPartTile;
-    beside = 4 * plan.tile + 4 * plan.base;  // and their digits, and a slot for each digit
+    beside = 4 * plan.tile + 4 * plan.base;  // and of their digits, and of a slot for each digit
   }
   plan.tiles = static_cast<int>(ceil_div(p.longest, plan.tile));
   const int64_t wanted = std::min<int64_t>(ceil_div(plan.tile, kOrderKeysOfWarp), kOrderMaxThreads / kWarp);
@@ -147,84 +163,90 @@ inline OrderPlan plan_order(const OrderParams& p, const Device& device) {
 
 // ---- chunk attention
 
-constexpr int kAttentionRows = 64;  // of a tile of queries or keys
-constexpr int kAttentionThreads = 128, kAttentionPlaces = 3, kAttentionMaxDim = 128, kAttentionMaxWalk = 8;
-constexpr int kAttentionMaxChunks = 1023;  // of a query's windows in all rounds: so often it may meet its own key
+constexpr int kAttentionRows = 64;  // rows of a tile of queries or keys
+constexpr int kAttentionThreads = 128, kAttentionStages = 3, kAttentionMaxDim = kMaxHeadDim, kAttentionMaxWalk = 8;
+constexpr int kAttentionMaxChunks = 1023;  // chunks of a query's windows in all rounds; SelfOnlyState counts so far
 
 constexpr int kKeyFactsBytes = 12 * kAttentionRows, kQueryFactsBytes = 48 * kAttentionRows;  // of a tile
 constexpr int kResidualBytes = 16;                                                           // of a query
-constexpr int kBiasRow = kAttentionRows + 8;  // so that 8 rows, read 8 bytes at a time, meet few banks twice
+// Elements. With 8 more than a tile, 8 rows that are read together have few bank conflicts.
+constexpr int kScoreModRow = kAttentionRows + 8;
 
-constexpr int attention_row_bytes(int element_bytes, int steps) { return element_bytes * 16 * steps; }
+constexpr int attention_row_bytes(int element_bytes, int k_steps) { return element_bytes * 16 * k_steps; }
 
-// The tiles of queries of a round of a sequence: of whole chunks, or of a part of one.
+// The tiles of queries of a round of a sequence. A tile has whole chunks, or a part of one.
 struct AttentionTiles {
-  int span, of_span;  // slots after which it starts anew, and the tiles of them
+  int span, of_span;  // the tiling starts anew after so many slots; tiles of them
   int length, of_round;
 
-  // chunk_length: or what else tiles are not to end in.
+  // chunk_length: of chunks, or of other runs of slots that tiles must not straddle.
   RK_HOST_DEVICE AttentionTiles(int chunk_length, int sequence_length) : length(sequence_length) {
     span = chunk_length >= kAttentionRows ? chunk_length : kAttentionRows / chunk_length * chunk_length;
     of_span = (span + kAttentionRows - 1) / kAttentionRows;
     of_round = (length + span - 1) / span * of_span;
   }
   RK_HOST_DEVICE int start(int tile) const { return tile / of_span * span + tile % of_span * kAttentionRows; }
-  RK_HOST_DEVICE int count(int tile) const {  // may be none
+  RK_HOST_DEVICE int count(int tile) const {  // 0 or less: it has none
     const int of_span_left = span - tile % of_span * kAttentionRows, left = length - start(tile);
     const int most = of_span_left < kAttentionRows ? of_span_left : kAttentionRows;
     return left < most ? left : most;
   }
 };
 
+constexpr int kAttentionFloatSteps = 4;  // the fewest that float kernels are compiled for
+
 enum class AttentionPart { kForward, kGradQuery, kGradKeys };
 
 struct AttentionPlan {
-  Launch launch;       // of each round
-  int steps = 0;       // template argument: head sizes are padded to 16 * steps
-  int tile_chunk = 0;  // see AttentionTiles
-  int places = 0;      // for tiles of rows that are visited, in shared memory
-  bool lead = false;   // rows that a block owns are those of a tile that it visits
+  Launch launch;                // the same for each round
+  int k_steps = 0;              // template argument: head sizes are padded to 16 * k_steps
+  int tile_chunk = 0;           // see AttentionTiles
+  int stages = 0;               // of visited tiles in shared memory
+  bool diagonal_first = false;  // an owned tile is among the tiles visited for it, and the first of them
   int tiles_per_block = 0, blocks_per_sequence = 0;
   int rounds = 0;  // launches
 };
 
-// Slots of a list of keys, and of all lists of a head.
-inline int64_t list_slots(const AttentionParams& p) { return ceil_div(p.list_length, kAttentionRows) * kAttentionRows; }
-inline int64_t list_places(const AttentionParams& p) { return p.R * ceil_div(p.L, p.chunk_length) * list_slots(p); }
+// Entries of a list in whole tiles, and entries of all lists of a head.
+inline int64_t list_stride(const AttentionParams& p) {
+  return ceil_div(p.list_length, kAttentionRows) * kAttentionRows;
+}
+inline int64_t list_entries(const AttentionParams& p) { return p.R * ceil_div(p.L, p.chunk_length) * list_stride(p); }
 
-// longest: tokens of the longest sequence, at most.
+// longest: no sequence has more tokens.
 inline AttentionPlan plan_attention(const AttentionParams& p, AttentionPart part, int64_t longest,
                                     const Device& device) {
   AttentionPlan plan;
   const bool forward = part == AttentionPart::kForward, keys = part == AttentionPart::kGradKeys;
-  const int bytes = p.element == Element::kSame ? 4 : 2, least = bytes == 4 ? 4 : 2;
+  const int bytes = bytes_of(p.element), least = bytes == 4 ? kAttentionFloatSteps : 2;
   const int64_t width = std::max(p.D, p.E);
-  plan.steps = std::max(width <= 32 ? 2 : width <= 64 ? 4 : 8, least);
-  const int tile = kAttentionRows * attention_row_bytes(bytes, plan.steps);
-  const int own_facts = keys ? kKeyFactsBytes : kQueryFactsBytes, facts = keys ? kQueryFactsBytes : kKeyFactsBytes;
-  const int bias = p.has(kWithinBucket) || p.has(kDedup) ? 4 * kAttentionRows * kBiasRow : 0;
-  const auto shared_bytes = [&](int places) {
-    return (forward ? 1 : 2) * tile + own_facts + places * (2 * tile + facts) + bias;
+  plan.k_steps = head_steps(width, least);
+  const int tile = kAttentionRows * attention_row_bytes(bytes, plan.k_steps);
+  const int owned_facts = keys ? kKeyFactsBytes : kQueryFactsBytes, facts = keys ? kQueryFactsBytes : kKeyFactsBytes;
+  const int score_mods = p.has_score_mod() ? 4 * kAttentionRows * kScoreModRow : 0;
+  const auto shared_bytes = [&](int stages) {
+    return (forward ? 1 : 2) * tile + owned_facts + stages * (2 * tile + facts) + score_mods;
   };
-  // As many places as fit, or as many as let two blocks be in a multiprocessor.
-  const auto fits = [&](int places, int blocks) {
-    return shared_bytes(places) <= device.shared_bytes_per_block - kReservedShared &&
-           blocks * (shared_bytes(places) + kReservedShared) <= device.shared_bytes_per_multiprocessor;
+  // As many stages as let two blocks share a multiprocessor, or else as many as fit at all.
+  const auto fits = [&](int stages, int blocks) {
+    return shared_bytes(stages) <= device.shared_bytes_per_block - kReservedShared &&
+           blocks * (shared_bytes(stages) + kReservedShared) <= device.shared_bytes_per_multiprocessor;
   };
-  plan.places = kAttentionPlaces;
-  while (plan.places > 2 && !fits(plan.places, 2)) --plan.places;
-  while (plan.places > 1 && !fits(plan.places, 1)) --plan.places;
-  plan.launch.shared_bytes = shared_bytes(plan.places);
+  plan.stages = kAttentionStages;
+  while (plan.stages > 2 && !fits(plan.stages, 2)) --plan.stages;
+  while (plan.stages > 1 && !fits(plan.stages, 1)) --plan.stages;
+  plan.launch.shared_bytes = shared_bytes(plan.stages);
   plan.launch.threads = kAttentionThreads;
-  const bool ring = !p.has(kBucketAligned) && !p.lists(), of_lists = p.lists() && keys;  // all rounds at once
-  plan.rounds = static_cast<int>((ring && longest <= p.chunk_length) || of_lists ? 1 : p.R);
+  const bool of_lists = p.lists() && keys;  // one launch for the entries of all rounds
+  plan.rounds = static_cast<int>(is_single_window(longest, p.chunk_length, p.ring()) || of_lists ? 1 : p.R);
   plan.tile_chunk = p.has(kBucketAligned) || of_lists ? kAttentionRows : static_cast<int>(p.chunk_length);
-  const AttentionTiles tiles(plan.tile_chunk, static_cast<int>(of_lists ? list_places(p) : longest));
-  // Where all rounds begin with a tile, and the tiles of a window stay.
+  const AttentionTiles tiles(plan.tile_chunk, static_cast<int>(of_lists ? list_entries(p) : longest));
+  // All rounds must begin with a tile, and all tiles of a window must stay in their stages.
   const int64_t window = (p.chunks_before + 1 + p.chunks_after) * p.chunk_length;
-  plan.lead = ring && p.shared() && !p.cu_seqlens && tiles.span % kAttentionRows == 0 && p.L % kAttentionRows == 0 &&
-              window + std::max<int64_t>(tiles.span - p.chunk_length, 0) <= plan.places * kAttentionRows;
-  // Blocks walk as far as leaves several of them to every multiprocessor.
+  plan.diagonal_first = p.ring() && p.shared_qk() && !p.cu_seqlens && tiles.span % kAttentionRows == 0 &&
+                        p.L % kAttentionRows == 0 &&
+                        window + std::max<int64_t>(tiles.span - p.chunk_length, 0) <= plan.stages * kAttentionRows;
+  // A block owns several tiles as long as every multiprocessor still gets several blocks.
   const int64_t sequences = p.B * (keys && !of_lists ? p.key_heads : p.H) * p.n_sequences;
   const int64_t wanted = int64_t{device.multiprocessors} * 16, most = std::min(kAttentionMaxWalk, tiles.of_round);
   plan.tiles_per_block = static_cast<int>(std::clamp<int64_t>(tiles.of_round * sequences / wanted, 1, most));
@@ -233,39 +255,40 @@ inline AttentionPlan plan_attention(const AttentionParams& p, AttentionPart part
   return plan;
 }
 
-// Of a pass, in bytes: where its parts begin in scratch memory that is aligned to 16 bytes.
+// Offsets in the scratch memory of a pass, in bytes. The memory is aligned to 16 bytes.
 struct AttentionScratch {
-  int64_t windows = 0, residuals = 0, places = 0, bytes = 0;
+  int64_t windows = 0, residuals = 0, slot_of_position = 0, bytes = 0;
   bool has_windows = false;
 };
 
 inline AttentionScratch plan_attention_scratch(const AttentionParams& p, bool backward) {
   AttentionScratch scratch;
-  scratch.has_windows = p.has(kBucketAligned) || p.has(kWithinBucket) || p.has(kDedup);
+  scratch.has_windows = p.has(kBucketAligned) || p.has_score_mod();
   const int64_t tokens = scratch.has_windows ? p.B * p.H * p.R * p.L : 0;
   scratch.residuals = scratch.windows + 16 * tokens;
-  scratch.places = scratch.residuals + (backward ? kResidualBytes * p.B * p.H * p.n_queries : 0);
-  scratch.bytes = scratch.places + 4 * tokens;
+  scratch.slot_of_position = scratch.residuals + (backward ? kResidualBytes * p.B * p.H * p.n_queries : 0);
+  scratch.bytes = scratch.slot_of_position + 4 * tokens;
   return scratch;
 }
 
-// The sort of the places of lists by key; S: no key.
+// The sort of list entries by key. Entries without a key are sorted behind, as key S.
 inline OrderParams list_order(const AttentionParams& p) {
   OrderParams order{};
-  order.rows = p.B * p.H, order.heads = p.H, order.rounds = 1, order.L = order.longest = list_places(p);
+  order.rows = p.B * p.H, order.heads = p.H, order.rounds = 1, order.L = order.longest = list_entries(p);
   order.n_buckets = p.S + 1, order.n_sequences = 1;
   return order;
 }
 
-// The same for the backward of lists, which begins with the memory of the other.
+// Offsets in the scratch memory of the backward of lists. It begins with that of chunk attention.
 struct ListScratch {
-  int64_t place_keys = 0, place_values = 0, keys = 0, order = 0, other_order = 0, counts = 0, starts = 0, bytes = 0;
-  int64_t row = 0;  // elements of a row of a place
+  int64_t entry_grad_keys = 0, entry_grad_values = 0, keys = 0, order = 0, other_order = 0, counts = 0, starts = 0,
+          bytes = 0;
+  int64_t row = 0;  // elements of a row of an entry's gradient
 };
 
 inline ListScratch plan_list_scratch(const AttentionParams& p, const Device& device) {
   ListScratch scratch;
-  const int64_t places = p.B * p.H * list_places(p), bytes = p.element == Element::kSame ? 4 : 2;
+  const int64_t places = p.B * p.H * list_entries(p), bytes = bytes_of(p.element);
   const OrderPlan order = plan_order(list_order(p), device);
   const auto take = [&](int64_t size) {
     const int64_t begins = scratch.bytes;
@@ -274,7 +297,8 @@ inline ListScratch plan_list_scratch(const AttentionParams& p, const Device& dev
   };
   take(plan_attention_scratch(p, true).bytes);
   scratch.row = ceil_div(std::max(p.D, p.E), 8) * 8;  // so that rows are aligned to 16 bytes
-  scratch.place_keys = take(places * scratch.row * bytes), scratch.place_values = take(places * scratch.row * bytes);
+  scratch.entry_grad_keys = take(places * scratch.row * bytes),
+  scratch.entry_grad_values = take(places * scratch.row * bytes);
   scratch.keys = take(4 * places), scratch.order = take(4 * places);
   scratch.other_order = take(order.passes > 1 ? 4 * places : 0), scratch.counts = take(4 * order.counts());
   scratch.starts = take(4 * p.B * p.H * (p.S + 2));
@@ -283,29 +307,30 @@ inline ListScratch plan_list_scratch(const AttentionParams& p, const Device& dev
 
 // ---- the choice of keys
 
-constexpr int kSelectSubgroups = 4;                // of a chunk; one mean query stands for each
-constexpr int64_t kSelectExactKeys = 16384;        // up to so many keys each is looked at; else blocks of them first,
-constexpr int kSelectBlock = kAttentionRows;       // of so many keys,
-constexpr int64_t kSelectBlocks = 64;              // of which so many are chosen, or twice what the budget fills
-constexpr int kSelectChunks = 16;                  // of a block of threads, whose keys are the same
-constexpr int64_t kSelectTotalsBytes = 256 << 20;  // of scratch memory, at most, if it is enough for a block
+constexpr int kSelectSubgroups = 4;                // of a chunk; a mean query stands for each
+constexpr int64_t kSelectExactKeys = 16384;        // with more keys, blocks of keys are chosen first
+constexpr int kSelectBlock = kAttentionRows;       // keys of a block
+constexpr int kSelectLeastSteps = 4;               // the fewest that kernels are compiled for
+constexpr int64_t kSelectBlocks = 64;              // blocks to choose, or twice what the budget fills if that is more
+constexpr int kSelectChunks = 16;                  // chunks of a CTA (thread block) whose candidates are the same
+constexpr int64_t kSelectTotalsBytes = 256 << 20;  // most scratch memory for totals, but at least that of one CTA
 
-// What is weighed and chosen from: keys, or blocks of them.
+// One weighing and choosing: of keys, or of blocks of keys.
 struct SelectPass {
-  int64_t candidates = 0;  // of a chunk, whole tiles
-  int chunks = 0;          // of a block of threads
-  int64_t units = 0;       // blocks of threads
-  int64_t slice = 0;       // units at a time
+  int64_t candidates = 0;  // of a chunk, in whole tiles
+  int chunks = 0;          // of a CTA
+  int64_t ctas = 0;        // of all slices
+  int64_t slice = 0;       // CTAs of a launch
   int shared_bytes = 0;
 };
 
 struct SelectPlan {
-  int steps = 0;                    // template argument: the head size is padded to 16 * steps
-  int64_t keys = 0, chunks = 0;     // without the context; of a head
-  int64_t subgroup = 0, width = 0;  // queries of a sub-group; of a row of means
-  int64_t blocks = 0, chosen = 0;   // blocks of keys and how many a chunk chooses, where it is done in two steps
+  int k_steps = 0;                  // template argument: the head size is padded to 16 * k_steps
+  int64_t keys = 0, chunks = 0;     // keys that are no context; chunks of a head
+  int64_t subgroup = 0, width = 0;  // queries of a sub-group; elements of a mean
+  int64_t blocks = 0, chosen = 0;   // blocks of keys and how many of them a chunk chooses; 0: keys are chosen directly
   SelectPass of_blocks, of_keys;
-  // Where the parts of scratch memory begin, in bytes, and what there is of it in all.
+  // Offsets in scratch memory, and its size, in bytes.
   int64_t members = 0, facts = 0, means = 0, block_means = 0, block_sizes = 0, chosen_blocks = 0, totals = 0, bytes = 0;
 };
 
@@ -313,7 +338,7 @@ inline SelectPlan plan_select(const SelectParams& select) {
   const AttentionParams& p = select.attention;
   SelectPlan plan;
   const int64_t heads = p.B * p.H;
-  plan.steps = p.D <= 64 ? 4 : 8;
+  plan.k_steps = head_steps(p.D, kSelectLeastSteps);
   plan.keys = p.S - p.context_keys, plan.chunks = ceil_div(p.L, p.chunk_length);
   plan.subgroup = std::min(ceil_div(p.chunk_length, kSelectSubgroups), std::max<int64_t>(p.L, 1));
   plan.width = ceil_div(p.D, 4) * 4;
@@ -324,12 +349,12 @@ inline SelectPlan plan_select(const SelectParams& select) {
   const auto pass = [&](int64_t candidates, int chunks, bool of_floats) {
     SelectPass pass;
     pass.candidates = ceil_div(candidates, kAttentionRows) * kAttentionRows, pass.chunks = chunks;
-    pass.units = heads * ceil_div(plan.chunks, chunks);
+    pass.ctas = heads * ceil_div(plan.chunks, chunks);
     const int64_t bytes = 4 * pass.candidates * chunks;  // of totals
-    pass.slice = std::max<int64_t>(bytes ? std::min(kSelectTotalsBytes / bytes, pass.units) : pass.units, 1);
-    const int row = attention_row_bytes(of_floats ? 4 : 2, plan.steps);
-    const int own_rows = (chunks == 1 ? 16 : kAttentionRows) * (of_floats ? 1 : 2);
-    pass.shared_bytes = (own_rows + 2 * kAttentionRows) * row + 2 * 4 * kAttentionRows;
+    pass.slice = std::max<int64_t>(bytes ? std::min(kSelectTotalsBytes / bytes, pass.ctas) : pass.ctas, 1);
+    const int row = attention_row_bytes(of_floats ? 4 : 2, plan.k_steps);
+    const int owned_rows = (chunks == 1 ? 16 : kAttentionRows) * (of_floats ? 1 : 2);
+    pass.shared_bytes = (owned_rows + 2 * kAttentionRows) * row + 2 * 4 * kAttentionRows;
     return pass;
   };
   const bool of_floats = p.element == Element::kSame;

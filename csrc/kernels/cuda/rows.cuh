@@ -7,9 +7,9 @@ namespace rk::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Slots, or keys, [first, behind).
+// Slots, or keys, [begin, end).
 struct Range {
-  int first, behind;
+  int begin, end;
 };
 
 template <class T>

@@ -1,5 +1,6 @@
 // Launches the kernels that choose the keys of chunks: means, then for each slice of the chunks weights and choice, of
 // blocks of keys and of keys.
+#include "kernels/cuda/kernel_table.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/select_take.cuh"
 
@@ -9,9 +10,13 @@ namespace {
 using Kernel = void(SelectArguments);
 
 template <class T>
-Kernel* weigh_kernel(bool chosen, int steps) {
-  if (chosen) return steps == 4 ? select_weigh_kernel<T, 4, true> : select_weigh_kernel<T, 8, true>;
-  return steps == 4 ? select_weigh_kernel<T, 4, false> : select_weigh_kernel<T, 8, false>;
+Kernel* weigh_kernel(bool chosen, int k_steps) {
+  return kernel_for_steps<Kernel, T>(k_steps, [&]<int K_STEPS>(Instance<T, K_STEPS>) -> Kernel* {
+    if constexpr (K_STEPS < kSelectLeastSteps)
+      return nullptr;
+    else
+      return chosen ? select_weigh_kernel<T, K_STEPS, true> : select_weigh_kernel<T, K_STEPS, false>;
+  });
 }
 
 // The kernels for the type of rows.
@@ -21,7 +26,7 @@ struct Kernels {
 
 template <class T>
 Kernels kernels_of(const SelectPlan& plan) {
-  return {select_means_kernel<T>, select_blocks_kernel<T>, weigh_kernel<T>(plan.blocks > 0, plan.steps)};
+  return {select_means_kernel<T>, select_blocks_kernel<T>, weigh_kernel<T>(plan.blocks > 0, plan.k_steps)};
 }
 
 Kernels kernels_of(Element element, const SelectPlan& plan) {
@@ -41,12 +46,12 @@ int launch_warps(Kernel* kernel, const SelectArguments& a, int64_t warps, void* 
 
 // Weighs the candidates (where there are any) and takes the best ones of all chunks, a slice at a time.
 int run_pass(Kernel* weigh, SelectArguments a, const SelectPass& pass, void* stream) {
-  a.stride = pass.candidates, a.unit_chunks = pass.chunks;
+  a.stride = pass.candidates, a.chunks_per_cta = pass.chunks;
   int error = cudaSuccess;
-  for (a.first_unit = 0; !error && a.first_unit < pass.units; a.first_unit += pass.slice) {
-    const int64_t units = std::min(pass.slice, pass.units - a.first_unit);
-    if (pass.candidates > 0) error = launch_blocks(weigh, a, units, pass.shared_bytes, stream);
-    if (!error) error = launch_blocks(select_take_kernel, a, units * pass.chunks, 0, stream);
+  for (a.first_cta = 0; !error && a.first_cta < pass.ctas; a.first_cta += pass.slice) {
+    const int64_t ctas = std::min(pass.slice, pass.ctas - a.first_cta);
+    if (pass.candidates > 0) error = launch_blocks(weigh, a, ctas, pass.shared_bytes, stream);
+    if (!error) error = launch_blocks(select_take_kernel, a, ctas * pass.chunks, 0, stream);
   }
   return error;
 }
@@ -79,14 +84,15 @@ int select_keys(const SelectParams& select, void* memory, void* stream) {
     SelectArguments of_blocks = a;
     const int64_t row = plan.width, head = plan.blocks * row;
     of_blocks.candidates = {a.block_means, p.key_heads * head, head, row}, of_blocks.row_width = a.width;
-    of_blocks.n = a.blocks, of_blocks.unit = kSelectBlock, of_blocks.sizes = a.block_sizes, of_blocks.aligned = true;
+    of_blocks.n = a.blocks, of_blocks.keys_per_candidate = kSelectBlock, of_blocks.sizes = a.block_sizes,
+    of_blocks.aligned = true;
     of_blocks.wanted = static_cast<int>(plan.chosen);
     of_blocks.lists = numbers(plan.chosen_blocks), of_blocks.list_rows = plan.chunks;
     of_blocks.list_length = static_cast<int>(plan.chosen);
-    error = run_pass(weigh_kernel<float>(false, plan.steps), of_blocks, plan.of_blocks, stream);
+    error = run_pass(weigh_kernel<float>(false, plan.k_steps), of_blocks, plan.of_blocks, stream);
     a.chosen = numbers(plan.chosen_blocks), a.n_chosen = static_cast<int>(plan.chosen);
   }
-  a.candidates = p.key, a.row_width = a.D, a.n = a.keys, a.unit = 1, a.wanted = -1;
+  a.candidates = p.key, a.row_width = a.D, a.n = a.keys, a.keys_per_candidate = 1, a.wanted = -1;
   a.aligned = is_aligned(p.key, p.D, p.element == Element::kSame ? 4 : 2);
   a.lists = select.lists, a.list_rows = p.R * plan.chunks, a.list_length = static_cast<int>(p.list_length);
   const int context = static_cast<int>(p.context_keys);
@@ -99,7 +105,7 @@ int select_keys(const SelectParams& select, void* memory, void* stream) {
     of_first.context = context, of_first.with_window = true, of_first.n = 0, of_first.chosen = nullptr;
     of_first.wanted = 0;
     SelectPass pass;
-    pass.chunks = 1, pass.units = pass.slice = a.heads * plan.chunks;
+    pass.chunks = 1, pass.ctas = pass.slice = a.heads * plan.chunks;
     error = run_pass(nullptr, of_first, pass, stream);
   }
   a.lists += plan.chunks * p.list_length;

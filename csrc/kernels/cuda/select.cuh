@@ -33,17 +33,17 @@ struct SelectArguments {
   bool causal;
 
   // What is weighed:
-  Rows candidates;        // keys, or means of blocks
-  int n, row_width;       // so many rows of a width
-  int unit;               // positions of a row
-  const int32_t* sizes;   // [B, key heads, n] of blocks, or null
-  const int32_t* chosen;  // [B, H, chunks, n_chosen] blocks, which have the only candidates: rising, then -1; or null
+  Rows candidates;         // keys, or means of blocks
+  int n, row_width;        // so many rows of a width
+  int keys_per_candidate;  // positions of a row
+  const int32_t* sizes;    // [B, key heads, n] of blocks, or null
+  const int32_t* chosen;   // [B, H, chunks, n_chosen] blocks, which have the only candidates: rising, then -1; or null
   int n_chosen;
   bool aligned;        // rows can be read 16 bytes at a time
   float* totals;       // [chunks of a slice, stride]
   int64_t stride;      // whole tiles
-  int64_t first_unit;  // of the slice
-  int unit_chunks;     // of a block of threads that weighs
+  int64_t first_cta;   // of the slice
+  int chunks_per_cta;  // of a block of threads that weighs
   // and what is taken:
   int context;       // keys that a list begins with
   bool with_window;  // of local keys, which follow
@@ -55,7 +55,7 @@ struct SelectArguments {
   __device__ LocalWindow window(int64_t b, int chunk) const { return windows[b * chunks + chunk]; }
   __device__ bool is_padded(int64_t b, int key) const { return padding && padding[b * S + key]; }
   // Candidates that are seen up to a position.
-  __device__ int seen(int position) const { return position < 0 ? 0 : min(position / unit, n - 1) + 1; }
+  __device__ int seen(int position) const { return position < 0 ? 0 : min(position / keys_per_candidate, n - 1) + 1; }
 };
 
 // A chunk of a head.
@@ -65,9 +65,10 @@ struct SelectChunk {
 
   // i: among the chunks of the slice
   __device__ void take(const SelectArguments& p, int64_t i) {
-    const int64_t units = (p.chunks + p.unit_chunks - 1) / p.unit_chunks, unit = p.first_unit + i / p.unit_chunks;
-    head = unit / units, b = head / p.H, h = static_cast<int>(head % p.H), key_head = h / p.group;
-    chunk = static_cast<int>(unit % units) * p.unit_chunks + static_cast<int>(i % p.unit_chunks);
+    const int64_t ctas = (p.chunks + p.chunks_per_cta - 1) / p.chunks_per_cta,
+                  unit = p.first_cta + i / p.chunks_per_cta;
+    head = unit / ctas, b = head / p.H, h = static_cast<int>(head % p.H), key_head = h / p.group;
+    chunk = static_cast<int>(unit % ctas) * p.chunks_per_cta + static_cast<int>(i % p.chunks_per_cta);
   }
   __device__ int64_t row(const SelectArguments& p) const { return head * p.chunks + chunk; }
 };
@@ -167,14 +168,14 @@ struct SelectRow {
 
 // Shared memory: the mean queries of the block, in two parts for half types, then two tiles of candidates, and what is
 // added to the scores of each.
-template <class T, int STEPS, bool CHOSEN>
+template <class T, int K_STEPS, bool CHOSEN>
 struct SelectWeights {
-  using Layout = TileLayout<T, STEPS>;
+  using Layout = TileLayout<T, K_STEPS>;
   // Of 16 chunks each warp has 4 and all candidates of a tile; of a single chunk, each has a quarter of the candidates.
-  static constexpr int kChunks = CHOSEN ? 1 : kSelectChunks, kOwnRows = CHOSEN ? 16 : kAttentionRows;
+  static constexpr int kChunks = CHOSEN ? 1 : kSelectChunks, kOwnedRows = CHOSEN ? 16 : kAttentionRows;
   static constexpr int kColumns = CHOSEN ? 2 : 8;        // tiles of 8 candidates
   static constexpr int kParts = sizeof(T) == 2 ? 2 : 1;  // of a mean: high and low bits
-  static constexpr int kOwnBytes = kOwnRows * Layout::kRowBytes;
+  static constexpr int kOwnedBytes = kOwnedRows * Layout::kRowBytes;
 
   const SelectArguments& p;
   unsigned char* memory;
@@ -183,12 +184,12 @@ struct SelectWeights {
   int warp, lane;
   SelectChunk first;  // of the block
   const int32_t* chosen;
-  OwnRows<T, STEPS, STEPS <= 4> means[kParts];
+  OwnedRows<T, K_STEPS, K_STEPS <= 4> means[kParts];
   SelectRow rows[2];
 
-  __device__ unsigned char* own_tile(int part) const { return memory + part * kOwnBytes; }
-  __device__ unsigned char* tile(int place) const { return memory + kParts * kOwnBytes + place * Layout::kBytes; }
-  __device__ float* bias(int place) const { return reinterpret_cast<float*>(tile(2)) + place * kAttentionRows; }
+  __device__ unsigned char* owned_tile(int part) const { return memory + part * kOwnedBytes; }
+  __device__ unsigned char* tile(int stage) const { return memory + kParts * kOwnedBytes + stage * Layout::kBytes; }
+  __device__ float* bias(int stage) const { return reinterpret_cast<float*>(tile(2)) + stage * kAttentionRows; }
   __device__ int first_column() const { return CHOSEN ? warp * 16 : 0; }
   __device__ int column(int n, int j) const { return first_column() + n * 8 + lane % 4 * 2 + j; }
   // Of the block's chunks, the one of the warp's rows `row` and row ^ 1, row ^ 8; and which of its sub-groups.
@@ -212,14 +213,14 @@ struct SelectWeights {
 
   // The rows of the block, and what the lane knows of its two.
   __device__ void begin() {
-    for (int i = threadIdx.x; i < kOwnRows * STEPS * 8; i += kAttentionThreads) {
-      const int row = i / (STEPS * 8), d = i % (STEPS * 8) * 2;
+    for (int i = threadIdx.x; i < kOwnedRows * K_STEPS * 8; i += kAttentionThreads) {
+      const int row = i / (K_STEPS * 8), d = i % (K_STEPS * 8) * 2;
       const int chunk = (CHOSEN ? 0 : row / 16 * 4) + row % 8 / 2;
       float2 mean = make_float2(0.f, 0.f);
       if (has(chunk) && d < p.width) mean = *reinterpret_cast<const float2*>(mean_of(chunk, subgroup_of(row % 16)) + d);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        T* to = Layout::pair(own_tile(part), row, d);
+        T* to = Layout::pair(owned_tile(part), row, d);
         to[0] = from_float<T>(mean.x), to[1] = from_float<T>(mean.y);
         mean.x -= to_float(to[0]), mean.y -= to_float(to[1]);
       }
@@ -235,7 +236,7 @@ struct SelectWeights {
     }
     __syncthreads();
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) means[part].take(own_tile(part), CHOSEN ? 0 : warp, lane);
+    for (int part = 0; part < kParts; ++part) means[part].take(owned_tile(part), CHOSEN ? 0 : warp, lane);
   }
   __device__ const float* mean_of(int chunk, int subgroup) const {
     return p.means + ((first.row(p) + chunk) * kSelectSubgroups + subgroup) * p.width;
@@ -251,12 +252,12 @@ struct SelectWeights {
     return last;
   }
 
-  __device__ void load(int i, int place) const {
+  __device__ void load(int i, int stage) const {
     const int from = first_candidate(i);
-    load_tiles<STEPS, T>(p.aligned,
-                         {tile(place), row_of<T>(p.candidates, first.b, first.key_head, from), p.candidates.stride_l,
-                          p.row_width, p.n - from},
-                         {nullptr, nullptr, 0, 0, 0}, [](int row) { return row; });
+    load_tiles<K_STEPS, T>(p.aligned,
+                           {tile(stage), row_of<T>(p.candidates, first.b, first.key_head, from), p.candidates.stride_l,
+                            p.row_width, p.n - from},
+                           {nullptr, nullptr, 0, 0, 0}, [](int row) { return row; });
     const int row = threadIdx.x, candidate = from + row;
     if (row >= kAttentionRows) return;
     float extra = -INFINITY;  // it is not to be taken
@@ -266,7 +267,7 @@ struct SelectWeights {
     } else if (candidate < p.n && !p.is_padded(first.b, candidate)) {
       extra = 0.f;
     }
-    bias(place)[row] = extra;
+    bias(stage)[row] = extra;
   }
 
   // use(i, scores) for each tile: the lane's scores in base 2, -infinity for what is not to be taken.
@@ -274,22 +275,22 @@ struct SelectWeights {
   __device__ __forceinline__ void walk(int tiles, Use&& use) const {
     if (tiles > 0) load(0, 0), commit_copies();
     for (int i = 0; i < tiles; ++i) {
-      const int place = i % 2;
+      const int stage = i % 2;
       wait_for_copies<0>();
       __syncthreads();  // the tile is there, and all are done with the one before
-      if (i + 1 < tiles) load(i + 1, place ^ 1), commit_copies();
+      if (i + 1 < tiles) load(i + 1, stage ^ 1), commit_copies();
       float x[kColumns][4] = {};
 #pragma unroll
       for (int part = 0; part < kParts; ++part)
-        multiply_rows<T, STEPS, STEPS <= 4, kColumns>(x, means[part], tile(place), first_column(), CHOSEN ? 0 : warp,
-                                                      lane);
+        multiply_rows<T, K_STEPS, K_STEPS <= 4, kColumns>(x, means[part], tile(stage), first_column(),
+                                                          CHOSEN ? 0 : warp, lane);
       const int from = first_candidate(i);
 #pragma unroll
       for (int n = 0; n < kColumns; ++n)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float extra = bias(place)[column(n, j)];
-          const int position = (from + column(n, j)) * p.unit;
+          const float extra = bias(stage)[column(n, j)];
+          const int position = (from + column(n, j)) * p.keys_per_candidate;
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             float& score = x[n][2 * h + j];
@@ -374,7 +375,7 @@ struct SelectWeights {
     int all = 0;  // queries to which the whole tile is new
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) shares[n][0] = shares[n][1] = 0.f;
-    if (p.unit > 1 || !(p.causal || p.R > 1)) {
+    if (p.keys_per_candidate > 1 || !(p.causal || p.R > 1)) {
       all = row.facts.count;
     } else {
 #pragma unroll 1  // one at a time, and from the last: other ways spill
@@ -382,8 +383,8 @@ struct SelectWeights {
         const int position = row.members[i], last = p.causal ? position : INT32_MAX;
         // With one round the window of the whole chunk is left out when keys are taken.
         if (last < from) continue;
-        const LocalWindow shown = p.R > 1 ? p.window(first.b, position / p.chunk_length) : LocalWindow{};
-        if (last >= to - 1 && (shown.begin >= to || shown.end <= from)) {
+        const LocalWindow excluded_window = p.R > 1 ? p.window(first.b, position / p.chunk_length) : LocalWindow{};
+        if (last >= to - 1 && (excluded_window.begin >= to || excluded_window.end <= from)) {
           ++all;
           continue;
         }
@@ -392,7 +393,7 @@ struct SelectWeights {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             const int key = from + column(n, j);
-            if (key <= last && !(key >= shown.begin && key < shown.end)) shares[n][j] += 1.f;
+            if (key <= last && !(key >= excluded_window.begin && key < excluded_window.end)) shares[n][j] += 1.f;
           }
       }
     }
@@ -404,13 +405,13 @@ struct SelectWeights {
   }
 };
 
-template <class T, int STEPS, bool CHOSEN>
-__global__ void __launch_bounds__(kAttentionThreads, STEPS == 4 ? 3 : 2)
+template <class T, int K_STEPS, bool CHOSEN>
+__global__ void __launch_bounds__(kAttentionThreads, K_STEPS == 4 ? 3 : 2)
     select_weigh_kernel(const __grid_constant__ SelectArguments p) {
   RK_DYNAMIC_SHARED(memory);
   __shared__ float2 merged[kAttentionThreads / kWarp][kSelectSubgroups];
   __shared__ int furthest[kAttentionThreads / kWarp];
-  SelectWeights<T, STEPS, CHOSEN> weights{
+  SelectWeights<T, K_STEPS, CHOSEN> weights{
       p, memory, merged, furthest, int(threadIdx.x) / kWarp, int(threadIdx.x) % kWarp};
   weights.run();
 }

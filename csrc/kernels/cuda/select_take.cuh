@@ -28,7 +28,7 @@ struct SelectTake {
   const int32_t* chosen;
   const float* totals;
   int32_t* list;
-  int candidates, first, behind;  // all, and of the warp
+  int candidates, begin, end;  // all, and of the warp
 
   __device__ void run() {
     at.take(p, blockIdx.x);
@@ -41,7 +41,7 @@ struct SelectTake {
     list = p.lists + (at.head * p.list_rows + at.chunk) * p.list_length;
     candidates = chosen ? filled(chosen, p.n_chosen) * kSelectBlock : seen();
     const int run = (candidates + kAttentionThreads - 1) / kAttentionThreads * kWarp;
-    first = warp * run, behind = min(first + run, candidates);
+    begin = warp * run, end = min(begin + run, candidates);
 
     for (int i = threadIdx.x; i < p.context; i += kAttentionThreads) list[i] = p.keys + i;
     const int local = write_window(list + p.context, false);
@@ -69,7 +69,7 @@ struct SelectTake {
   // f(i, bits) for the warp's candidates in their order, 32 at a time; 0 for those beyond.
   template <class F>
   __device__ __forceinline__ void each(F&& f) const {
-    for (int i = first + lane; i - lane < behind; i += kWarp) f(i, i < behind ? bits(i) : 0);
+    for (int i = begin + lane; i - lane < end; i += kWarp) f(i, i < end ? bits(i) : 0);
   }
   __device__ int before(uint32_t votes) const { return __popc(votes & ((1u << lane) - 1)); }
 

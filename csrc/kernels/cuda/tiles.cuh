@@ -8,58 +8,60 @@
 
 namespace rk::cuda {
 
-// 16-byte units of a row are permuted so that 8 rows that are read together meet no bank twice.
-template <class T, int STEPS>
+// The 16-byte vectors of a row are swizzled, so that 8 rows that are read together have no bank conflicts.
+template <class T, int K_STEPS>
 struct TileLayout {
-  static constexpr int kRowBytes = attention_row_bytes(sizeof(T), STEPS), kUnits = kRowBytes / 16;
+  static constexpr int kRowBytes = attention_row_bytes(sizeof(T), K_STEPS), kVectors = kRowBytes / 16;
+  static_assert(kVectors % 8 == 0 || 8 % kVectors == 0, "the swizzle is within 8 vectors, or within all of a row");
   static constexpr int kBytes = kAttentionRows * kRowBytes;
 
-  __device__ static unsigned char* unit(unsigned char* tile, int row, int unit) {
-    const int turn = kUnits >= 8 ? row % 8 : row / (8 / kUnits) % kUnits;
-    return tile + row * kRowBytes + ((unit ^ turn) << 4);
+  __device__ static unsigned char* vector(unsigned char* tile, int row, int vector) {
+    const int swizzle = kVectors >= 8 ? row % 8 : row / (8 / kVectors) % kVectors;
+    return tile + row * kRowBytes + ((vector ^ swizzle) << 4);
   }
-  // d: even. Two elements.
+  // The elements d and d + 1 of a row, for an even d.
   __device__ static T* pair(unsigned char* tile, int row, int d) {
-    constexpr int kPerUnit = 16 / sizeof(T);
-    return reinterpret_cast<T*>(unit(tile, row, d / kPerUnit)) + d % kPerUnit;
+    constexpr int kPerVector = 16 / sizeof(T);
+    return reinterpret_cast<T*>(vector(tile, row, d / kPerVector)) + d % kPerVector;
   }
 };
 
-// Rows of a tensor, for a tile (or none, where it is null); those from `behind` on, and -1, are zeros.
+// Rows of a tensor to load into a tile. A null tile loads nothing; rows from `end` on, and -1, become zeros.
 template <class T>
 struct TileRows {
   unsigned char* tile;
   const T* rows;
   int64_t stride;
-  int width, behind;
+  int width, end;
 };
 
-// Starts to load the rows row_at(0), row_at(1), ... of two tensors. aligned: 16 bytes at a time.
-template <int STEPS, class T, class RowAt>
+// Starts to load the rows row_at(0), row_at(1), ... of two tensors. aligned: they can be copied 16 bytes at a time.
+template <int K_STEPS, class T, class RowAt>
 __device__ __forceinline__ void load_tiles(bool aligned, const TileRows<T>& a, const TileRows<T>& b, RowAt&& row_at) {
-  using Layout = TileLayout<T, STEPS>;
-  constexpr int kRows = kAttentionThreads / Layout::kUnits, kPerUnit = 16 / sizeof(T);  // kRows: at a time
-  const int part = threadIdx.x % Layout::kUnits, column = part * kPerUnit;
+  using Layout = TileLayout<T, K_STEPS>;
+  static_assert(kAttentionThreads % Layout::kVectors == 0, "each thread has one column of vectors");
+  constexpr int kRowsAtOnce = kAttentionThreads / Layout::kVectors, kPerVector = 16 / sizeof(T);
+  const int part = threadIdx.x % Layout::kVectors, column = part * kPerVector;
   const auto each = [&](auto&& load) {
 #pragma unroll 4
-    for (int row = threadIdx.x / Layout::kUnits; row < kAttentionRows; row += kRows) {
+    for (int row = threadIdx.x / Layout::kVectors; row < kAttentionRows; row += kRowsAtOnce) {
       const int at = row_at(row);
       if (a.tile) load(a, row, at);
       if (b.tile) load(b, row, at);
     }
   };
   const auto is_there = [](const TileRows<T>& x, int at) {
-    return static_cast<uint32_t>(at) < static_cast<uint32_t>(x.behind);
+    return static_cast<uint32_t>(at) < static_cast<uint32_t>(x.end);
   };
   if (aligned) {
-    each([&](const TileRows<T>& x, int row, int at) {  // an address of which no bytes are copied may be any
-      copy_async(Layout::unit(x.tile, row, part), x.rows + at * x.stride + column,
+    each([&](const TileRows<T>& x, int row, int at) {  // with 0 bytes to copy the address may be anything
+      copy_async(Layout::vector(x.tile, row, part), x.rows + at * x.stride + column,
                  is_there(x, at) && column < x.width ? 16 : 0);
     });
   } else {
     each([&](const TileRows<T>& x, int row, int at) {
-      T* to = reinterpret_cast<T*>(Layout::unit(x.tile, row, part));
-      for (int i = 0; i < kPerUnit; ++i) {
+      T* to = reinterpret_cast<T*>(Layout::vector(x.tile, row, part));
+      for (int i = 0; i < kPerVector; ++i) {
         const bool inside = is_there(x, at) && column + i < x.width;
         to[i] = inside ? x.rows[at * x.stride + column + i] : from_float<T>(0.f);
       }
@@ -77,7 +79,7 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// Transposes words[i] of lane j of the four that share a row: lane i then has what the others had in words[i].
+// Transposes the 4 x 4 words of the four lanes that share a row: word i of lane j becomes word j of lane i.
 __device__ __forceinline__ void quad_transpose(uint32_t (&words)[4], int lane) {
   const bool odd = lane & 1, top = lane & 2;
 #pragma unroll
@@ -94,17 +96,17 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&words)[4], int lane) {
   }
 }
 
-// The warp's rows of a tile as left factors: kept in registers, or read again for every use.
-template <class T, int STEPS, bool KEPT>
-struct OwnRows {
+// The warp's rows of an owned tile as left operands. KEPT: they stay in registers, else they are read for every use.
+template <class T, int K_STEPS, bool KEPT>
+struct OwnedRows {
   unsigned char* tile;
-  uint32_t kept[KEPT ? STEPS : 1][4];
+  uint32_t kept[KEPT ? K_STEPS : 1][4];
 
   __device__ void take(unsigned char* tile_, int warp, int lane) {
     tile = tile_;
     if constexpr (KEPT) {
 #pragma unroll
-      for (int k = 0; k < STEPS; ++k) load(kept[k], k, warp, lane);
+      for (int k = 0; k < K_STEPS; ++k) load(kept[k], k, warp, lane);
     }
   }
   __device__ void get(uint32_t (&to)[4], int k, int warp, int lane) const {
@@ -116,46 +118,47 @@ struct OwnRows {
     }
   }
   __device__ void load(uint32_t (&to)[4], int k, int warp, int lane) const {
-    load_matrices(to, TileLayout<T, STEPS>::unit(tile, warp * 16 + lane % 16, 2 * k + lane / 16));
+    load_matrices(to, TileLayout<T, K_STEPS>::vector(tile, warp * 16 + lane % 16, 2 * k + lane / 16));
   }
 };
 
-template <int STEPS, bool KEPT>
-struct OwnRows<float, STEPS, KEPT> {
+template <int K_STEPS, bool KEPT>
+struct OwnedRows<float, K_STEPS, KEPT> {
   unsigned char* tile;
   __device__ void take(unsigned char* tile_, int, int) { tile = tile_; }
 };
 
-// s += own rows by the rows of `tile` from `first` on: 8 N columns.
-template <class T, int STEPS, bool KEPT, int N>
-__device__ __forceinline__ void multiply_rows(float (&s)[N][4], const OwnRows<T, STEPS, KEPT>& own, unsigned char* tile,
-                                              int first, int warp, int lane) {
-  using Layout = TileLayout<T, STEPS>;
+// s += owned rows times the transposed rows of `tile` from `first` on, which are 8 N columns of s.
+template <class T, int K_STEPS, bool KEPT, int N>
+__device__ __forceinline__ void multiply_rows(float (&s)[N][4], const OwnedRows<T, K_STEPS, KEPT>& owned,
+                                              unsigned char* tile, int first, int warp, int lane) {
+  using Layout = TileLayout<T, K_STEPS>;
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int k = 0; k < STEPS; ++k) {
+    for (int k = 0; k < K_STEPS; ++k) {
       uint32_t a[4];
-      own.get(a, k, warp, lane);
+      owned.get(a, k, warp, lane);
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
         uint32_t b[4];
-        load_matrices(b, Layout::unit(tile, first + n * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+        load_matrices(b, Layout::vector(tile, first + n * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
         multiply_add<T>(s[n], a, b[0], b[1]);
         multiply_add<T>(s[n + 1], a, b[2], b[3]);
       }
     }
   } else {
 #pragma unroll 1
-    for (int unit = 0; unit < Layout::kUnits; ++unit) {
+    for (int vector = 0; vector < Layout::kVectors; ++vector) {
       float4 a[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        a[h] = *reinterpret_cast<const float4*>(Layout::unit(own.tile, warp * 16 + h * 8 + lane / 4, unit));
+        a[h] = *reinterpret_cast<const float4*>(Layout::vector(owned.tile, warp * 16 + h * 8 + lane / 4, vector));
 #pragma unroll
       for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float4 b = *reinterpret_cast<const float4*>(Layout::unit(tile, first + n * 8 + lane % 4 * 2 + j, unit));
+          const float4 b =
+              *reinterpret_cast<const float4*>(Layout::vector(tile, first + n * 8 + lane % 4 * 2 + j, vector));
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             float& sum = s[n][2 * h + j];
@@ -166,11 +169,11 @@ __device__ __forceinline__ void multiply_rows(float (&s)[N][4], const OwnRows<T,
   }
 }
 
-// sums += weights, of 8 N columns, by the rows of `tile` from `first` on.
-template <class T, int STEPS, int N>
-__device__ __forceinline__ void multiply_columns(float (&sums)[2 * STEPS][4], const float (&weights)[N][4],
+// sums += weights, of 8 N columns, times the rows of `tile` from `first` on.
+template <class T, int K_STEPS, int N>
+__device__ __forceinline__ void multiply_columns(float (&sums)[2 * K_STEPS][4], const float (&weights)[N][4],
                                                  unsigned char* tile, int first, int lane) {
-  using Layout = TileLayout<T, STEPS>;
+  using Layout = TileLayout<T, K_STEPS>;
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int k = 0; k < N / 2; ++k) {
@@ -178,9 +181,9 @@ __device__ __forceinline__ void multiply_columns(float (&sums)[2 * STEPS][4], co
       const uint32_t a[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
                              pack<T>(high[2], high[3])};
 #pragma unroll
-      for (int n = 0; n < 2 * STEPS; n += 2) {
+      for (int n = 0; n < 2 * K_STEPS; n += 2) {
         uint32_t b[4];
-        load_matrices_transposed(b, Layout::unit(tile, first + k * 16 + lane % 16, n + lane / 16));
+        load_matrices_transposed(b, Layout::vector(tile, first + k * 16 + lane % 16, n + lane / 16));
         multiply_add<T>(sums[n], a, b[0], b[1]);
         multiply_add<T>(sums[n + 1], a, b[2], b[3]);
       }
@@ -196,7 +199,7 @@ __device__ __forceinline__ void multiply_columns(float (&sums)[2 * STEPS][4], co
 #pragma unroll
           for (int h = 0; h < 2; ++h) weight[h] = __shfl_sync(~0u, weights[n][2 * h + j], lane / 4 * 4 + owner);
 #pragma unroll
-          for (int m = 0; m < 2 * STEPS; ++m) {
+          for (int m = 0; m < 2 * K_STEPS; ++m) {
             const float2 x = *reinterpret_cast<const float2*>(
                 Layout::pair(tile, first + n * 8 + owner * 2 + j, m * 8 + lane % 4 * 2));
 #pragma unroll
