@@ -248,7 +248,7 @@ ORDER = [
 ]  # fmt: skip
 SCAN = [
     ("sums of warps are overwritten while others read them", "many buckets", "shared race",
-     "  __syncthreads();  // the sums of an earlier call were read\n", ""),
+     "  __syncthreads();  // all threads have read the sums of an earlier call\n", ""),
     ("sums of warps are read before they are written", "order", "uninitialised",
      "sums[warp] = inclusive;\n  __syncthreads();", "sums[warp] = inclusive;"),
     ("sum before a warp", "order", "out of bounds", "(warp + kWarp - 1) % kWarp", "warp"),

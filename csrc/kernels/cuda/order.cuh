@@ -1,10 +1,12 @@
 // Stable counting sort of bucket numbers.
 //
-// A warp counts a contiguous run of keys in 16-bit counters of its own; a scan over buckets, and within a bucket over
-// warps, turns counts into positions; then each warp goes through its run again and hands them out in order. The lanes
-// with equal keys are found bit by bit: on an H200 `match.any` alone took 74 clocks of a multiprocessor. One block
-// sorts a segment (a sequence in a round of a head) of up to 64K keys. Of longer ones several blocks count a part each,
-// one block a segment adds up, and the first ones hand out. More buckets than fit are sorted digit by digit.
+// A warp counts the buckets of a contiguous run of keys in 16-bit counters. A scan over buckets, and within a bucket
+// over warps, turns counts into ranks. Then each warp goes through its run again and gives the keys their ranks in
+// order. Lanes with equal keys are found bit by bit: on an H200 `match.any` alone took 74 clocks of a multiprocessor.
+//
+// A segment is a sequence in a round of a head. One block sorts a segment of up to 64K keys. For longer segments
+// several blocks count a part each, one block per segment adds the counts up, and the first blocks then rank. If there
+// are more buckets than counters, keys are sorted digit by digit.
 #pragma once
 #include "kernels/cuda/scan.cuh"
 
@@ -12,17 +14,17 @@ namespace rk::cuda {
 
 struct OrderArguments {
   const int32_t* buckets;      // [segments of all rows and rounds: rows * rounds, L]
-  const int32_t* input_order;  // where keys of a later digit are taken from, like order; or null
-  int32_t* order;              // a row's slots, sequence by sequence, in each its rounds
-  int32_t* counts;             // [segments, tiles, base] where a segment has several tiles
+  const int32_t* input_order;  // like order, the result for the digits before; null: keys are in their own order
+  int32_t* order;              // [rows, rounds * L]: for each sequence its slots of all rounds
+  int32_t* counts;             // [segments, tiles, base], used if a segment has several tiles
   const int32_t* cu_seqlens;   // as in OrderParams
   int64_t L, heads, rounds, n_sequences, bounds_stride;
-  uint32_t last;                          // bucket; a larger number, as of a negative one, counts as it
+  uint32_t last;                          // the last bucket; numbers out of range count as this bucket
   uint32_t divisor;                       // digit = bucket / divisor % base
-  int base, pairs, tile, tiles, sorters;  // pairs of counters
+  int base, pairs, tile, tiles, sorters;  // see OrderPlan; pairs: of counters
 };
 
-// A sequence in a round of a head: where its keys and its slots begin.
+// Where the keys and the slots of a segment begin.
 struct OrderSegment {
   int64_t keys, slots;
   int length;
@@ -36,17 +38,17 @@ __device__ __forceinline__ OrderSegment order_segment(const OrderArguments& p, i
   return {row_round * p.L + begin, row * p.rounds * p.L + p.rounds * begin + round * length, static_cast<int>(length)};
 }
 
-enum class OrderPart { kAll, kCount, kRank };  // of the work on a tile
+enum class OrderPart { kAll, kCount, kRank };  // which part of the work on a tile a kernel does
 
-// A block's share of a segment, and what is in shared memory.
+// The part of a segment that a block sorts, and its shared memory.
 struct OrderTile {
   const OrderArguments& p;
   OrderSegment segment;
-  int first, count;    // keys of the segment
+  int first, count;    // its keys in the segment
   uint16_t* counters;  // [sorters][2 * pairs]
   int pairs;
 
-  __device__ int32_t position(int i) const {  // in the segment, of key i of the tile
+  __device__ int32_t position(int i) const {  // position of key i of the tile in the segment
     return p.input_order ? p.input_order[segment.slots + first + i] : first + i;
   }
   __device__ uint32_t digit(int i) const {
@@ -56,9 +58,9 @@ struct OrderTile {
   __device__ uint32_t& pair(int sorter, int pair) const {
     return reinterpret_cast<uint32_t*>(counters)[sorter * pairs + pair];
   }
-  __device__ uint16_t* key_of_rank() const { return counters + p.sorters * 2 * pairs; }  // [tile], of the sorted keys
-  __device__ uint16_t* digits() const { return key_of_rank() + p.tile; }                 // [tile], of a part's keys
-  __device__ int32_t* slots() const { return reinterpret_cast<int32_t*>(digits() + p.tile); }  // [base], of a part
+  __device__ uint16_t* key_of_rank() const { return counters + p.sorters * 2 * pairs; }        // [tile]
+  __device__ uint16_t* digits() const { return key_of_rank() + p.tile; }                       // [tile]
+  __device__ int32_t* slots() const { return reinterpret_cast<int32_t*>(digits() + p.tile); }  // [base]
 };
 
 // The lanes of the warp that have this lane's digit.
@@ -76,8 +78,7 @@ __device__ __forceinline__ uint32_t lanes_with(uint32_t digit, bool inside, int 
   return peers;
 }
 
-// Calls use(i, inside, digit_of(i)) for the warp's keys in their order, 32 at a time; AHEAD loads are on the way
-// together.
+// Calls use(i, inside, digit_of(i)) for the warp's keys in order, 32 at a time. AHEAD loads are in flight together.
 template <int AHEAD, class Digit, class Use>
 __device__ __forceinline__ void for_keys(const OrderTile& tile, int warp, int lane, Digit&& digit_of, Use&& use) {
   const int sorters = tile.p.sorters, run = (tile.count + sorters * kWarp - 1) / (sorters * kWarp) * kWarp;
@@ -97,7 +98,7 @@ __device__ __forceinline__ void for_keys(const OrderTile& tile, int warp, int la
   }
 }
 
-// Counters of all warps become the first rank of each: after smaller digits, and after the same one of earlier warps.
+// Turns the counters of all warps into first ranks: after smaller digits, and after the same digit of earlier warps.
 __device__ __forceinline__ void counts_to_ranks(const OrderTile& tile, int* sums) {
   int carry = 0;
   for (int first = 0; first < tile.pairs; first += blockDim.x) {
@@ -121,7 +122,7 @@ __device__ __forceinline__ void counts_to_ranks(const OrderTile& tile, int* sums
   }
 }
 
-// Of a part two blocks fit into a multiprocessor.
+// Two blocks that sort a part fit into a multiprocessor.
 template <OrderPart PART>
 __global__ void __launch_bounds__(kOrderMaxThreads, PART == OrderPart::kAll ? 1 : 2)
     order_kernel(const __grid_constant__ OrderArguments p) {
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kOrderMaxThreads, PART == OrderPart::kAll ? 1 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   OrderTile tile{p, order_segment(p, blockIdx.x / p.tiles)};
   tile.first = static_cast<int>(blockIdx.x % p.tiles) * p.tile;
-  tile.count = min(tile.segment.length - tile.first, p.tile);  // below 0 in a sequence that has fewer parts
+  tile.count = min(tile.segment.length - tile.first, p.tile);  // negative if the sequence has fewer parts
   tile.counters = reinterpret_cast<uint16_t*>(memory);
   tile.pairs = p.pairs;
 
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kOrderMaxThreads, PART == OrderPart::kAll ? 1 
     });
   __syncthreads();
 
-  int32_t* of_tile = p.counts + static_cast<int64_t>(blockIdx.x) * p.base;  // counts of a part, then its first slots
+  int32_t* of_tile = p.counts + static_cast<int64_t>(blockIdx.x) * p.base;  // counts of the part, later its first slots
   if constexpr (PART == OrderPart::kCount) {
     for (int i = threadIdx.x; i < p.base; i += blockDim.x) {
       int sum = 0;
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kOrderMaxThreads, PART == OrderPart::kAll ? 1 
   }
   counts_to_ranks(tile, sums);
   __syncthreads();
-  if constexpr (PART == OrderPart::kRank) {  // what to add to a key's rank in the tile for its slot
+  if constexpr (PART == OrderPart::kRank) {  // slots become what to add to a rank to get a slot
     for (int i = threadIdx.x; i < p.base; i += blockDim.x) tile.slots()[i] = of_tile[i] - tile.counters[i];
     __syncthreads();
   }
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(kOrderMaxThreads, PART == OrderPart::kAll ? 1 
       const int rank = counters[digit] + __popc(peers & ((1u << lane) - 1));
       __syncwarp();
       if (inside) {
-        if (peers >> lane == 1) counters[digit] = static_cast<uint16_t>(rank + 1);  // the last of them
+        if (peers >> lane == 1) counters[digit] = static_cast<uint16_t>(rank + 1);  // the last of these lanes
         tile.key_of_rank()[rank] = static_cast<uint16_t>(i);
       }
       __syncwarp();
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kOrderMaxThreads, PART == OrderPart::kAll ? 1 
   }
 }
 
-// counts [tiles, base] of a segment become the first slots: one block a segment, one thread a bucket.
+// Turns counts [tiles, base] of a segment into first slots. One block for each segment, one thread for each bucket.
 static_assert(kOrderPartBase <= kOrderMaxThreads);
 __global__ void __launch_bounds__(kOrderMaxThreads, 1) order_counts_kernel(const __grid_constant__ OrderArguments p) {
   __shared__ int sums[kOrderMaxThreads / kWarp];

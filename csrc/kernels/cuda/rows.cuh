@@ -7,7 +7,7 @@ namespace rk::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Slots, or keys, [begin, end).
+// Slots, or positions of keys, [begin, end).
 struct Range {
   int begin, end;
 };
@@ -17,12 +17,12 @@ __device__ __forceinline__ T* row_of(const Rows& rows, int64_t b, int64_t h, int
   return static_cast<T*>(rows.data) + b * rows.stride_b + h * rows.stride_h + l * rows.stride_l;
 }
 
-// The elements of a row of at most 128 that a lane has: pairs of neighbours.
+// A lane's elements of a row of at most kAttentionMaxDim: pairs of neighbours.
 struct LaneRow {
   static constexpr int kPairs = kAttentionMaxDim / (2 * kWarp);
   float x[2 * kPairs];
 
-  // f(index in x, column)
+  // Calls f(index in x, column).
   template <class F>
   __device__ static void each(int width, F&& f) {
     const int lane = threadIdx.x % kWarp;

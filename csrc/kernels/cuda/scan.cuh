@@ -1,4 +1,4 @@
-// A sum over the threads of a block.
+// Sums over the threads of a block.
 #pragma once
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/plan.h"
@@ -10,7 +10,7 @@ struct Scan {
   int before, total;
 };
 
-// Every thread of the block calls it. sums: one of each warp.
+// Every thread of the block calls it. sums: shared memory, one element for each warp.
 __device__ __forceinline__ Scan scan_block(int value, int* sums) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   int inclusive = value;
@@ -19,7 +19,7 @@ __device__ __forceinline__ Scan scan_block(int value, int* sums) {
     const int other = __shfl_up_sync(~0u, inclusive, step);
     if (lane >= step) inclusive += other;
   }
-  __syncthreads();  // the sums of an earlier call were read
+  __syncthreads();  // all threads have read the sums of an earlier call
   if (lane == kWarp - 1) sums[warp] = inclusive;
   __syncthreads();
   int of_warps = lane < warps ? sums[lane] : 0;

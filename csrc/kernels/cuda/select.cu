@@ -1,5 +1,5 @@
-// Launches the kernels that choose the keys of chunks: means, then for each slice of the chunks weights and choice, of
-// blocks of keys and of keys.
+// Launches the kernels that choose the keys of chunks: first means, then for each slice of chunks weights and choice.
+// The last two are done for blocks of keys, if there are many keys, and for keys.
 #include "kernels/cuda/kernel_table.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/select_take.cuh"
@@ -44,7 +44,7 @@ int launch_warps(Kernel* kernel, const SelectArguments& a, int64_t warps, void* 
   return launch_blocks(kernel, a, ceil_div(warps, kAttentionThreads / kWarp), 0, stream);
 }
 
-// Weighs the candidates (where there are any) and takes the best ones of all chunks, a slice at a time.
+// Weighs the candidates, if there are any, and takes the best ones. It does so for all chunks, a slice at a time.
 int run_pass(Kernel* weigh, SelectArguments a, const SelectPass& pass, void* stream) {
   a.stride = pass.candidates, a.chunks_per_cta = pass.chunks;
   int error = cudaSuccess;

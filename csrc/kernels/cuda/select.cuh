@@ -1,8 +1,10 @@
 // Which keys each chunk of queries attends: its local window, and the keys to which its queries give most weight.
 //
-// The weights are those of the mean queries of its sub-groups: each one's softmax over the keys, times the share of its
-// queries to which a key is new. One kernel weighs the candidates of chunks, in two walks over their tiles, and writes
-// totals of each chunk; another one takes the largest. Of many keys blocks come first, weighed by their mean keys.
+// A chunk is divided into sub-groups, and a mean query stands for each. The weight of a key is the sum over sub-groups
+// of the mean query's softmax over the keys, times the share of the sub-group's queries that have not seen the key in
+// the first round. One kernel weighs the candidates of chunks, in two walks over their tiles, and writes a total for
+// each. Another kernel takes the largest totals. If there are many keys, blocks of keys are chosen first, by their mean
+// keys.
 #pragma once
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/scan.cuh"
@@ -10,70 +12,73 @@
 
 namespace rk::cuda {
 
-constexpr float kSelectLeast = 1e-30f;  // a weight too small for a float still beats a key that is not to be taken
+// Added to weights, so that a weight of zero differs from a key that must not be taken.
+constexpr float kSelectLeast = 1e-30f;
 
-// Of the mean query of a sub-group: it sees keys up to this position, and stands for so many queries.
+// Facts about the mean query of a sub-group.
 struct SelectFacts {
-  int largest, count;
+  int largest;  // it sees keys up to this position
+  int count;    // queries that it stands for
 };
 
 struct SelectArguments {
   Rows query, key;
   const int32_t* order;                 // [B, H, R * L] or null
   const bool *query_padding, *padding;  // [B, L] and [B, S], or null
-  int32_t* members;                     // [B, H, L]: of each chunk the positions of the queries that choose
+  int32_t* members;                     // [B, H, L], by chunk: positions of the queries that choose its keys
   SelectFacts* facts;                   // [B, H, chunks, sub-groups]
   float* means;                         // [B, H, chunks, sub-groups, width]
   float* block_means;                   // [B, key heads, blocks, width]
-  int32_t* block_sizes;                 // [B, key heads, blocks]: keys that are no padding
+  int32_t* block_sizes;                 // [B, key heads, blocks], how many keys are no padding
   int64_t heads;                        // B * H
   int L, S, R, H, group, D, chunk_length, chunks, subgroup, keys, blocks, width;
-  int wanted;  // keys (or blocks) of a list, less the local window; -1: as many as that says
+  int wanted;  // keys or blocks to take, besides the local window; -1: LocalWindow::most says it
   float scale;
   bool causal;
 
-  // What is weighed:
-  Rows candidates;         // keys, or means of blocks
-  int n, row_width;        // so many rows of a width
-  int keys_per_candidate;  // positions of a row
-  const int32_t* sizes;    // [B, key heads, n] of blocks, or null
-  const int32_t* chosen;   // [B, H, chunks, n_chosen] blocks, which have the only candidates: rising, then -1; or null
+  // What is weighed.
+  Rows candidates;  // [B, key heads, n, row_width]: keys, or means of blocks
+  int n, row_width;
+  int keys_per_candidate;  // 1, or those of a block
+  const int32_t* sizes;    // [B, key heads, n], keys of each block; or null
+  const int32_t* chosen;   // [B, H, chunks, n_chosen], blocks that have the candidates, rising, then -1; or null
   int n_chosen;
   bool aligned;        // rows can be read 16 bytes at a time
   float* totals;       // [chunks of a slice, stride]
-  int64_t stride;      // whole tiles
+  int64_t stride;      // candidates in whole tiles
   int64_t first_cta;   // of the slice
-  int chunks_per_cta;  // of a block of threads that weighs
-  // and what is taken:
-  int context;       // keys that a list begins with
-  bool with_window;  // of local keys, which follow
-  int32_t* lists;    // [B, H, list_rows, list_length], from the first chunk's on
+  int chunks_per_cta;  // whose candidates a CTA weighs
+
+  // What is taken.
+  int context;       // a list begins with so many context keys
+  bool with_window;  // then comes the local window
+  int32_t* lists;    // [B, H, list_rows, list_length]; begins at the list of the first chunk
   int64_t list_rows;
   int list_length;
   const LocalWindow* windows;  // [B, chunks]
 
   __device__ LocalWindow window(int64_t b, int chunk) const { return windows[b * chunks + chunk]; }
   __device__ bool is_padded(int64_t b, int key) const { return padding && padding[b * S + key]; }
-  // Candidates that are seen up to a position.
+  // How many candidates are seen from a position.
   __device__ int seen(int position) const { return position < 0 ? 0 : min(position / keys_per_candidate, n - 1) + 1; }
 };
 
-// A chunk of a head.
+// One chunk of one head.
 struct SelectChunk {
   int64_t head, b;
   int h, key_head, chunk;
 
-  // i: among the chunks of the slice
+  // i: number among the chunks of the slice
   __device__ void take(const SelectArguments& p, int64_t i) {
-    const int64_t ctas = (p.chunks + p.chunks_per_cta - 1) / p.chunks_per_cta,
-                  unit = p.first_cta + i / p.chunks_per_cta;
-    head = unit / ctas, b = head / p.H, h = static_cast<int>(head % p.H), key_head = h / p.group;
-    chunk = static_cast<int>(unit % ctas) * p.chunks_per_cta + static_cast<int>(i % p.chunks_per_cta);
+    const int64_t ctas = (p.chunks + p.chunks_per_cta - 1) / p.chunks_per_cta;  // of a head
+    const int64_t cta = p.first_cta + i / p.chunks_per_cta;
+    head = cta / ctas, b = head / p.H, h = static_cast<int>(head % p.H), key_head = h / p.group;
+    chunk = static_cast<int>(cta % ctas) * p.chunks_per_cta + static_cast<int>(i % p.chunks_per_cta);
   }
   __device__ int64_t row(const SelectArguments& p) const { return head * p.chunks + chunk; }
 };
 
-// How many of a list's entries come before the -1 that fill it up.
+// How many entries of a list come before the -1 that fill its end.
 __device__ __forceinline__ int filled(const int32_t* list, int length) {
   int count = 0;
   for (int high = length; count < high;) {
@@ -86,7 +91,7 @@ __device__ __forceinline__ int filled(const int32_t* list, int length) {
   return count;
 }
 
-// A warp's sum of rows, and their mean, with zeros from the head size on.
+// The sum of rows, spread over a warp, and their mean. The mean has zeros from the head size on.
 struct RowSum {
   LaneRow sum{};
 
@@ -99,8 +104,8 @@ struct RowSum {
   }
 };
 
-// A warp for each chunk: its queries that choose (those that are no padding, or all where there are no others), and the
-// mean queries of its sub-groups.
+// Finds the queries of each chunk that choose its keys (those that are no padding, or all if there are no others), and
+// the mean queries of its sub-groups. One warp for each chunk.
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads, 8) select_means_kernel(const __grid_constant__ SelectArguments p) {
   const int64_t number = int64_t{blockIdx.x} * (kAttentionThreads / kWarp) + threadIdx.x / kWarp;
@@ -138,7 +143,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 8) select_means_kernel(cons
   }
 }
 
-// A warp for each block of keys: the mean of those that are no padding, and how many they are.
+// The mean of the keys of each block that are no padding, and how many they are. One warp for each block.
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads, 8)
     select_blocks_kernel(const __grid_constant__ SelectArguments p) {
@@ -158,23 +163,24 @@ __global__ void __launch_bounds__(kAttentionThreads, 8)
   if (threadIdx.x % kWarp == 0) p.block_sizes[number] = n;
 }
 
-// A lane's two rows g and g + 8 (see tiles.cuh) are sub-groups of one chunk; the other two are in the lane beside it,
-// lane ^ 4.
+// One of a lane's two rows g and g + 8 (see tiles.cuh). They are two sub-groups of one chunk; lane ^ 4 has the other
+// two.
 struct SelectRow {
   SelectFacts facts;
   const int32_t* members;
-  float top, sum;  // of the softmax so far, base 2; then its logarithm in `top`
+  float top, sum;  // maximum and sum of the softmax, base 2; in the end `top` is its lse
 };
 
-// Shared memory: the mean queries of the block, in two parts for half types, then two tiles of candidates, and what is
-// added to the scores of each.
+// Shared memory holds the mean queries of the CTA (two parts of them for half types), two tiles of candidates, and a
+// bias for each candidate.
 template <class T, int K_STEPS, bool CHOSEN>
 struct SelectWeights {
   using Layout = TileLayout<T, K_STEPS>;
-  // Of 16 chunks each warp has 4 and all candidates of a tile; of a single chunk, each has a quarter of the candidates.
+  // With 16 chunks a warp has 4 of them and all candidates of a tile. With one chunk it has a quarter of the
+  // candidates.
   static constexpr int kChunks = CHOSEN ? 1 : kSelectChunks, kOwnedRows = CHOSEN ? 16 : kAttentionRows;
   static constexpr int kColumns = CHOSEN ? 2 : 8;        // tiles of 8 candidates
-  static constexpr int kParts = sizeof(T) == 2 ? 2 : 1;  // of a mean: high and low bits
+  static constexpr int kParts = sizeof(T) == 2 ? 2 : 1;  // high and low bits of a mean
   static constexpr int kOwnedBytes = kOwnedRows * Layout::kRowBytes;
 
   const SelectArguments& p;
@@ -182,7 +188,7 @@ struct SelectWeights {
   float2 (&merged)[kAttentionThreads / kWarp][kSelectSubgroups];
   int (&furthest)[kAttentionThreads / kWarp];
   int warp, lane;
-  SelectChunk first;  // of the block
+  SelectChunk first;  // the CTA's first chunk
   const int32_t* chosen;
   OwnedRows<T, K_STEPS, K_STEPS <= 4> means[kParts];
   SelectRow rows[2];
@@ -192,7 +198,8 @@ struct SelectWeights {
   __device__ float* bias(int stage) const { return reinterpret_cast<float*>(tile(2)) + stage * kAttentionRows; }
   __device__ int first_column() const { return CHOSEN ? warp * 16 : 0; }
   __device__ int column(int n, int j) const { return first_column() + n * 8 + lane % 4 * 2 + j; }
-  // Of the block's chunks, the one of the warp's rows `row` and row ^ 1, row ^ 8; and which of its sub-groups.
+  // The chunk (among those of the CTA) and the sub-group of a row of the warp. Rows row, row ^ 1 and row ^ 8 have the
+  // same chunk.
   __device__ int chunk_of(int row) const { return (CHOSEN ? 0 : warp * 4) + row % 8 / 2; }
   __device__ static int subgroup_of(int row) { return row % 2 + row / 8 * 2; }
   __device__ bool has(int chunk) const { return chunk < kChunks && first.chunk + chunk < p.chunks; }
@@ -211,7 +218,7 @@ struct SelectWeights {
     walk(tiles, [&](int i, float (&x)[kColumns][4]) { write_totals(i, x); });
   }
 
-  // The rows of the block, and what the lane knows of its two.
+  // Loads the rows of the CTA, and the facts of the lane's two rows.
   __device__ void begin() {
     for (int i = threadIdx.x; i < kOwnedRows * K_STEPS * 8; i += kAttentionThreads) {
       const int row = i / (K_STEPS * 8), d = i % (K_STEPS * 8) * 2;
@@ -242,7 +249,7 @@ struct SelectWeights {
     return p.means + ((first.row(p) + chunk) * kSelectSubgroups + subgroup) * p.width;
   }
 
-  // The largest position that a row of the block sees.
+  // The largest position that any row of the CTA sees.
   __device__ int last_seen() const {
     const int largest = __reduce_max_sync(~0u, max(rows[0].facts.largest, rows[1].facts.largest));
     if (lane == 0) furthest[warp] = largest;
@@ -260,7 +267,7 @@ struct SelectWeights {
                            {nullptr, nullptr, 0, 0, 0}, [](int row) { return row; });
     const int row = threadIdx.x, candidate = from + row;
     if (row >= kAttentionRows) return;
-    float extra = -INFINITY;  // it is not to be taken
+    float extra = -INFINITY;  // must not be taken
     if (candidate < p.n && p.sizes) {
       const int size = p.sizes[(first.b * (p.H / p.group) + first.key_head) * p.n + candidate];
       if (size > 0) extra = log2f(static_cast<float>(size));
@@ -270,14 +277,14 @@ struct SelectWeights {
     bias(stage)[row] = extra;
   }
 
-  // use(i, scores) for each tile: the lane's scores in base 2, -infinity for what is not to be taken.
+  // Calls use(i, scores) for each tile, with the lane's scores, base 2. -infinity: must not be taken.
   template <class Use>
   __device__ __forceinline__ void walk(int tiles, Use&& use) const {
     if (tiles > 0) load(0, 0), commit_copies();
     for (int i = 0; i < tiles; ++i) {
       const int stage = i % 2;
       wait_for_copies<0>();
-      __syncthreads();  // the tile is there, and all are done with the one before
+      __syncthreads();  // the tile has arrived, and all threads are done with the previous one
       if (i + 1 < tiles) load(i + 1, stage ^ 1), commit_copies();
       float x[kColumns][4] = {};
 #pragma unroll
@@ -300,7 +307,7 @@ struct SelectWeights {
         }
       use(i, x);
     }
-    __syncthreads();  // all are done with the last one
+    __syncthreads();  // all threads are done with the last tile
   }
 
   __device__ void add_up(SelectRow& row, int h, const float (&x)[kColumns][4]) const {
@@ -314,7 +321,7 @@ struct SelectWeights {
     row.top = top;
   }
 
-  // Of all lanes that share a row.
+  // Merges the softmax of all lanes that share a row.
   __device__ void merge() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -331,7 +338,7 @@ struct SelectWeights {
           sum += merged[i][subgroup].y * exp2_approximate(merged[i][subgroup].x - top);
       }
       row.top = top + log2f(sum);
-      if (!(sum > 0.f)) row.facts.count = 0;  // it sees nothing, or its scores are no numbers
+      if (!(sum > 0.f)) row.facts.count = 0;  // it sees nothing, or its scores are NaN
     }
   }
 
@@ -352,7 +359,7 @@ struct SelectWeights {
           if (score > -INFINITY) totals[n][j] = fmaf(shares[n][j], weight, totals[n][j]);
         }
     }
-    // Of the two lanes of a chunk, each writes half of the columns.
+    // Each of the two lanes of a chunk writes half of the columns.
     constexpr int kHalf = kColumns / 2;
     const bool upper = lane / 4 % 2;
     const int chunk = chunk_of(lane / 4);
@@ -369,22 +376,22 @@ struct SelectWeights {
     }
   }
 
-  // To which share of a sub-group's queries the lane's candidates of the tile are new.
+  // The share of a sub-group's queries that have not yet seen each of the lane's candidates of the tile.
   __device__ void find_shares(const SelectRow& row, int from, float (&shares)[kColumns][2]) const {
     const int to = from + kAttentionRows;
-    int all = 0;  // queries to which the whole tile is new
+    int all = 0;  // queries that have seen no key of the tile
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) shares[n][0] = shares[n][1] = 0.f;
     if (p.keys_per_candidate > 1 || !(p.causal || p.R > 1)) {
       all = row.facts.count;
     } else {
-#pragma unroll 1  // one at a time, and from the last: other ways spill
+#pragma unroll 1  // one at a time, from the last: otherwise registers spill
       for (int i = row.facts.count; i-- > 0;) {
         const int position = row.members[i], last = p.causal ? position : INT32_MAX;
-        // With one round the window of the whole chunk is left out when keys are taken.
+        // With one round, the chunk's window is left out when keys are taken.
         if (last < from) continue;
-        const LocalWindow excluded_window = p.R > 1 ? p.window(first.b, position / p.chunk_length) : LocalWindow{};
-        if (last >= to - 1 && (excluded_window.begin >= to || excluded_window.end <= from)) {
+        const LocalWindow excluded = p.R > 1 ? p.window(first.b, position / p.chunk_length) : LocalWindow{};
+        if (last >= to - 1 && (excluded.begin >= to || excluded.end <= from)) {
           ++all;
           continue;
         }
@@ -393,7 +400,7 @@ struct SelectWeights {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             const int key = from + column(n, j);
-            if (key <= last && !(key >= excluded_window.begin && key < excluded_window.end)) shares[n][j] += 1.f;
+            if (key <= last && !(key >= excluded.begin && key < excluded.end)) shares[n][j] += 1.f;
           }
       }
     }
@@ -406,7 +413,7 @@ struct SelectWeights {
 };
 
 template <class T, int K_STEPS, bool CHOSEN>
-__global__ void __launch_bounds__(kAttentionThreads, K_STEPS == 4 ? 3 : 2)
+__global__ void __launch_bounds__(kAttentionThreads, K_STEPS <= 4 ? 3 : 2)
     select_weigh_kernel(const __grid_constant__ SelectArguments p) {
   RK_DYNAMIC_SHARED(memory);
   __shared__ float2 merged[kAttentionThreads / kWarp][kSelectSubgroups];

@@ -1,22 +1,22 @@
-// Of the totals of each chunk's candidates the largest, as a list of keys (or of blocks).
+// Takes the candidates with the largest totals of each chunk, and writes them as a list of keys or of blocks.
 #pragma once
 #include "kernels/cuda/select.cuh"
 
 namespace rk::cuda {
 
-constexpr int kDigits = 256;  // of 8 bits
+constexpr int kDigits = 256;  // values of a digit of 8 bits
 
 // In shared memory.
 struct SelectState {
   int counts[kDigits];
   int sums[kAttentionThreads / kWarp];
   int larger[kAttentionThreads / kWarp], equal[kAttentionThreads / kWarp],
-      below[kAttentionThreads / kWarp];  // of warps
+      below[kAttentionThreads / kWarp];  // of each warp
   uint32_t digit;
   int left;
 };
 
-// A block for each chunk's list. Each warp has a run of the candidates.
+// Writes one list; there is a thread block for each. Each warp has a range of the candidates.
 struct SelectTake {
   static constexpr int kWarps = kAttentionThreads / kWarp;
 
@@ -28,7 +28,7 @@ struct SelectTake {
   const int32_t* chosen;
   const float* totals;
   int32_t* list;
-  int candidates, begin, end;  // all, and of the warp
+  int candidates, begin, end;  // how many there are; the warp's range
 
   __device__ void run() {
     at.take(p, blockIdx.x);
@@ -49,7 +49,7 @@ struct SelectTake {
     for (int i = p.context + local + taken + threadIdx.x; i < p.list_length; i += kAttentionThreads) list[i] = -1;
   }
 
-  // Candidates that a query of the chunk sees, and perhaps more.
+  // At least as many candidates as a query of the chunk sees.
   __device__ int seen() const {
     int largest = -1;
     for (int i = 0; i < kSelectSubgroups; ++i)
@@ -59,21 +59,21 @@ struct SelectTake {
   __device__ int candidate(int i) const {
     return chosen ? chosen[i / kSelectBlock] * kSelectBlock + i % kSelectBlock : i;
   }
-  // Of a total, which rise with it; 0: not to be taken.
+  // The bits of a total, which are ordered like it. 0: must not be taken.
   __device__ uint32_t bits(int i) const {
     const int key = candidate(i);
     const float total = key >= window.begin && key < window.end ? 0.f : totals[i];
     return total > 0.f ? __float_as_uint(total) : 0;
   }
 
-  // f(i, bits) for the warp's candidates in their order, 32 at a time; 0 for those beyond.
+  // Calls f(i, bits) for the warp's candidates in order, 32 at a time, with 0 for those beyond the end.
   template <class F>
   __device__ __forceinline__ void each(F&& f) const {
     for (int i = begin + lane; i - lane < end; i += kWarp) f(i, i < end ? bits(i) : 0);
   }
   __device__ int before(uint32_t votes) const { return __popc(votes & ((1u << lane) - 1)); }
 
-  // Writes the window's keys that are no padding, where asked to; how many they are. Every warp counts them.
+  // Counts the keys of the window that are no padding, and writes them if asked to. Every warp counts all of them.
   __device__ int write_window(int32_t* to, bool writes) const {
     int count = 0;
     for (int i = window.begin; i < window.end; i += kWarp) {
@@ -86,8 +86,8 @@ struct SelectTake {
     return count;
   }
 
-  // The bits of the `wanted`-th largest total, and how many of those that are equal to it are to be taken; digit by
-  // digit. Of fewer candidates all are taken.
+  // Finds the bits of the `wanted`-th largest total, digit by digit, and in `equal` how many of the totals with these
+  // bits are to be taken. If there are fewer candidates all are taken.
   __device__ uint32_t find_least(int wanted, int& equal) {
     uint32_t found = 0;
     equal = wanted;
@@ -99,7 +99,7 @@ struct SelectTake {
         if (counts) atomicAdd(&state.counts[x >> shift & (kDigits - 1)], 1);
       });
       __syncthreads();
-      // From the largest digit on each thread has two.
+      // Each thread has two digits, from the largest on.
       const uint32_t digit = kDigits - 1 - 2 * threadIdx.x;
       const int high = state.counts[digit], both = high + state.counts[digit - 1];
       const Scan scan = scan_block(both, state.sums);
@@ -114,7 +114,8 @@ struct SelectTake {
     return found;
   }
 
-  // Writes the largest candidates, rising, around the window of `local` keys; how many they are.
+  // Writes the largest candidates in rising order, with the window of `local` keys among them. Returns how many they
+  // are.
   __device__ int take(int32_t* to, int wanted, int local) {
     int ties = 0;
     const uint32_t least = wanted > 0 && candidates > 0 ? find_least(wanted, ties) : UINT32_MAX;
@@ -127,7 +128,7 @@ struct SelectTake {
     int written = 0, tied = 0;
     for (int i = 0; i < warp; ++i) written += state.larger[i], tied += state.equal[i];
     written += min(tied, ties);
-    int below = 0;  // the window
+    int below = 0;  // keys taken that are before the window
     each([&](int i, uint32_t x) {
       const uint32_t same = __ballot_sync(~0u, x == least);
       const bool taken = x > least || (x == least && tied + before(same) < ties);
