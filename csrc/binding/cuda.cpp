@@ -134,8 +134,8 @@ Attention list_attention(const char* name, RK_LIST_PARAMETERS, std::initializer_
   for (const Tensor* other : others) check_one_device(name, {&query, other});
   const Attention a = with_lists(RK_LIST_ARGUMENTS);
   check_rows(name, a);
-  require(rk::cuda::list_places(a.p) < INT32_MAX, name, ": lists must have fewer than 2**31 places a head, got ",
-          rk::cuda::list_places(a.p));
+  require(rk::cuda::list_entries(a.p) < INT32_MAX, name, ": lists must have fewer than 2**31 places a head, got ",
+          rk::cuda::list_entries(a.p));
   return a;
 }
 

@@ -1,7 +1,8 @@
 """What the kernels of attention know of sequences and windows.
 
-Sorted slots of all rounds of a sequence form a ring. In "unrolled" numbers, of which the ring's length is a turn, a
-query sees a run of slots: its chunk and those before and after, or the places of its chunk's list of keys.
+The sorted slots of all rounds of a sequence form a ring. A slot number is "wrapped" if it is in [0, length of the
+ring), and "unrolled" if it may be beyond either end. In unrolled slots a query sees one range: its chunk and those
+around it. With lists of keys the entries of all lists are numbered like slots, and a query sees those of one list.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from ..._calls import AttentionCall, OrderCall
 
-HIDDEN = tl.constexpr(2147483647)  # the position of a key that nobody may see
-EVERYONE = tl.constexpr(-1)  # ... that every query sees
-NOBODY = tl.constexpr(-2147483648)  # the limit of a query that sees nothing
+MASKED_KEY = tl.constexpr(2147483647)  # as the position of a key: no query sees it
+CONTEXT_KEY = tl.constexpr(-1)  # as the position of a key: every query sees it
+NO_KEYS = tl.constexpr(-2147483648)  # as the limit of a query: it sees nothing
 
 
 class Problem(NamedTuple):
@@ -25,12 +26,12 @@ class Problem(NamedTuple):
     order: Tensor | None  # int32 [B, H, R * L]; None: positions in their own order
     padding: Tensor | None  # bool [B, S]
     cu_seqlens: Tensor | None  # int32 [sequences + 1], or of each batch row [B, sequences + 1]
-    places: Tensor | None  # int32 [B, H, R, L]: the slot of a position in a round, where rules need it
-    bucket_first: Tensor | None  # int32 [B, H, R * L]: the slots of the bucket of a slot, where windows need them
-    bucket_behind: Tensor | None
+    slot_of_position: Tensor | None  # int32 [B, H, R, L], slots in a round, if the score_mod needs them
+    bucket_begin: Tensor | None  # int32 [B, H, R * L], of each slot the slots of its bucket, if windows need them
+    bucket_end: Tensor | None
     lists: Tensor | None  # int32 [B, H, rows, list_length], instead of windows
-    shown_first: Tensor | None  # int32 [B, H, chunks]: of a chunk's first list, the keys that later rounds leave out
-    shown_behind: Tensor | None
+    excluded_begin: Tensor | None  # int32 [B, H, chunks], keys of first lists, which the second round leaves out
+    excluded_end: Tensor | None
     dropout_seed: Tensor | None  # int64 [1]; None: no dropout
     sequences: int
     bounds_stride: int  # of cu_seqlens, between batch rows
@@ -45,61 +46,61 @@ class Problem(NamedTuple):
     before: int
     after: int
     list_length: int
-    context: int  # the last keys, which every query sees
+    context_keys: int  # the last keys, which every query sees
     drop_threshold: int
     keep_factor: float
     scale: float
     causal: bool
     l2: bool
     mask_padded_queries: bool
-    shared: Any  # constexpr, as the rest is
+    shared_qk: Any  # constexpr, as the rest is
     bucket_aligned: Any
     within_bucket: Any
     dedup: Any
 
 
-class Sequence(NamedTuple):
-    """A sequence of a head."""
+class HeadSequence(NamedTuple):
+    """One sequence of one head."""
 
     b: Any
     h: Any
     key_head: Any
-    offset: Any  # of its rows
+    offset: Any  # of its first row in the batch row
     length: Any
-    n_queries: Any  # of its rows, the first ones; none where it is negative
-    everyone: Any  # the first of the keys that every query sees
-    single: Any  # it is one window, which the rounds would only repeat
+    n_queries: Any  # its first rows are queries; it has none if this is negative
+    first_context_key: Any  # position from which on every query sees a key
+    single: Any  # it is one window: see is_single_window
     rounds: Any
     before: Any
     after: Any
-    index: Any  # among those of all heads, which come before the next ones of all
-    row: Any  # of its first query among those of [B, H, n_queries]
-    slots: Any  # where its slots are in [B, H, R * L]
+    index: Any  # among the sequences of all heads
+    row: Any  # index of its first query in [B, H, n_queries]
+    slots: Any  # index of its first slot in [B, H, R * L]
 
 
 class Range(NamedTuple):
-    first: Any
-    behind: Any
+    begin: Any
+    end: Any
 
 
 class Queries(NamedTuple):
-    """Facts of the queries of a tile."""
+    """Facts about the queries of a tile."""
 
-    position: Any  # 0 where there is none
-    some: Any
+    position: Any  # 0 if there is none
+    valid: Any
     slot: Any  # wrapped
-    limit: Any  # it sees keys of positions below,
-    excluded: Any  # less those of this range
-    seen: Any  # and unrolled slots of this one
+    limit: Any  # keys at this position and later are masked
+    excluded: Any  # range of key positions that are masked
+    seen: Any  # range of unrolled slots that are not masked
 
 
 class Keys(NamedTuple):
-    """Facts of the keys of a tile."""
+    """Facts about the keys of a tile."""
 
-    position: Any  # 0 where there is none
-    some: Any
+    position: Any  # 0 if there is none
+    valid: Any
     slot: Any  # unrolled
-    code: Any  # its position, or HIDDEN, or EVERYONE
+    key_position: Any  # position, MASKED_KEY or CONTEXT_KEY
 
 
 def bounds_of(call: OrderCall | AttentionCall) -> Tensor | None:
@@ -125,13 +126,31 @@ def floor_mod(a, b):
 
 
 @triton.jit
+def is_single_window(p, length):
+    """As in csrc/kernels/params.h."""
+    single = 0
+    if p.lists is None and not p.bucket_aligned:
+        single = (length <= p.chunk_length).to(tl.int32)
+    return single
+
+
+@triton.jit
+def has_score_mod(p, s):
+    """Whether rules add to the score of a pair, as in csrc/kernels/params.h."""
+    if p.within_bucket or p.dedup:
+        return s.single == 0
+    else:
+        return False
+
+
+@triton.jit
 def take_head(p, b, h, sequence, offset, length, single):
     ring_rounds = tl.where(single != 0, 1, p.rounds)
     index = (sequence * p.batch + b) * p.heads + h
     head = (b * p.heads + h).to(tl.int64)
-    everyone = p.keys - p.context if p.lists is not None else p.n_queries - offset
-    return Sequence(
-        b, h, h // p.group, offset, length, p.n_queries - offset, everyone, single, ring_rounds,
+    first_context_key = p.keys - p.context_keys if p.lists is not None else p.n_queries - offset
+    return HeadSequence(
+        b, h, h // p.group, offset, length, p.n_queries - offset, first_context_key, single, ring_rounds,
         tl.where(single != 0, 0, p.before), tl.where(single != 0, 0, p.after), index, head * p.n_queries + offset,
         (head * p.length + offset) * p.rounds,
     )  # fmt: skip
@@ -139,7 +158,7 @@ def take_head(p, b, h, sequence, offset, length, single):
 
 @triton.jit
 def take_sequence(p, number, HEADS_SHARE: tl.constexpr):
-    """Sequence ``number`` of those of all heads; of key heads, the first of those that share it, if HEADS_SHARE."""
+    """Sequence ``number`` of those of all heads; if HEADS_SHARE of all key heads, and then of its first query head."""
     sequence, head = number % p.sequences, number // p.sequences
     group = p.group if HEADS_SHARE else 1
     heads = p.heads // group
@@ -148,10 +167,7 @@ def take_sequence(p, number, HEADS_SHARE: tl.constexpr):
         bounds = p.cu_seqlens + b.to(tl.int64) * p.bounds_stride + sequence
         offset = tl.load(bounds)
         length = tl.load(bounds + 1) - offset
-    single = 0
-    if p.lists is None and not p.bucket_aligned:
-        single = (length <= p.chunk_length).to(tl.int32)
-    return take_head(p, b, head % heads * group, sequence, offset, length, single)
+    return take_head(p, b, head % heads * group, sequence, offset, length, is_single_window(p, length))
 
 
 @triton.jit
@@ -166,30 +182,30 @@ def wrapped(s, slot):
 
 
 @triton.jit
-def position_of(p, s, slot, there):
+def position_of(p, s, slot, mask):
     """The row in the sequence of a wrapped slot."""
     if p.order is None:
-        return tl.where(there, slot, 0)
+        return tl.where(mask, slot, 0)
     else:
-        return tl.load(p.order + s.slots + slot, mask=there, other=0)
+        return tl.load(p.order + s.slots + slot, mask=mask, other=0)
 
 
 @triton.jit
-def bucket_of(p, s, slot, there):
+def bucket_of(p, s, slot, mask):
     """The slots of the bucket of a wrapped slot."""
-    first = tl.load(p.bucket_first + s.slots + slot, mask=there, other=0)
-    return Range(first, tl.load(p.bucket_behind + s.slots + slot, mask=there, other=0))
+    first = tl.load(p.bucket_begin + s.slots + slot, mask=mask, other=0)
+    return Range(first, tl.load(p.bucket_end + s.slots + slot, mask=mask, other=0))
 
 
 @triton.jit
-def around(p, s, slot, there, before, after):
+def around(p, s, slot, mask, before, after):
     """The slots of the chunk of `slot`, unrolled, and of those before and after it."""
     if p.bucket_aligned:  # chunks start anew in a bucket, which windows do not leave
         at = wrapped(s, slot)
-        bucket = bucket_of(p, s, at, there)
-        begin = at - (at - bucket.first) % p.chunk_length
-        first = tl.maximum(bucket.first, begin - before * p.chunk_length)
-        return Range(first, tl.minimum(bucket.behind, begin + (after + 1) * p.chunk_length))
+        bucket = bucket_of(p, s, at, mask)
+        begin = at - (at - bucket.begin) % p.chunk_length
+        first = tl.maximum(bucket.begin, begin - before * p.chunk_length)
+        return Range(first, tl.minimum(bucket.end, begin + (after + 1) * p.chunk_length))
     else:
         chunks = tl.cdiv(s.length, p.chunk_length)
         r = floor_div(slot, s.length)
@@ -204,10 +220,10 @@ def chunk_begin(p, s, chunk, chunks):
 
 
 @triton.jit
-def keys_of(p, s, slot, there):
-    """The slots of keys that the query of a slot sees."""
+def keys_of(p, s, slot, mask):
+    """The slots of the keys that the query at a slot sees."""
     if p.lists is None:
-        return around(p, s, slot, there, s.before, s.after)
+        return around(p, s, slot, mask, s.before, s.after)
     else:
         r = slot // s.length
         row = r * tl.cdiv(s.length, p.chunk_length) + (slot - r * s.length) // p.chunk_length
@@ -215,10 +231,10 @@ def keys_of(p, s, slot, there):
 
 
 @triton.jit
-def queries_of(p, s, slot, there):
-    """The slots of queries that see the key of a slot."""
+def queries_of(p, s, slot, mask):
+    """The slots of the queries that see the key at a slot."""
     if p.lists is None:
-        return around(p, s, slot, there, s.after, s.before)
+        return around(p, s, slot, mask, s.after, s.before)
     else:
         row, chunks = slot // p.list_length, tl.cdiv(s.length, p.chunk_length)
         return Range(chunk_begin(p, s, row, chunks), chunk_begin(p, s, row + 1, chunks))
@@ -226,14 +242,14 @@ def queries_of(p, s, slot, there):
 
 @triton.jit
 def keys_of_tile(p, s, r, first, BLOCK_M: tl.constexpr):
-    """The slots of keys that the queries of a tile from `first` on in a round see."""
+    """The slots of the keys that a tile of queries sees, which begins at `first` in a round."""
     begin, last = r * s.length + first, r * s.length + tl.minimum(first + BLOCK_M, s.length) - 1
-    return Range(keys_of(p, s, begin, True).first, keys_of(p, s, last, True).behind)
+    return Range(keys_of(p, s, begin, True).begin, keys_of(p, s, last, True).end)
 
 
 @triton.jit
 def key_slots(p, s, r):
-    """The slots of all keys of a round, or the places of all lists."""
+    """The slots of all keys of a round, or the entries of all lists."""
     if p.lists is None:
         return Range(r * s.length, (r + 1) * s.length)
     else:
@@ -246,93 +262,93 @@ def list_rows(p, s):
 
 
 @triton.jit
-def queries_of_tile(p, s, first, behind):
-    """The slots of queries that see the keys of a tile."""
-    return Range(queries_of(p, s, first, True).first, queries_of(p, s, behind - 1, True).behind)
+def queries_of_tile(p, s, first, end):
+    """The slots of the queries that see a tile of keys."""
+    return Range(queries_of(p, s, first, True).begin, queries_of(p, s, end - 1, True).end)
 
 
 @triton.jit
-def is_padded(p, s, position, there):
+def is_padded(p, s, position, mask):
     if p.padding is None:
-        return there & ~there
+        return mask & ~mask
     else:
-        return tl.load(p.padding + s.b.to(tl.int64) * p.keys + s.offset + position, mask=there, other=0) != 0
+        return tl.load(p.padding + s.b.to(tl.int64) * p.keys + s.offset + position, mask=mask, other=0) != 0
 
 
 @triton.jit
-def take_queries(p, s, slot, there):
-    """Of unrolled slots. A shared row does not see itself, unless it is ``self_only``."""
+def take_queries(p, s, slot, mask):
+    """The queries at unrolled slots. A shared row does not see itself, unless it is ``self_only``."""
     at = wrapped(s, slot)
     if p.bucket_aligned or p.lists is not None:
-        there &= at == slot
-    position = position_of(p, s, at, there)
-    some = there & (position < s.n_queries)
-    position = tl.where(some, position, 0)
-    blind = ~some
+        mask &= at == slot
+    position = position_of(p, s, at, mask)
+    valid = mask & (position < s.n_queries)
+    position = tl.where(valid, position, 0)
+    blind = ~valid
     if p.mask_padded_queries:
-        blind |= is_padded(p, s, position, some)
-    limit = tl.where(blind, NOBODY, tl.where(p.causal, position + 1, HIDDEN))
-    excluded = Range(position, tl.where(p.shared, position + 1, position))
-    if p.shown_first is not None:
-        later = some & (at >= s.length)
+        blind |= is_padded(p, s, position, valid)
+    limit = tl.where(blind, NO_KEYS, tl.where(p.causal, position + 1, MASKED_KEY))
+    excluded = Range(position, tl.where(p.shared_qk, position + 1, position))
+    if p.excluded_begin is not None:
+        later = valid & (at >= s.length)
         chunk = (s.b * p.heads + s.h).to(tl.int64) * tl.cdiv(s.length, p.chunk_length) + position // p.chunk_length
-        first = tl.load(p.shown_first + chunk, mask=later, other=0)
-        excluded = Range(first, tl.load(p.shown_behind + chunk, mask=later, other=0))
-    seen = keys_of(p, s, slot, there)
-    return Queries(position, some, at, limit, excluded, Range(seen.first, tl.where(there, seen.behind, seen.first)))
+        first = tl.load(p.excluded_begin + chunk, mask=later, other=0)
+        excluded = Range(first, tl.load(p.excluded_end + chunk, mask=later, other=0))
+    seen = keys_of(p, s, slot, mask)
+    return Queries(position, valid, at, limit, excluded, Range(seen.begin, tl.where(mask, seen.end, seen.begin)))
 
 
 @triton.jit
-def take_keys(p, s, slot, behind):
-    """Of unrolled slots, or places of lists, less those from `behind` on."""
-    there = slot < behind
+def take_keys(p, s, slot, end):
+    """The keys at unrolled slots, or at entries of lists. Those from `end` on are masked."""
+    mask = slot < end
     if p.lists is None:
-        position = position_of(p, s, wrapped(s, slot), there)
+        position = position_of(p, s, wrapped(s, slot), mask)
     else:
         lists = p.lists + (s.b * p.heads + s.h).to(tl.int64) * list_rows(p, s) * p.list_length
-        position = tl.load(lists + slot, mask=there, other=-1)
-        there &= position >= 0
+        position = tl.load(lists + slot, mask=mask, other=-1)
+        mask &= position >= 0
         position = tl.maximum(position, 0)
-    hidden = ~there | is_padded(p, s, position, there)
-    code = tl.where(position >= s.everyone, EVERYONE, position)
-    return Keys(position, there, slot, tl.where(hidden, HIDDEN, code))
+    masked = ~mask | is_padded(p, s, position, mask)
+    key_position = tl.where(position >= s.first_context_key, CONTEXT_KEY, position)
+    return Keys(position, mask, slot, tl.where(masked, MASKED_KEY, key_position))
 
 
 @triton.jit
 def times_met(p, s, query, key):
-    """How often queries meet keys in all rounds, by positions in the sequence that broadcast."""
+    """How often queries meet keys in all rounds. query, key: positions, which broadcast."""
     times = query * 0 + key * 0
-    places = p.places + (s.b * p.heads + s.h).to(tl.int64) * p.rounds * p.length + s.offset
+    slot_of_position = p.slot_of_position + (s.b * p.heads + s.h).to(tl.int64) * p.rounds * p.length + s.offset
     for r in range(s.rounds):
-        slot = r * s.length + tl.load(places + r * p.length + query)
+        slot = r * s.length + tl.load(slot_of_position + r * p.length + query)
         seen = keys_of(p, s, slot, slot >= 0)
         if p.within_bucket:
             bucket = bucket_of(p, s, slot, slot >= 0)
-        # Of the unrolled rounds that windows touch each has the key once.
-        first, behind = tl.min(floor_div(seen.first, s.length)), tl.max(floor_div(seen.behind - 1, s.length)) + 1
-        for unrolled in range(first, behind):
+        # Each unrolled round that a window touches has the key once.
+        first, end = tl.min(floor_div(seen.begin, s.length)), tl.max(floor_div(seen.end - 1, s.length)) + 1
+        for unrolled in range(first, end):
             key_round = floor_mod(unrolled, s.rounds)
-            place = tl.load(places + key_round * p.length + key)
-            at = unrolled * s.length + place
-            met = (at >= seen.first) & (at < seen.behind)
+            in_round = tl.load(slot_of_position + key_round * p.length + key)
+            at = unrolled * s.length + in_round
+            met = (at >= seen.begin) & (at < seen.end)
             if p.within_bucket:
-                at = key_round * s.length + place
-                met &= (at >= bucket.first) & (at < bucket.behind)
+                at = key_round * s.length + in_round
+                met &= (at >= bucket.begin) & (at < bucket.end)
             times += met.to(tl.int32)
     return times
 
 
 @triton.jit
 def same_bucket(p, s, query_slot, key_slot):
-    """Of a wrapped and an unrolled slot."""
+    """Whether a wrapped and an unrolled slot have the same bucket."""
     bucket = bucket_of(p, s, query_slot, query_slot >= 0)
     at = wrapped(s, key_slot)
-    return (at >= bucket.first) & (at < bucket.behind)
+    return (at >= bucket.begin) & (at < bucket.end)
 
 
 @triton.jit
 def is_kept(p, s, slot, at):
-    """Whether dropout keeps pairs of the query of a wrapped slot and the key `at` slots from the first that it sees."""
+    """Whether dropout keeps pairs of the query at a wrapped slot and the key at an index in its window."""
     r = slot // s.length
     zero = at * 0
     a, b, c, d = tl.philox(tl.load(p.dropout_seed), at // 4, zero + (slot - r * s.length), zero + r, zero + s.index)

@@ -1,4 +1,4 @@
-"""Chunk attention, forward: a launch for each round, merged in place into what earlier rounds left."""
+"""Chunk attention, forward: a launch for each round, which merges in place into the result of earlier rounds."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from ..._calls import AttentionCall, ListCall, empty_results, n_sequences
 from .. import cpu
 from ..philox import drop_threshold, keep_factor
 from ._launch import Config, block_width, launch, rows
-from ._pairs import across, apply_rules, kept_factor, keys_along, queries_along, sees
+from ._pairs import across, kept_factor, keys_along, queries_along, score_mod, sees
 from ._windows import (
-    NOBODY,
+    NO_KEYS,
     Problem,
     bounds_of,
+    has_score_mod,
     keys_of_tile,
     position_of,
     row_stride,
@@ -30,12 +31,12 @@ from .configs import LONG_CHUNK, Kind, choose, seconds
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-KEPT_BITS = tl.constexpr(15)  # of a count of own keys: so often kept, and above them how often met
+KEPT_BITS = tl.constexpr(15)  # low bits of self_counts: how often kept; above them: how often met
 
 
 @triton.jit
 def key_length(p, square, D: tl.constexpr):
-    """What a shared row of a squared length is divided by to be a key."""
+    """What a shared row is divided by to become a key. square: its squared length."""
     return tl.where(p.l2, tl.maximum(tl.sqrt(square), 1e-12), tl.sqrt(square + 1e-6 * D))
 
 
@@ -46,31 +47,31 @@ def row_offsets(x, b, h, row):
 
 
 @triton.jit
-def load_rows(x, b, h, row, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(x, b, h, row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)[None, :]
-    return tl.load(x.data + row_offsets(x, b, h, row) + d, mask=there[:, None] & (d < D), other=0.0)
+    return tl.load(x.data + row_offsets(x, b, h, row) + d, mask=mask[:, None] & (d < D), other=0.0)
 
 
 @triton.jit
-def store_rows(x, b, h, row, there, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(x, b, h, row, mask, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)[None, :]
-    tl.store(x.data + row_offsets(x, b, h, row) + d, value.to(x.data.dtype.element_ty), mask=there[:, None] & (d < D))
+    tl.store(x.data + row_offsets(x, b, h, row) + d, value.to(x.data.dtype.element_ty), mask=mask[:, None] & (d < D))
 
 
 @triton.jit
-def add_rows(x, b, h, row, there, adds, before, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows become themselves times `before`, where one `adds`, plus the value."""
-    old = load_rows(x, b, h, row, there & adds, D, BLOCK_D).to(tl.float32)
-    store_rows(x, b, h, row, there, old * before + value, D, BLOCK_D)
+def add_rows(x, b, h, row, mask, adds, before, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows become value, plus old * before where `adds`."""
+    old = load_rows(x, b, h, row, mask & adds, D, BLOCK_D).to(tl.float32)
+    store_rows(x, b, h, row, mask, old * before + value, D, BLOCK_D)
 
 
 @triton.jit
-def row_products(p, a, b, there):
+def row_products(p, a, b, mask):
     """a . b of each row. What is selected cannot be fused with the sum, or lanes would differ in the last bit.
 
-    Whatever the compiler finds out of `there`, it cannot know that the scale is a number.
+    Whatever the compiler finds out of `mask`, it cannot know that the scale is a number.
     """
-    return tl.sum(tl.where(there[:, None] & (p.scale == p.scale), a.to(tl.float32) * b.to(tl.float32), 0.0), 1)
+    return tl.sum(tl.where(mask[:, None] & (p.scale == p.scale), a.to(tl.float32) * b.to(tl.float32), 0.0), 1)
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def multiply(a, b):
 @triton.jit
 def anew(x, start):
     """Rows that do not change in a loop. As float32 a thread would keep all that it multiplies in registers."""
-    return tl.where(start > NOBODY, x, 0.0) if x.dtype == tl.float32 else x
+    return tl.where(start > NO_KEYS, x, 0.0) if x.dtype == tl.float32 else x
 
 
 @triton.jit(do_not_specialize=["p", "heads", "length"])
@@ -97,51 +98,51 @@ def factor_kernel(p, x, factors, heads, length, D: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit(do_not_specialize=["p", "r", "tiles", "steps"])
-def windows_kernel(p, buckets, places, bucket_first, bucket_behind, tiles, steps, BLOCK_M: tl.constexpr,
+def windows_kernel(p, buckets, slot_of_position, bucket_begin, bucket_end, tiles, steps, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr):  # fmt: skip
-    """Finds the place of every position in every round, and the slots of the bucket of every slot."""
+    """Finds the slot of every position in every round, and the slots of the bucket of every slot."""
     tile, number = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     r, s = number % p.rounds, take_sequence(p, number // p.rounds, False)
     if r >= s.rounds:
         return
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    there, slot = i < s.length, r * s.length + i
-    position = position_of(p, s, slot, there)
+    mask, slot = i < s.length, r * s.length + i
+    position = position_of(p, s, slot, mask)
     of_round = ((s.b * p.heads + s.h).to(tl.int64) * p.rounds + r) * p.length + s.offset
-    tl.store(places + of_round + position, i, mask=there)
+    tl.store(slot_of_position + of_round + position, i, mask=mask)
     if buckets is not None:
-        bucket = tl.load(buckets + of_round + position, mask=there, other=0)
+        bucket = tl.load(buckets + of_round + position, mask=mask, other=0)
         for behind in tl.static_range(2):  # the first slot of this bucket, and of a later one: they are sorted
             low, high = i * 0, i * 0 + s.length
             for _ in range(steps):
                 middle = (low + high) // 2
-                searching = there & (low < high)
+                searching = mask & (low < high)
                 at = position_of(p, s, r * s.length + middle, searching)
                 before = tl.load(buckets + of_round + at, mask=searching, other=0) < bucket + behind
                 low = tl.where(searching & before, middle + 1, low)
                 high = tl.where(searching & ~before, middle, high)
-            to = bucket_behind if behind else bucket_first
-            tl.store(to + s.slots + slot, r * s.length + low, mask=there)
+            to = bucket_end if behind else bucket_begin
+            tl.store(to + s.slots + slot, r * s.length + low, mask=mask)
 
 
 @triton.jit
 def load_factors(p, s, factors, k):
-    if p.shared:
+    if p.shared_qk:
         head = (s.b * p.heads + s.h).to(tl.int64)
-        return tl.load(factors + head * p.length + s.offset + k.position, mask=k.some, other=0.0)
+        return tl.load(factors + head * p.length + s.offset + k.position, mask=k.valid, other=0.0)
     else:
         return tl.full(k.slot.shape, p.scale * LOG2E, tl.float32)
 
 
 @triton.jit(do_not_specialize=["p", "r", "tiles"])
 def forward_kernel(
-    p, query, key, value, factors, out, lse, own, self_only, r, tiles, D: tl.constexpr, E: tl.constexpr,
+    p, query, key, value, factors, out, lse, self_counts, self_only, r, tiles, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of round r. lse [B, H, n_queries]: in base 2 until the last round, then natural.
+    """A tile of queries of round r. lse [B, H, n_queries] is base 2 until the last round, and then natural.
 
-    Of shared rows own, int32 [B, H, n_queries], has of a query that has met nothing but its own key how often and how
-    often dropout kept it, for it attends that key if it meets no other in any round; then it is self_only.
+    A query attends its own key only if it sees no other key in any round: then it is self_only. As long as it has seen
+    no other, self_counts, int32 [B, H, n_queries], has how often it met its own key and how often dropout kept that.
     """
     tile = tl.program_id(0) % tiles
     s = take_sequence(p, tl.program_id(0) // tiles, False)
@@ -152,30 +153,30 @@ def forward_kernel(
     slot = r * s.length + i
     q = take_queries(p, s, slot, i < s.length)
     qs = queries_along(q, 0)
-    query_rows = load_rows(query, s.b, s.h, s.offset + q.position, q.some, D, BLOCK_D)
+    query_rows = load_rows(query, s.b, s.h, s.offset + q.position, q.valid, D, BLOCK_D)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     result = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     visited = keys_of_tile(p, s, r, first, BLOCK_M)
-    for start in range(visited.first, visited.behind, BLOCK_N):
-        k = take_keys(p, s, start + tl.arange(0, BLOCK_N), visited.behind)
+    for start in range(visited.begin, visited.end, BLOCK_N):
+        k = take_keys(p, s, start + tl.arange(0, BLOCK_N), visited.end)
         ks = keys_along(k, 1)
-        key_rows = load_rows(key, s.b, s.key_head, s.offset + k.position, k.some, D, BLOCK_D)
+        key_rows = load_rows(key, s.b, s.key_head, s.offset + k.position, k.valid, D, BLOCK_D)
         score = multiply(anew(query_rows, start), tl.trans(key_rows)) * across(load_factors(p, s, factors, k), 1)
-        score = tl.where(sees(qs, ks), apply_rules(p, s, qs, ks, score), float("-inf"))
+        score = tl.where(sees(qs, ks), score_mod(p, s, qs, ks, score), float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
-        # Of a row that sees nothing yet all exponentials are to be 0.
+        # A row that has seen nothing yet keeps exponentials of 0.
         above = tl.where(higher == float("-inf"), 0.0, higher)
         before, weight = tl.exp2(top - above), tl.exp2(score - above[:, None])
         top, total = higher, total * before + tl.sum(weight, 1)
         if p.dropout_seed is not None:
             weight *= kept_factor(p, s, qs, ks)
-        value_rows = load_rows(value, s.b, s.key_head, s.offset + k.position, k.some, E, BLOCK_E)
+        value_rows = load_rows(value, s.b, s.key_head, s.offset + k.position, k.valid, E, BLOCK_E)
         result = result * before[:, None] + multiply(weight.to(value_rows.dtype), value_rows)
 
-    # Merged with earlier rounds.
+    # Merge with earlier rounds.
     at = s.row + q.position
-    earlier = tl.load(lse + at, mask=q.some & (r > 0), other=float("-inf"))
+    earlier = tl.load(lse + at, mask=q.valid & (r > 0), other=float("-inf"))
     now = tl.where(total <= 0, float("-inf"), top + tl.log2(total))
     above = tl.maximum(earlier, now)
     above = tl.where(above == float("-inf"), 0.0, above)
@@ -187,15 +188,15 @@ def forward_kernel(
     by = tl.where(nothing, 1.0, both)
     before, factor = weight_before / by, weight_now / (by * tl.where(total <= 0, 1.0, total))
     result *= factor[:, None]
-    if p.shared:
-        lonely = q.some & nothing
-        if tl.max(lonely.to(tl.int32)) > 0:
-            count = tl.load(own + at, mask=lonely & (r > 0), other=0)
-            for start in range(visited.first, visited.behind, BLOCK_N):
-                ks = keys_along(take_keys(p, s, start + tl.arange(0, BLOCK_N), visited.behind), 1)
-                met = (ks.slot >= qs.seen.first) & (ks.slot < qs.seen.behind) & (ks.code == qs.position)
+    if p.shared_qk:
+        saw_none = q.valid & nothing
+        if tl.max(saw_none.to(tl.int32)) > 0:
+            count = tl.load(self_counts + at, mask=saw_none & (r > 0), other=0)
+            for start in range(visited.begin, visited.end, BLOCK_N):
+                ks = keys_along(take_keys(p, s, start + tl.arange(0, BLOCK_N), visited.end), 1)
+                met = (ks.slot >= qs.seen.begin) & (ks.slot < qs.seen.end) & (ks.key_position == qs.position)
                 if p.within_bucket:
-                    if s.single == 0:
+                    if has_score_mod(p, s):
                         met &= same_bucket(p, s, qs.slot, ks.slot)
                 one = met.to(tl.int32) << KEPT_BITS
                 if p.dropout_seed is not None:
@@ -204,27 +205,29 @@ def forward_kernel(
                     one += met.to(tl.int32)
                 count += tl.sum(one, 1)
             tl.debug_barrier()  # all have read it
-            tl.store(own + at, count, mask=lonely)
+            tl.store(self_counts + at, count, mask=saw_none)
             if ends:
                 times, kept = count >> KEPT_BITS, count & ((1 << KEPT_BITS) - 1)
-                alone = lonely & (times > 0)
-                tl.store(self_only + at, alone, mask=q.some)
-                own_rows = load_rows(value, s.b, s.key_head, s.offset + q.position, alone, E, BLOCK_E).to(tl.float32)
+                is_self_only = saw_none & (times > 0)
+                tl.store(self_only + at, is_self_only, mask=q.valid)
+                self_rows = load_rows(value, s.b, s.key_head, s.offset + q.position, is_self_only, E, BLOCK_E)
+                self_rows = self_rows.to(tl.float32)
                 share = p.keep_factor * kept.to(tl.float32) / tl.maximum(times, 1).to(tl.float32)
-                result = tl.where(alone[:, None], own_rows * share[:, None], result)
-                square = row_products(p, query_rows, query_rows, q.some)
+                result = tl.where(is_self_only[:, None], self_rows * share[:, None], result)
+                square = row_products(p, query_rows, query_rows, q.valid)
                 counted = times.to(tl.float32)
                 if p.dedup:
-                    counted = tl.where(s.single != 0, counted, 1.0)
+                    counted = tl.where(has_score_mod(p, s), 1.0, counted)
                 score = p.scale * LOG2E * square / key_length(p, square, D) + tl.log2(counted)
-                merged = tl.where(alone, score, merged)
-                nothing &= ~alone
+                merged = tl.where(is_self_only, score, merged)
+                nothing &= ~is_self_only
         elif ends:
-            tl.store(self_only + at, q.some & ~q.some, mask=q.some)
+            tl.store(self_only + at, q.valid & ~q.valid, mask=q.valid)
     merged = tl.where(nothing, float("-inf"), merged)
     tl.debug_barrier()  # all have read it
-    tl.store(lse + at, tl.where(ends, merged * LN2, merged), mask=q.some)
-    add_rows(out, s.b, s.h, s.offset + q.position, q.some, earlier > float("-inf"), before[:, None], result, E, BLOCK_E)
+    tl.store(lse + at, tl.where(ends, merged * LN2, merged), mask=q.valid)
+    adds = earlier > float("-inf")
+    add_rows(out, s.b, s.h, s.offset + q.position, q.valid, adds, before[:, None], result, E, BLOCK_E)
 
 
 def pair_rules(call: AttentionCall) -> tuple[bool, bool]:
@@ -245,7 +248,7 @@ def kind_of(kernel: str, call: AttentionCall | ListCall) -> Kind:
 
 
 def of_chunks(p: Problem, plan: Config) -> Config:
-    """With no more queries in a tile than a chunk has, if each chunk has keys of its own."""
+    """The configuration, with no more queries in a tile than in a chunk if each chunk has its own list of keys."""
     if p.lists is None:
         return plan
     return plan._replace(block_m=min(plan.block_m, max(16, triton.next_power_of_2(p.chunk_length))))
@@ -257,15 +260,15 @@ def problem(call: AttentionCall | ListCall) -> Problem:
     order = cpu.contiguous(call.order)
     heads, length = call.query.shape[1:3]
     return Problem(
-        order=order, padding=cpu.contiguous(call.key_padding_mask), cu_seqlens=None, places=None, bucket_first=None,
-        bucket_behind=None, lists=None, shown_first=None, shown_behind=None,
+        order=order, padding=cpu.contiguous(call.key_padding_mask), cu_seqlens=None, slot_of_position=None,
+        bucket_begin=None, bucket_end=None, lists=None, excluded_begin=None, excluded_end=None,
         dropout_seed=to_device(call.dropout_seed) if call.dropout_p > 0 else None, sequences=1,
         bounds_stride=0, batch=len(call.query), heads=heads,
         group=heads // call.value.shape[1], length=length, keys=call.value.shape[2],
         rounds=1 if order is None else order.shape[2], n_queries=length, chunk_length=call.chunk_length, before=0,
-        after=0, list_length=0, context=0, drop_threshold=drop_threshold(call.dropout_p),
+        after=0, list_length=0, context_keys=0, drop_threshold=drop_threshold(call.dropout_p),
         keep_factor=keep_factor(call.dropout_p), scale=call.scale, causal=call.causal, l2=False,
-        mask_padded_queries=False, shared=tl.constexpr(call.key is None), bucket_aligned=tl.constexpr(False),
+        mask_padded_queries=False, shared_qk=tl.constexpr(call.key is None), bucket_aligned=tl.constexpr(False),
         within_bucket=tl.constexpr(False), dedup=tl.constexpr(False),
     )  # fmt: skip
 
@@ -294,7 +297,7 @@ def window_problem(call: AttentionCall) -> Problem:
         windows_kernel, call.query.shape[0] * p.heads * p.sequences * p.rounds * tiles, call.device, p, buckets,
         tables[0], first, behind, tiles, call.longest.bit_length(), config=plan,
     )  # fmt: skip
-    return p._replace(places=tables[0], bucket_first=first, bucket_behind=behind)
+    return p._replace(slot_of_position=tables[0], bucket_begin=first, bucket_end=behind)
 
 
 def tiles_of(longest: int, plan: Config) -> int:
@@ -303,7 +306,7 @@ def tiles_of(longest: int, plan: Config) -> int:
 
 def factors_of(p: Problem, query: Tensor, widths: dict[str, int]) -> Tensor | None:
     """Of shared rows the factor of each as a key."""
-    if not p.shared.value:
+    if not p.shared_qk.value:
         return None
     batch, heads, length, _ = query.shape
     factors = query.new_empty((batch, heads, length), dtype=torch.float32)
@@ -327,14 +330,14 @@ def inputs_of(p: Problem, call: AttentionCall | ListCall) -> tuple[tuple[Any, ..
 def forward(p: Problem, call: AttentionCall | ListCall, longest: int, self_only: Tensor | None, out: Tensor,
             lse: Tensor) -> None:  # fmt: skip
     inputs, widths = inputs_of(p, call)
-    own = torch.empty_like(lse, dtype=torch.int32) if call.key is None else None
+    self_counts = torch.empty_like(lse, dtype=torch.int32) if call.key is None else None
 
     def start(r: int, plan: Config) -> None:
         plan = of_chunks(p, plan)
         tiles = tiles_of(longest, plan)
         launch(
-            forward_kernel, len(call.query) * p.heads * p.sequences * tiles, call.device, *inputs, rows(out), lse, own,
-            self_only, r, tiles, config=plan, **widths,
+            forward_kernel, len(call.query) * p.heads * p.sequences * tiles, call.device, *inputs, rows(out), lse,
+            self_counts, self_only, r, tiles, config=plan, **widths,
         )  # fmt: skip
 
     plan = choose(kind_of("forward", call), call.device, lambda plan: seconds(lambda: start(0, plan)))

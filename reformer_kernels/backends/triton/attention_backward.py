@@ -1,12 +1,13 @@
-"""Chunk attention, backward: of each round a launch for gradients of queries and one for those of keys, added in place.
+"""Chunk attention, backward. A round has a launch for gradients of queries and one for those of keys, added in place.
 
-No sum is shared between programs, so results do not depend on when they run.
+No sum is shared between programs, so results do not depend on the order in which they run.
 
-  P = exp(S - lse)   dP = dO V^T   dS = P (dP - delta)   with S = factor q . k
-  of a query: dQ = sum dS factor k       of a key: dV = sum P dO, dK = sum dS q
+  P = exp(S - lse)   dP = dO V^T   dS = P (dP - delta)   where S = factor q . k
+  first launch, for each query: dQ = sum dS factor k
+  second launch, for each key: dV = sum P dO, dK = sum dS q
 
-A shared row's gradient is that of its query and, through the Jacobian of the unit key, that of its key. With dropout P
-of dV is the dropped one and dP = drop * (dO V^T).
+With shared rows the gradient of a row is the sum of its gradient as a query and, through the Jacobian of the unit key,
+its gradient as a key. With dropout, dV has the dropped P, and dP = drop * (dO V^T).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..._calls import AttentionCall, ListCall
 from .. import cpu
 from ._launch import Config, launch, rows
-from ._pairs import across, apply_rules, kept_factor, keys_along, queries_along, sees
+from ._pairs import across, kept_factor, keys_along, queries_along, score_mod, sees
 from ._windows import (
     Problem,
     Queries,
@@ -60,45 +61,50 @@ def residual_kernel(
     p, query, out, grad_out, lse, self_only, times, delta, n, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of queries [B, H, n]: delta, and in `times` lse in base 2: infinity if it saw nothing, of self_only how often."""
+    """delta and times [B, H, n] of queries.
+
+    times is lse, base 2; infinity if a query saw nothing; if it is self_only, log2 of how often it met its own key.
+    """
     tiles = tl.cdiv(n, BLOCK_M)
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h, row = head // p.heads, head % p.heads, tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    there, at = row < n, head.to(tl.int64) * n + row
-    out_rows = load_rows(out, b, h, row, there, E, BLOCK_E)
-    grad_rows = load_rows(grad_out, b, h, row, there, E, BLOCK_E)
-    tl.store(delta + at, row_products(p, out_rows, grad_rows, there), mask=there)
-    exponent = tl.load(lse + at, mask=there, other=0.0) * LOG2E
+    mask, at = row < n, head.to(tl.int64) * n + row
+    out_rows = load_rows(out, b, h, row, mask, E, BLOCK_E)
+    grad_rows = load_rows(grad_out, b, h, row, mask, E, BLOCK_E)
+    tl.store(delta + at, row_products(p, out_rows, grad_rows, mask), mask=mask)
+    exponent = tl.load(lse + at, mask=mask, other=0.0) * LOG2E
     exponent = tl.where(exponent == float("-inf"), float("inf"), exponent)
-    if p.shared:
-        alone = tl.load(self_only + at, mask=there, other=0) != 0
-        if tl.max(alone.to(tl.int32)) > 0:
-            # Where a key counts once, the rule of the pair has the number of times.
-            x = load_rows(query, b, h, row, alone, D, BLOCK_D)
-            square = row_products(p, x, x, alone)
-            counted = tl.exp2(exponent - p.scale * LOG2E * square / tl.where(alone, key_length(p, square, D), 1.0))
-            exponent = tl.where(alone, tl.log2(tl.floor(counted + 0.5)), exponent)
-    tl.store(times + at, exponent, mask=there)
+    if p.shared_qk:
+        is_self_only = tl.load(self_only + at, mask=mask, other=0) != 0
+        if tl.max(is_self_only.to(tl.int32)) > 0:
+            # With dedup this is 0: the score_mod already divides by the number of times.
+            x = load_rows(query, b, h, row, is_self_only, D, BLOCK_D)
+            square = row_products(p, x, x, is_self_only)
+            length = tl.where(is_self_only, key_length(p, square, D), 1.0)
+            counted = tl.exp2(exponent - p.scale * LOG2E * square / length)
+            exponent = tl.where(is_self_only, tl.log2(tl.floor(counted + 0.5)), exponent)
+    tl.store(times + at, exponent, mask=mask)
 
 
 @triton.jit
 def take_residuals(p, s, q, lse, delta, self_only):
-    """lse and delta of queries, whether each is self_only, and what they see, then their own key, too."""
+    """The queries, which see their own key if they are self_only; times and delta; and whether they are self_only."""
     at = s.row + q.position
-    exponent = tl.load(lse + at, mask=q.some, other=float("inf"))
-    slope = tl.load(delta + at, mask=q.some, other=0.0)
-    alone = q.some & ~q.some
-    if p.shared:
-        alone = tl.load(self_only + at, mask=q.some, other=0) != 0
-    behind = tl.where(alone, q.excluded.first, q.excluded.behind)
-    return Queries(q.position, q.some, q.slot, q.limit, Range(q.excluded.first, behind), q.seen), exponent, slope, alone
+    exponent = tl.load(lse + at, mask=q.valid, other=float("inf"))
+    slope = tl.load(delta + at, mask=q.valid, other=0.0)
+    is_self_only = q.valid & ~q.valid
+    if p.shared_qk:
+        is_self_only = tl.load(self_only + at, mask=q.valid, other=0) != 0
+    end = tl.where(is_self_only, q.excluded.begin, q.excluded.end)
+    q = Queries(q.position, q.valid, q.slot, q.limit, Range(q.excluded.begin, end), q.seen)
+    return q, exponent, slope, is_self_only
 
 
 @triton.jit
-def weights(p, s, q, k, score, exponent, alone):
-    """Probabilities of scores in base 2: one that sees only itself has exactly the weight 1 / times."""
-    score = tl.where(alone, -exponent, score - exponent)
-    return tl.exp2(tl.where(sees(q, k), apply_rules(p, s, q, k, score), float("-inf")))
+def weights(p, s, q, k, score, exponent, is_self_only):
+    """Probabilities of scores in base 2. A self_only query weighs each of its own keys with exactly 1 / times."""
+    score = tl.where(is_self_only, -exponent, score - exponent)
+    return tl.exp2(tl.where(sees(q, k), score_mod(p, s, q, k, score), float("-inf")))
 
 
 @triton.jit(do_not_specialize=["p", "r", "tiles"])
@@ -113,26 +119,26 @@ def grad_query_kernel(
         return
     i = first + tl.arange(0, BLOCK_M)
     q = take_queries(p, s, r * s.length + i, i < s.length)
-    q, exponent, slope, alone = take_residuals(p, s, q, lse, delta, self_only)
+    q, exponent, slope, is_self_only = take_residuals(p, s, q, lse, delta, self_only)
     qs = queries_along(q, 0)
-    query_rows = load_rows(query, s.b, s.h, s.offset + q.position, q.some, D, BLOCK_D)
-    grad_rows = load_rows(grad_out, s.b, s.h, s.offset + q.position, q.some, E, BLOCK_E)
+    query_rows = load_rows(query, s.b, s.h, s.offset + q.position, q.valid, D, BLOCK_D)
+    grad_rows = load_rows(grad_out, s.b, s.h, s.offset + q.position, q.valid, E, BLOCK_E)
     grad = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     visited = keys_of_tile(p, s, r, first, BLOCK_M)
-    for start in range(visited.first, visited.behind, BLOCK_N):
-        k = take_keys(p, s, start + tl.arange(0, BLOCK_N), visited.behind)
+    for start in range(visited.begin, visited.end, BLOCK_N):
+        k = take_keys(p, s, start + tl.arange(0, BLOCK_N), visited.end)
         ks = keys_along(k, 1)
-        key_rows = load_rows(key, s.b, s.key_head, s.offset + k.position, k.some, D, BLOCK_D)
-        value_rows = load_rows(value, s.b, s.key_head, s.offset + k.position, k.some, E, BLOCK_E)
+        key_rows = load_rows(key, s.b, s.key_head, s.offset + k.position, k.valid, D, BLOCK_D)
+        value_rows = load_rows(value, s.b, s.key_head, s.offset + k.position, k.valid, E, BLOCK_E)
         factor = across(load_factors(p, s, factors, k), 1)
         score = multiply(anew(query_rows, start), tl.trans(key_rows)) * factor
-        weight = weights(p, s, qs, ks, score, across(exponent, 0), across(alone, 0))
+        weight = weights(p, s, qs, ks, score, across(exponent, 0), across(is_self_only, 0))
         grad_weight = multiply(anew(grad_rows, start), tl.trans(value_rows))
         if p.dropout_seed is not None:
             grad_weight *= kept_factor(p, s, qs, ks)
         grad_score = weight * (grad_weight - across(slope, 0)) * (factor * LN2)
         grad += multiply(grad_score.to(key_rows.dtype), key_rows)
-    add_rows(grad_query, s.b, s.h, s.offset + q.position, q.some, r > 0, 1.0, grad, D, BLOCK_D)
+    add_rows(grad_query, s.b, s.h, s.offset + q.position, q.valid, r > 0, 1.0, grad, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["p", "r", "tiles"])
@@ -140,34 +146,34 @@ def grad_keys_kernel(
     p, query, key, value, factors, grad_out, lse, delta, self_only, grad_key, grad_value, r, tiles, D: tl.constexpr,
     E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys of round r, or of places of lists, each of which has gradients of its own.
+    """A tile of keys of round r, or of list entries, each of which has gradients of its own.
 
-    Of shared rows their gradients as keys are added to those as queries.
+    With shared rows, gradients as keys are added to those as queries.
     """
     windows: tl.constexpr = p.lists is None
     s = take_sequence(p, tl.program_id(0) // tiles, windows)
     slots = key_slots(p, s, r)
-    first = slots.first + tl.program_id(0) % tiles * BLOCK_M
-    if r >= s.rounds or first >= slots.behind:
+    first = slots.begin + tl.program_id(0) % tiles * BLOCK_M
+    if r >= s.rounds or first >= slots.end:
         return
-    k = take_keys(p, s, first + tl.arange(0, BLOCK_M), slots.behind)
+    k = take_keys(p, s, first + tl.arange(0, BLOCK_M), slots.end)
     ks = keys_along(k, 0)
-    key_rows = load_rows(key, s.b, s.key_head, s.offset + k.position, k.some, D, BLOCK_D)
-    value_rows = load_rows(value, s.b, s.key_head, s.offset + k.position, k.some, E, BLOCK_E)
+    key_rows = load_rows(key, s.b, s.key_head, s.offset + k.position, k.valid, D, BLOCK_D)
+    value_rows = load_rows(value, s.b, s.key_head, s.offset + k.position, k.valid, E, BLOCK_E)
     factor = load_factors(p, s, factors, k)
     grad_k, grad_v = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    visited = queries_of_tile(p, s, first, tl.minimum(first + BLOCK_M, slots.behind))
+    visited = queries_of_tile(p, s, first, tl.minimum(first + BLOCK_M, slots.end))
     for member in range(p.group if windows else 1):
         of = with_head(p, s, s.h + member)
-        for start in range(visited.first, visited.behind, BLOCK_N):
+        for start in range(visited.begin, visited.end, BLOCK_N):
             at = start + tl.arange(0, BLOCK_N)
-            q = take_queries(p, of, at, at < visited.behind)
-            q, exponent, slope, alone = take_residuals(p, of, q, lse, delta, self_only)
+            q = take_queries(p, of, at, at < visited.end)
+            q, exponent, slope, is_self_only = take_residuals(p, of, q, lse, delta, self_only)
             qs = queries_along(q, 1)
-            query_rows = load_rows(query, of.b, of.h, of.offset + q.position, q.some, D, BLOCK_D)
-            grad_rows = load_rows(grad_out, of.b, of.h, of.offset + q.position, q.some, E, BLOCK_E)
+            query_rows = load_rows(query, of.b, of.h, of.offset + q.position, q.valid, D, BLOCK_D)
+            grad_rows = load_rows(grad_out, of.b, of.h, of.offset + q.position, q.valid, E, BLOCK_E)
             score = multiply(anew(key_rows, start), tl.trans(query_rows)) * across(factor, 0)
-            weight = weights(p, of, qs, ks, score, across(exponent, 1), across(alone, 1))
+            weight = weights(p, of, qs, ks, score, across(exponent, 1), across(is_self_only, 1))
             grad_weight = multiply(anew(value_rows, start), tl.trans(grad_rows))
             dropped = weight
             if p.dropout_seed is not None:
@@ -177,21 +183,21 @@ def grad_keys_kernel(
             grad_v += multiply(dropped.to(grad_rows.dtype), grad_rows)
             grad_k += multiply(grad_score.to(query_rows.dtype), query_rows)
     if windows:
-        head, row, adds = s.key_head, s.offset + k.position, k.some & (r > 0)
+        head, row, adds = s.key_head, s.offset + k.position, k.valid & (r > 0)
     else:
-        head, row, adds = s.h, k.slot, k.some & ~k.some
-    add_rows(grad_value, s.b, head, row, k.some, adds, 1.0, grad_v, E, BLOCK_E)
-    if p.shared:
-        # key = query / length: its gradient is (g - query (g . query) / length^2) / length.
-        x, square = key_rows.to(tl.float32), row_products(p, key_rows, key_rows, k.some)
+        head, row, adds = s.h, k.slot, k.valid & ~k.valid
+    add_rows(grad_value, s.b, head, row, k.valid, adds, 1.0, grad_v, E, BLOCK_E)
+    if p.shared_qk:
+        # With key = query / length the gradient is (g - query (g . query) / length^2) / length.
+        x, square = key_rows.to(tl.float32), row_products(p, key_rows, key_rows, k.valid)
         inverse = 1.0 / key_length(p, square, D)
-        along = row_products(p, x, grad_k, k.some) * inverse * inverse
+        along = row_products(p, x, grad_k, k.valid) * inverse * inverse
         along = tl.where(p.l2 & ~(square > 1e-24), 0.0, along)
         grad_k = (grad_k - x * along[:, None]) * (p.scale * inverse)[:, None]
-        adds |= k.some & (k.position < s.n_queries)  # which have gradients as queries
+        adds |= k.valid & (k.position < s.n_queries)  # their gradients as queries are written already
     else:
         grad_k *= p.scale
-    add_rows(grad_key, s.b, head, row, k.some, adds, 1.0, grad_k, D, BLOCK_D)
+    add_rows(grad_key, s.b, head, row, k.valid, adds, 1.0, grad_k, D, BLOCK_D)
 
 
 def residuals(
@@ -233,7 +239,7 @@ def grad_keys(
 ) -> None:  # fmt: skip
     """
     Args:
-        longest: keys of a sequence, or places.
+        longest: keys of a sequence, or entries.
     """
     p: Problem = given[0]
     heads = p.heads // p.group if p.lists is None else p.heads
@@ -261,8 +267,8 @@ def chunk_attention_backward(
     if 0 in call.query.shape[:3]:
         return grads
     inputs, widths = inputs_of(window_problem(call), call)
-    alone = self_only.contiguous() if call.key is None else None
-    given = residuals(inputs, widths, cpu.rows(grad_out), out, lse, alone)
+    is_self_only = self_only.contiguous() if call.key is None else None
+    given = residuals(inputs, widths, cpu.rows(grad_out), out, lse, is_self_only)
     grad_queries(given, call, call.longest, widths, grads[0])
     of_keys = grads[0] if call.key is None else grads[1]
     grad_keys(given, call, call.longest, inputs[0].rounds, widths, (of_keys, grads[2]))

@@ -42,12 +42,12 @@ def hash_kernel(
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     token, d, n = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    there = token < length
+    mask = token < length
     at = b * x.stride_b + h * x.stride_h + token.to(tl.int64)[:, None] * x.stride_l + d[None, :]
-    row = tl.load(x.data + at, mask=there[:, None] & (d[None, :] < D), other=0.0)
+    row = tl.load(x.data + at, mask=mask[:, None] & (d[None, :] < D), other=0.0)
     rotations += b * rotations_stride_b + h * rotations_stride_h
     if padding is not None:
-        ignored = tl.load(padding + b * length + token, mask=there, other=0) != 0
+        ignored = tl.load(padding + b * length + token, mask=mask, other=0) != 0
     for r in range(rounds):
         bucket = tl.zeros((BLOCK_M,), tl.int32)
         radix, begin = 1, r * columns
@@ -57,14 +57,14 @@ def hash_kernel(
             best_negative, index_negative = best, index
             for start in range(0, half, BLOCK_N):
                 column = start + n
-                some = column < half
+                valid = column < half
                 rotation = tl.load(
                     rotations + d[:, None] * (rounds * columns) + begin + column[None, :],
-                    mask=(d[:, None] < D) & some[None, :], other=0.0,
+                    mask=(d[:, None] < D) & valid[None, :], other=0.0,
                 )  # fmt: skip
                 # Wide rows are kept out of registers; see attention.anew.
                 x_rows = tl.where(start >= 0, row, 0.0) if BLOCK_D > 128 else row
-                projected = _project(x_rows, rotation)  # 0 of columns that are not there, which come last of equals
+                projected = _project(x_rows, rotation)  # columns beyond the factor give 0, which is the last of equals
                 best, index = _better(best, index, projected, start)
                 best_negative, index_negative = _better(best_negative, index_negative, -projected, start)
             digit = tl.where(best_negative > best, half + index_negative, index)
@@ -73,7 +73,7 @@ def hash_kernel(
             begin += half
         if padding is not None:
             bucket = tl.where(ignored, padded_bucket, bucket)
-        tl.store(buckets + (head.to(tl.int64) * rounds + r) * length + token, bucket, mask=there)
+        tl.store(buckets + (head.to(tl.int64) * rounds + r) * length + token, bucket, mask=mask)
 
 
 def hash_buckets(call: HashCall) -> Tensor:

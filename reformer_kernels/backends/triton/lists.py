@@ -1,6 +1,6 @@
-"""Attention to lists of keys: chunk attention whose windows are lists, and the pseudo-key for what they leave out.
+"""Attention to lists of keys: chunk attention whose windows are lists, and the rest key for what they leave out.
 
-Backward, each place of a list has gradients of its own, which are then summed up by key.
+In backward each list entry has gradients of its own, which are then summed by key.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ._windows import Problem, Range, list_rows, position_of, take_sequence
 from .attention import add_rows, load_rows, row_products, store_rows
 from .order import sort
 
-QUERIES = Config(16, 64, 4, 1, 168)  # of a program for pseudo-keys, and what it reads of their lists at a time
-PLACES = Config(1, 16, num_warps=1, num_stages=1)  # whose gradients are added up at a time
+QUERIES = Config(16, 64, 4, 1, 168)  # queries of a program for rest keys, and list entries that it reads at a time
+ENTRIES = Config(1, 16, num_warps=1, num_stages=1)  # entries whose gradients are added at a time
 
 
-class Rest(NamedTuple):
-    """The sums of the keys that the pseudo-key of each position stands for, or of all positions alike."""
+class RestKey(NamedTuple):
+    """The sums of keys and values that a query at each position may see; one row if all queries may see the same."""
 
     key_sums: Rows  # [B, key heads, n, D]
     value_sums: Rows
@@ -34,15 +34,15 @@ class Rest(NamedTuple):
 
 
 @triton.jit
-def take_rest(p, rest, query, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile of queries of the last round: their sequence, positions, which there are, and of their pseudo-keys the
-    rows of sums, the numbers of keys that each may see, and the scores: -infinity where it saw all of them."""
+def take_rest_key(p, rest, query, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile of queries of the last round: sequence, positions, which are valid; and for their rest keys the rows of
+    sums, how many keys each query may see, and the scores, which are -infinity if the query saw all of these."""
     tiles = tl.cdiv(p.length, BLOCK_M)
     s = take_sequence(p, tl.program_id(0) // tiles, False)
     last = s.rounds - 1
     i = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    some = i < s.length
-    position = position_of(p, s, last * s.length + i, some)
+    valid = i < s.length
+    position = position_of(p, s, last * s.length + i, valid)
     head = (s.b * p.heads + s.h).to(tl.int64)
     lists = p.lists + head * list_rows(p, s) * p.list_length
     chunks = tl.cdiv(s.length, p.chunk_length)
@@ -50,33 +50,34 @@ def take_rest(p, rest, query, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: t
     for r in range(s.rounds):
         # The first of two rounds has the order of positions.
         chunk = r * chunks + tl.where(r == last, i, position) // p.chunk_length
-        hidden = shown(p, head * chunks + position // p.chunk_length, some & (r > 0))
+        excluded = excluded_by_first_round(p, head * chunks + position // p.chunk_length, valid & (r > 0))
         for start in range(0, p.list_length, BLOCK_N):
-            place = start + tl.arange(0, BLOCK_N)[None, :]
-            there = some[:, None] & (place < p.list_length)
-            key = tl.load(lists + chunk[:, None] * p.list_length + place, mask=there, other=-1)
-            sees = (key >= 0) & (key < s.everyone) & ~((key >= hidden.first[:, None]) & (key < hidden.behind[:, None]))
+            entry = start + tl.arange(0, BLOCK_N)[None, :]
+            mask = valid[:, None] & (entry < p.list_length)
+            key = tl.load(lists + chunk[:, None] * p.list_length + entry, mask=mask, other=-1)
+            again = (key >= excluded.begin[:, None]) & (key < excluded.end[:, None])
+            sees = (key >= 0) & (key < s.first_context_key) & ~again
             if p.causal:
                 sees &= key <= position[:, None]
             seen += tl.sum(sees.to(tl.int32), 1)
     row = tl.minimum(position, rest.n - 1)
-    visible = tl.load(rest.counts + s.b.to(tl.int64) * rest.n + row, mask=some, other=0)
+    visible = tl.load(rest.counts + s.b.to(tl.int64) * rest.n + row, mask=valid, other=0)
     unseen = visible - seen
-    query_rows = load_rows(query, s.b, s.h, position, some, D, BLOCK_D)
-    sums = load_rows(rest.key_sums, s.b, s.key_head, row, some, D, BLOCK_D)
-    score = p.scale * (row_products(p, query_rows, sums, some) / tl.maximum(visible, 1))
+    query_rows = load_rows(query, s.b, s.h, position, valid, D, BLOCK_D)
+    sums = load_rows(rest.key_sums, s.b, s.key_head, row, valid, D, BLOCK_D)
+    score = p.scale * (row_products(p, query_rows, sums, valid) / tl.maximum(visible, 1))
     score = tl.where(unseen > 0, score + tl.log(tl.maximum(unseen, 1).to(tl.float32)), float("-inf"))
-    return s, position, some, row, tl.maximum(visible, 1), score
+    return s, position, valid, row, tl.maximum(visible, 1), score
 
 
 @triton.jit
-def shown(p, chunk, there):
-    """Of chunks of queries the keys that the first round has shown."""
-    if p.shown_first is None:
+def excluded_by_first_round(p, chunk, mask):
+    """The keys that chunks of queries saw in the first round."""
+    if p.excluded_begin is None:
         return Range(chunk * 0, chunk * 0)
     else:
-        first = tl.load(p.shown_first + chunk, mask=there, other=0)
-        return Range(first, tl.load(p.shown_behind + chunk, mask=there, other=0))
+        first = tl.load(p.excluded_begin + chunk, mask=mask, other=0)
+        return Range(first, tl.load(p.excluded_end + chunk, mask=mask, other=0))
 
 
 @triton.jit(do_not_specialize=["p", "rest"])
@@ -84,17 +85,17 @@ def rest_forward_kernel(
     p, rest, query, out, lse, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Merges pseudo-keys into what lists left."""
-    s, position, some, row, visible, score = take_rest(p, rest, query, D, BLOCK_D, BLOCK_M, BLOCK_N)
-    some &= score > float("-inf")
-    earlier = tl.load(lse + s.row + position, mask=some, other=0.0)
-    top = tl.where(some, tl.maximum(earlier, score), 0.0)
+    """Merges rest keys into the result of lists."""
+    s, position, valid, row, visible, score = take_rest_key(p, rest, query, D, BLOCK_D, BLOCK_M, BLOCK_N)
+    valid &= score > float("-inf")
+    earlier = tl.load(lse + s.row + position, mask=valid, other=0.0)
+    top = tl.where(valid, tl.maximum(earlier, score), 0.0)
     both = top + tl.log(tl.exp(earlier - top) + tl.exp(score - top))
     before, weight = tl.exp(earlier - both), tl.exp(score - both) / visible
-    value = load_rows(rest.value_sums, s.b, s.key_head, row, some, E, BLOCK_E) * weight[:, None]
-    add_rows(out, s.b, s.h, position, some, some, before[:, None], value, E, BLOCK_E)
+    value = load_rows(rest.value_sums, s.b, s.key_head, row, valid, E, BLOCK_E) * weight[:, None]
+    add_rows(out, s.b, s.h, position, valid, valid, before[:, None], value, E, BLOCK_E)
     tl.debug_barrier()  # all have read lse
-    tl.store(lse + s.row + position, both, mask=some)
+    tl.store(lse + s.row + position, both, mask=valid)
 
 
 @triton.jit(do_not_specialize=["p", "rest"])
@@ -102,30 +103,30 @@ def rest_backward_kernel(
     p, rest, query, out, grad_out, lse, grad_query, query_terms, value_terms, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the gradients of queries; terms are what each query gives to those of all keys that it may see."""
-    s, position, some, row, visible, score = take_rest(p, rest, query, D, BLOCK_D, BLOCK_M, BLOCK_N)
-    stands = some & (score > float("-inf"))
+    """Adds to the gradients of queries. Terms: what each query adds to the gradient of every key that it may see."""
+    s, position, valid, row, visible, score = take_rest_key(p, rest, query, D, BLOCK_D, BLOCK_M, BLOCK_N)
+    stands = valid & (score > float("-inf"))
     weight = tl.where(stands, tl.exp(score - tl.load(lse + s.row + position, mask=stands, other=0.0)), 0.0) / visible
-    grad_rows = load_rows(grad_out, s.b, s.h, position, some, E, BLOCK_E)
-    out_rows = load_rows(out, s.b, s.h, position, some, E, BLOCK_E)
-    values = load_rows(rest.value_sums, s.b, s.key_head, row, some, E, BLOCK_E)
-    mean = row_products(p, grad_rows, values, some) / visible
-    slope = weight * (mean - row_products(p, grad_rows, out_rows, some)) * p.scale
-    store_rows(value_terms, s.b, s.h, position, some, grad_rows.to(tl.float32) * weight[:, None], E, BLOCK_E)
-    query_rows = load_rows(query, s.b, s.h, position, some, D, BLOCK_D).to(tl.float32)
-    store_rows(query_terms, s.b, s.h, position, some, query_rows * slope[:, None], D, BLOCK_D)
-    keys = load_rows(rest.key_sums, s.b, s.key_head, row, some, D, BLOCK_D)
-    add_rows(grad_query, s.b, s.h, position, some, some, 1.0, keys * slope[:, None], D, BLOCK_D)
+    grad_rows = load_rows(grad_out, s.b, s.h, position, valid, E, BLOCK_E)
+    out_rows = load_rows(out, s.b, s.h, position, valid, E, BLOCK_E)
+    values = load_rows(rest.value_sums, s.b, s.key_head, row, valid, E, BLOCK_E)
+    mean = row_products(p, grad_rows, values, valid) / visible
+    slope = weight * (mean - row_products(p, grad_rows, out_rows, valid)) * p.scale
+    store_rows(value_terms, s.b, s.h, position, valid, grad_rows.to(tl.float32) * weight[:, None], E, BLOCK_E)
+    query_rows = load_rows(query, s.b, s.h, position, valid, D, BLOCK_D).to(tl.float32)
+    store_rows(query_terms, s.b, s.h, position, valid, query_rows * slope[:, None], D, BLOCK_D)
+    keys = load_rows(rest.key_sums, s.b, s.key_head, row, valid, D, BLOCK_D)
+    add_rows(grad_query, s.b, s.h, position, valid, valid, 1.0, keys * slope[:, None], D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["p", "places", "rest_rows"])
+@triton.jit(do_not_specialize=["p", "entries", "rest_rows"])
 def sum_kernel(
-    p, places_grads, order, starts, rest_grads, rest_rows, grad, places, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    p, entry_grads, order, starts, rest_grads, rest_rows, grad, entries, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a key: of its places, in their order, and of the pseudo-keys that it is part of.
+    """The gradient of a key: the sum over its entries, in a fixed order, and over the rest keys that it is part of.
 
-    order int32 [B, H, places]: places by key; starts int32 [B, H, keys + 1]: where each key begins in it.
+    order int32 [B, H, entries]: entries sorted by key. starts int32 [B, H, keys + 1]: where each key begins in it.
     """
     key_heads = p.heads // p.group
     key, head = tl.program_id(0) % p.keys, tl.program_id(0) // p.keys
@@ -133,7 +134,7 @@ def sum_kernel(
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
     if rest_grads is not None:
-        counts = key < p.keys - p.context
+        counts = key < p.keys - p.context_keys
         if p.padding is not None:
             counts &= tl.load(p.padding + b.to(tl.int64) * p.keys + key) == 0
         row = head.to(tl.int64) * rest_rows + tl.minimum(key, rest_rows - 1)
@@ -141,31 +142,32 @@ def sum_kernel(
     for h in range(key_head * p.group, (key_head + 1) * p.group):
         query_head = (b * p.heads + h).to(tl.int64)
         at = starts + query_head * (p.keys + 1) + key
-        begin, behind = tl.load(at), tl.load(at + 1)
-        for start in range(begin, behind, BLOCK_N):
+        begin, end = tl.load(at), tl.load(at + 1)
+        for start in range(begin, end, BLOCK_N):
             i = start + tl.arange(0, BLOCK_N)
-            place = tl.load(order + query_head * places + i, mask=i < behind, other=0)
-            total += tl.sum(load_rows(places_grads, b, h, place, i < behind, D, BLOCK_D).to(tl.float32), 0)
+            entry = tl.load(order + query_head * entries + i, mask=i < end, other=0)
+            total += tl.sum(load_rows(entry_grads, b, h, entry, i < end, D, BLOCK_D).to(tl.float32), 0)
     to = grad.data + b.to(tl.int64) * grad.stride_b + key_head.to(tl.int64) * grad.stride_h
     tl.store(to + key.to(tl.int64) * grad.stride_l + d, total.to(grad.data.dtype.element_ty), mask=d < D)
 
 
 def list_problem(call: ListCall) -> Problem:
     lists, rounds = call.key_indices.contiguous(), 1 if call.order is None else call.order.shape[2]
-    p = attention.problem(call)._replace(lists=lists, list_length=lists.shape[3], context=call.context_keys)
+    p = attention.problem(call)._replace(lists=lists, list_length=lists.shape[3], context_keys=call.context_keys)
     if rounds == 1:
         return p
     first = lists[:, :, : lists.shape[2] // 2]
-    window = (first >= 0) & (first < p.keys - p.context)
+    window = (first >= 0) & (first < p.keys - p.context_keys)
     none = torch.iinfo(torch.int32).max
     return p._replace(
-        shown_first=first.masked_fill(~window, none).amin(-1), shown_behind=first.masked_fill(~window, -1).amax(-1) + 1
+        excluded_begin=first.masked_fill(~window, none).amin(-1),
+        excluded_end=first.masked_fill(~window, -1).amax(-1) + 1,
     )
 
 
-def _rest(call: ListCall) -> Rest | None:
+def _rest(call: ListCall) -> RestKey | None:
     sums = cuda.rest_sums(call)
-    return sums and Rest(rows(sums[0]), rows(sums[1]), sums[2], sums[2].shape[1])
+    return sums and RestKey(rows(sums[0]), rows(sums[1]), sums[2], sums[2].shape[1])
 
 
 def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
@@ -203,17 +205,17 @@ def list_attention_backward(
         rest_grads = [cuda.per_key(call, x).contiguous() for x in terms]
 
     lists = call.key_indices
-    places = lists.shape[2] * lists.shape[3]
-    grad_places = [x.new_empty((*lists.shape[:2], places, x.shape[3])) for x in (call.key, call.value)]
-    attention_backward.grad_keys(given, call, places, 1, widths, (grad_places[0], grad_places[1]))
+    entries = lists.shape[2] * lists.shape[3]
+    entry_grads = [x.new_empty((*lists.shape[:2], entries, x.shape[3])) for x in (call.key, call.value)]
+    attention_backward.grad_keys(given, call, entries, 1, widths, (entry_grads[0], entry_grads[1]))
     keys = torch.where(lists < 0, p.keys, lists).flatten(2)
-    order = sort(keys[:, :, None], None, places, p.keys + 1).squeeze(2)
+    order = sort(keys[:, :, None], None, entries, p.keys + 1).squeeze(2)
     bounds = torch.arange(p.keys + 1, dtype=torch.int32, device=call.device).expand(*keys.shape[:2], -1).contiguous()
     starts = torch.searchsorted(keys.gather(2, order.long()), bounds, out_int32=True)
-    for grad_place, grad, rest_grad, width in zip(grad_places, grads[1:], rest_grads, ("D", "E"), strict=True):
+    for entry_grad, grad, rest_grad, width in zip(entry_grads, grads[1:], rest_grads, ("D", "E"), strict=True):
         launch(
-            sum_kernel, len(out) * (p.heads // p.group) * p.keys, call.device, p, rows(grad_place), order, starts,
-            rest_grad, 0 if rest_grad is None else rest_grad.shape[2], rows(grad), places, config=PLACES,
+            sum_kernel, len(out) * (p.heads // p.group) * p.keys, call.device, p, rows(entry_grad), order, starts,
+            rest_grad, 0 if rest_grad is None else rest_grad.shape[2], rows(grad), entries, config=ENTRIES,
             D=widths[width], BLOCK_D=widths[f"BLOCK_{width}"],
         )  # fmt: skip
     return grads

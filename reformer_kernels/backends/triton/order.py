@@ -34,13 +34,13 @@ def _segment(number, cu_seqlens, bounds_stride, sequences, heads, rounds, length
 def _digits(buckets, before, source, target, tile, count, n_buckets, shift, MASK: tl.constexpr, BLOCK_M: tl.constexpr):
     """The digits of a tile of keys in the order that earlier digits gave; one out of range counts as the last."""
     at = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = at < count
+    mask = at < count
     position = at
     if before is not None:
-        position = tl.load(before + target + at, mask=there, other=0)
-    bucket = tl.load(buckets + source + position, mask=there, other=0)
+        position = tl.load(before + target + at, mask=mask, other=0)
+    bucket = tl.load(buckets + source + position, mask=mask, other=0)
     bucket = tl.where((bucket < 0) | (bucket >= n_buckets), n_buckets - 1, bucket)
-    return (bucket >> shift) & MASK, there
+    return (bucket >> shift) & MASK, mask
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -51,8 +51,8 @@ def count_kernel(
     """counts [segments, digits, tiles]"""
     tile, number = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     source, target, count = _segment(number, cu_seqlens, bounds_stride, sequences, heads, rounds, length)
-    digit, there = _digits(buckets, before, source, target, tile, count, n_buckets, shift, BLOCK_N - 1, BLOCK_M)
-    found = tl.histogram(digit, BLOCK_N, mask=there)
+    digit, mask = _digits(buckets, before, source, target, tile, count, n_buckets, shift, BLOCK_N - 1, BLOCK_M)
+    found = tl.histogram(digit, BLOCK_N, mask=mask)
     tl.store(counts + (number.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)) * tiles + tile, found)
 
 
@@ -77,20 +77,20 @@ def place_kernel(
     """Places a tile's keys by one digit; offsets None: of the segment's only tile."""
     tile, number = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     source, target, count = _segment(number, cu_seqlens, bounds_stride, sequences, heads, rounds, length)
-    digit, there = _digits(buckets, before, source, target, tile, count, n_buckets, shift, (1 << BITS) - 1, BLOCK_M)
+    digit, mask = _digits(buckets, before, source, target, tile, count, n_buckets, shift, (1 << BITS) - 1, BLOCK_M)
     i = tl.arange(0, BLOCK_M)
-    ordered = tl.sort(tl.where(there, digit * BLOCK_M + i, 2147483647))
-    there = i < count - tile * BLOCK_M
+    ordered = tl.sort(tl.where(mask, digit * BLOCK_M + i, 2147483647))
+    mask = i < count - tile * BLOCK_M
     position = tile * BLOCK_M + (ordered & (BLOCK_M - 1))
     to = i
     if offsets is not None:
         found = tl.histogram(digit, BLOCK_N, mask=tile * BLOCK_M + i < count)
         digit = (ordered // BLOCK_M) & (BLOCK_N - 1)
-        first = tl.load(offsets + (number.to(tl.int64) * BLOCK_N + digit) * tiles + tile, mask=there, other=0)
+        first = tl.load(offsets + (number.to(tl.int64) * BLOCK_N + digit) * tiles + tile, mask=mask, other=0)
         to = first + i - tl.gather(tl.cumsum(found, 0) - found, digit, 0)
     if before is not None:
-        position = tl.load(before + target + position, mask=there, other=0)
-    tl.store(order + target + to, position, mask=there)
+        position = tl.load(before + target + position, mask=mask, other=0)
+    tl.store(order + target + to, position, mask=mask)
 
 
 def bucket_order(call: OrderCall) -> Tensor:

@@ -1,8 +1,9 @@
 """Which keys each chunk of queries attends: its local window, and the keys to which its queries give most weight.
 
-The weights are those of the mean queries of its sub-groups: each one's softmax over the keys, times the share of its
-queries to which a key is new. A kernel weighs the candidates of chunks in two walks over them and writes totals of each
-chunk; another one takes the largest. Of many keys blocks come first, weighed by their mean keys.
+A chunk is divided into sub-groups, and a mean query stands for each. The weight of a key is the sum over sub-groups of
+the mean query's softmax over the keys, times the share of the sub-group's queries that have not seen the key in the
+first round. A kernel weighs the candidates of chunks in two walks over them and writes a total for each. Another kernel
+takes the largest totals. If there are many keys, blocks of keys are chosen first, by their mean keys.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from ..._calls import SelectCall
 from .. import cpu
 from ..reference_lists import CHOSEN_BLOCKS, EXACT_KEYS, KEY_BLOCK, SUBGROUPS
 from ._launch import Config, Rows, block_width, launch, rows
-from ._windows import HIDDEN, Range
+from ._windows import Range
 from .attention import LOG2E, anew, load_rows, multiply
 from .configs import Kind, choose
 
 BLOCK = tl.constexpr(KEY_BLOCK)
 GROUPS = tl.constexpr(SUBGROUPS)
-LEAST = tl.constexpr(1e-30)  # a weight too small for a float still beats a key that is not to be taken
+LEAST = tl.constexpr(1e-30)  # added to weights, so that 0 differs from a key that must not be taken
 LOWEST = tl.constexpr(-1e30)
-TOTALS_BYTES = 256 << 20  # of scratch memory, at most, if it is enough for a program
-SUMS = Config(16, 256, num_stages=1)  # rows added up at a time, and queries looked at
-TAKE = Config(1024, 256, num_stages=1)  # candidates at a time, and digits
+INT_MAX = tl.constexpr(2147483647)
+TOTALS_BYTES = 256 << 20  # most scratch memory for totals, but at least that of one program
+SUMS = Config(16, 256, num_stages=1)  # rows summed at a time, and queries looked at
+TAKE = Config(1024, 256, num_stages=1)  # candidates at a time, and values of a digit
 
 
 class Chunks(NamedTuple):
@@ -37,17 +39,17 @@ class Chunks(NamedTuple):
     order: Tensor | None  # int32 [B, H, R * L]
     query_padding: Tensor | None  # bool [B, L]
     padding: Tensor | None  # bool [B, S]
-    windows: Tensor  # int32 [B, chunks, 3]: first key, end, and how many keys are taken at most
-    members: Tensor  # int32 [B, H, L]: of each chunk the positions of the queries that choose
-    counts: Tensor  # int32 [B, H, chunks, sub-groups]: of such queries,
-    smallest: Tensor  # and their smallest position,
-    largest: Tensor  # and the last one that they see; -1: they see nothing
+    windows: Tensor  # int32 [B, chunks, 3]: begin and end of the local window, and the most keys to take
+    members: Tensor  # int32 [B, H, L], by chunk: positions of the queries that choose its keys
+    counts: Tensor  # int32 [B, H, chunks, sub-groups], how many they are
+    smallest: Tensor  # int32 [B, H, chunks, sub-groups], their smallest position
+    largest: Tensor  # int32 [B, H, chunks, sub-groups], the last position that they see; -1: they see nothing
     means: Tensor  # float32 [B * H * chunks * sub-groups, D]
     heads: int
     group: int
     length: int
     size: int  # S
-    keys: int  # without the context
+    keys: int  # without context keys
     rounds: int
     chunk_length: int
     chunks: int
@@ -59,23 +61,23 @@ class Chunks(NamedTuple):
 class Candidates(NamedTuple):
     rows: Rows  # [B, key heads, n, D]: keys, or means of blocks
     n: int
-    unit: int  # positions of a row
-    sizes: Tensor | None  # int32 [B, key heads, n] of blocks: keys that are no padding
-    chosen: Tensor | None  # int32 [B, H, chunks, n_chosen]: the blocks that have the only candidates, rising
+    keys_per_candidate: int  # 1, or those of a block
+    sizes: Tensor | None  # int32 [B, key heads, n], keys of each block that are no padding
+    chosen: Tensor | None  # int32 [B, H, chunks, n_chosen], blocks that have the candidates, rising
     n_chosen: int
-    filled: Tensor | None  # int32 [B, H, chunks]: so many of them
+    filled: Tensor | None  # int32 [B, H, chunks], how many blocks are chosen
 
 
 class Lists(NamedTuple):
     """What is taken."""
 
-    lists: Tensor  # int32 [B, H, rows, length]: from each head's first_row on
+    lists: Tensor  # int32 [B, H, rows, length]; written from first_row on
     filled: Tensor | None  # int32 [B, H, chunks]
     rows: int
     first_row: int
     length: int
-    wanted: int  # so many, less the local window; -1: as many as that says
-    context: int  # keys that a list begins with
+    wanted: int  # keys or blocks to take, besides the local window; -1: windows say it
+    context_keys: int  # a list begins with so many context keys
     with_window: bool
 
 
@@ -87,16 +89,16 @@ def window_of(p, b, chunk):
 
 
 @triton.jit
-def is_no_key(p, b, key, there):
+def is_no_key(p, b, key, mask):
     if p.padding is None:
-        return ~there
+        return ~mask
     else:
-        return ~there | (tl.load(p.padding + b.to(tl.int64) * p.size + key, mask=there, other=1) != 0)
+        return ~mask | (tl.load(p.padding + b.to(tl.int64) * p.size + key, mask=mask, other=1) != 0)
 
 
 @triton.jit
 def find_members(p, padding, b, head, begin, BLOCK_N: tl.constexpr):
-    """Writes the queries of a chunk that are no padding; how many they are."""
+    """Writes the queries of a chunk that are no padding. Returns how many they are."""
     slots, count = tl.minimum(p.chunk_length, p.length - begin), 0
     for start in range(0, slots, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
@@ -115,7 +117,7 @@ def find_members(p, padding, b, head, begin, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["p"])
 def means_kernel(p, query, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of a chunk the queries that choose (all, where all are padding), and the mean queries of its sub-groups."""
+    """Finds the queries of a chunk that choose its keys (all of them, if all are padding), and mean queries."""
     head, begin = tl.program_id(0) // p.chunks, tl.program_id(0) % p.chunks * p.chunk_length
     b, h = head // p.heads, head % p.heads
     count = find_members(p, p.query_padding, b, head, begin, BLOCK_N)
@@ -126,15 +128,15 @@ def means_kernel(p, query, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.c
     for i in range(GROUPS):
         n = tl.minimum(tl.maximum(count - i * p.subgroup, 0), p.subgroup)
         members = p.members + head.to(tl.int64) * p.length + begin + i * p.subgroup
-        total, smallest, largest = tl.zeros((BLOCK_D,), tl.float32), HIDDEN + n * 0, n * 0 - 1
+        total, smallest, largest = tl.zeros((BLOCK_D,), tl.float32), INT_MAX + n * 0, n * 0 - 1
         for start in range(0, n, BLOCK_M):
             j = start + tl.arange(0, BLOCK_M)
             position = tl.load(members + j, mask=j < n, other=0)
             total += tl.sum(load_rows(query, b, h, position, j < n, D, BLOCK_D).to(tl.float32), 0)
-            smallest = tl.minimum(smallest, tl.min(tl.where(j < n, position, HIDDEN)))
+            smallest = tl.minimum(smallest, tl.min(tl.where(j < n, position, INT_MAX)))
             largest = tl.maximum(largest, tl.max(tl.where(j < n, position, -1)))
         if not p.causal:
-            largest = tl.where(n > 0, HIDDEN, -1)
+            largest = tl.where(n > 0, INT_MAX, -1)
         row = tl.program_id(0).to(tl.int64) * GROUPS + i
         tl.store(p.counts + row, n)
         tl.store(p.smallest + row, smallest)
@@ -151,26 +153,26 @@ def blocks_kernel(p, key, means, sizes, blocks, D: tl.constexpr, BLOCK_D: tl.con
     total, n = tl.zeros((BLOCK_D,), tl.float32), 0
     for start in range(0, BLOCK, BLOCK_M):
         at = first + start + tl.arange(0, BLOCK_M)
-        there = ~is_no_key(p, b, at, at < p.keys)
-        total += tl.sum(load_rows(key, b, h, at, there, D, BLOCK_D).to(tl.float32), 0)
-        n += tl.sum(there.to(tl.int32), 0)
+        mask = ~is_no_key(p, b, at, at < p.keys)
+        total += tl.sum(load_rows(key, b, h, at, mask, D, BLOCK_D).to(tl.float32), 0)
+        n += tl.sum(mask.to(tl.int32), 0)
     tl.store(means + tl.program_id(0).to(tl.int64) * D + d, total / tl.maximum(n, 1), mask=d < D)
     tl.store(sizes + tl.program_id(0), n)
 
 
 @triton.jit
 def seen(c, position):
-    """How many candidates are seen up to a position."""
-    return tl.where(position < 0, 0, tl.minimum(position // c.unit, c.n - 1) + 1)
+    """How many candidates are seen from a position."""
+    return tl.where(position < 0, 0, tl.minimum(position // c.keys_per_candidate, c.n - 1) + 1)
 
 
 @triton.jit
-def key_of(c, chunk_row, i, there):
+def key_of(c, chunk_row, i, mask):
     """Which key (or block) candidate i of a chunk is."""
     if c.chosen is None:
         return i
     else:
-        return tl.load(c.chosen + chunk_row * c.n_chosen + i // BLOCK, mask=there, other=0) * BLOCK + i % BLOCK
+        return tl.load(c.chosen + chunk_row * c.n_chosen + i // BLOCK, mask=mask, other=0) * BLOCK + i % BLOCK
 
 
 @triton.jit
@@ -178,29 +180,29 @@ def take_scores(
     p, c, b, key_head, chunk_row, start, candidates, high, low, largest, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Keys of candidates, and the scores of mean queries (two terms) in base 2; -infinity: not to be taken."""
+    """Keys of candidates, and scores of mean queries (in two terms), base 2. -infinity: must not be taken."""
     i = start + tl.arange(0, BLOCK_N)
-    there = i < candidates
-    key = key_of(c, chunk_row, i, there)
-    there &= key < c.n
+    mask = i < candidates
+    key = key_of(c, chunk_row, i, mask)
+    mask &= key < c.n
     if c.sizes is None:
-        extra = tl.where(is_no_key(p, b, key, there), float("-inf"), 0.0)
+        extra = tl.where(is_no_key(p, b, key, mask), float("-inf"), 0.0)
     else:
         head = (b * (p.heads // p.group) + key_head).to(tl.int64)
-        size = tl.load(c.sizes + head * c.n + key, mask=there, other=0)
+        size = tl.load(c.sizes + head * c.n + key, mask=mask, other=0)
         extra = tl.where(size > 0, tl.log2(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
-    key_rows = tl.trans(load_rows(c.rows, b, key_head, key, there, D, BLOCK_D))
+    key_rows = tl.trans(load_rows(c.rows, b, key_head, key, mask, D, BLOCK_D))
     score = multiply(anew(high, start), key_rows)
     if low is not None:
         score += multiply(low, key_rows)
     score = score * (p.scale * LOG2E) + extra[None, :]
-    sees = (extra > float("-inf"))[None, :] & ((key * c.unit)[None, :] <= largest[:, None])
+    sees = (extra > float("-inf"))[None, :] & ((key * c.keys_per_candidate)[None, :] <= largest[:, None])
     return key, tl.where(sees, score, float("-inf"))
 
 
 @triton.jit
 def new_shares(p, b, members, count, smallest, key, WINDOWS: tl.constexpr):
-    """To which share of a sub-group's queries keys are new."""
+    """The share of a sub-group's queries that have not seen each key yet."""
     share = (count > 0).to(tl.float32)[:, None] + (key * 0)[None, :].to(tl.float32)
     if p.causal or WINDOWS:
         if WINDOWS or tl.min(smallest) < tl.max(key):
@@ -212,31 +214,32 @@ def new_shares(p, b, members, count, smallest, key, WINDOWS: tl.constexpr):
                     is_new &= key[None, :] <= position[:, None]
                 if WINDOWS:
                     window = window_of(p, b, tl.maximum(position, 0) // p.chunk_length)
-                    is_new &= ~((key[None, :] >= window.first[:, None]) & (key[None, :] < window.behind[:, None]))
+                    is_new &= ~((key[None, :] >= window.begin[:, None]) & (key[None, :] < window.end[:, None]))
                 new += is_new.to(tl.int32)
             share = new.to(tl.float32) / tl.maximum(count, 1).to(tl.float32)[:, None]
     return share
 
 
-@triton.jit(do_not_specialize=["p", "c", "first_unit", "stride"])
+@triton.jit(do_not_specialize=["p", "c", "first_program", "stride"])
 def weigh_kernel(
-    p, c, totals, first_unit, stride, UNIT: tl.constexpr, WINDOWS: tl.constexpr, NEW: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    p, c, totals, first_program, stride, CHUNKS: tl.constexpr, WINDOWS: tl.constexpr, NEW: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """totals [UNIT chunks of each program, stride]: of the candidates of each chunk."""
-    units = tl.cdiv(p.chunks, UNIT)
-    head, unit = (first_unit + tl.program_id(0)) // units, (first_unit + tl.program_id(0)) % units
+    """totals [programs, CHUNKS, stride]: the totals of the candidates of each chunk of a program."""
+    programs = tl.cdiv(p.chunks, CHUNKS)  # of a head
+    program = first_program + tl.program_id(0)
+    head, first_chunk = program // programs, program % programs * CHUNKS
     b, key_head = head // p.heads, head % p.heads // p.group
     row = tl.arange(0, BLOCK_M)
-    chunk = unit * UNIT + row // GROUPS
-    there = (row < UNIT * GROUPS) & (chunk < p.chunks)
-    chunk_row = (head * p.chunks + unit * UNIT).to(tl.int64)
+    chunk = first_chunk + row // GROUPS
+    mask = (row < CHUNKS * GROUPS) & (chunk < p.chunks)
+    chunk_row = (head * p.chunks + first_chunk).to(tl.int64)
     at = chunk_row * GROUPS + row
-    count = tl.load(p.counts + at, mask=there, other=0)
-    smallest = tl.load(p.smallest + at, mask=there, other=HIDDEN)
-    largest = tl.load(p.largest + at, mask=there, other=-1)
+    count = tl.load(p.counts + at, mask=mask, other=0)
+    smallest = tl.load(p.smallest + at, mask=mask, other=INT_MAX)
+    largest = tl.load(p.largest + at, mask=mask, other=-1)
     d = tl.arange(0, BLOCK_D)[None, :]
-    mean = tl.load(p.means + at[:, None] * D + d, mask=there[:, None] & (d < D), other=0.0)
+    mean = tl.load(p.means + at[:, None] * D + d, mask=mask[:, None] & (d < D), other=0.0)
     high = mean.to(c.rows.data.dtype.element_ty)
     low = None if c.rows.data.dtype.element_ty == tl.float32 else (mean - high.to(tl.float32)).to(high.dtype)
     candidates = seen(c, tl.max(largest))
@@ -248,13 +251,13 @@ def weigh_kernel(
         higher = tl.maximum(top, tl.max(score, 1))
         exponentials = exponentials * tl.exp2(top - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
         top = higher
-    # One that sees nothing, or has scores that are no numbers, chooses nothing.
+    # A sub-group that sees nothing, or has scores of NaN, chooses nothing.
     count = tl.where(exponentials > 0, count, 0)
     top += tl.log2(tl.where(exponentials > 0, exponentials, 1.0))
     members = p.members + head.to(tl.int64) * p.length + chunk * p.chunk_length + row % GROUPS * p.subgroup
-    own = tl.arange(0, BLOCK_M // GROUPS)
-    written = (own < UNIT) & (unit * UNIT + own < p.chunks)
-    to = totals + (tl.program_id(0) * UNIT + own).to(tl.int64)[:, None] * stride
+    nth = tl.arange(0, BLOCK_M // GROUPS)
+    written = (nth < CHUNKS) & (first_chunk + nth < p.chunks)
+    to = totals + (tl.program_id(0) * CHUNKS + nth).to(tl.int64)[:, None] * stride
     for start in range(0, candidates, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
         key, score = take_scores(
@@ -272,21 +275,21 @@ def weigh_kernel(
 
 @triton.jit
 def bits_of(c, totals, chunk_row, window, i, candidates):
-    """Keys of candidates i, and the bits of their totals, which rise with them; 0: not to be taken."""
-    there = i < candidates
-    key = key_of(c, chunk_row, i, there)
-    total = tl.load(totals + i, mask=there, other=0.0)
-    total = tl.where((total > 0) & ~((key >= window.first) & (key < window.behind)), total, 0.0)
+    """Keys of candidates i, and the bits of their totals, which are ordered like these. 0: must not be taken."""
+    mask = i < candidates
+    key = key_of(c, chunk_row, i, mask)
+    total = tl.load(totals + i, mask=mask, other=0.0)
+    total = tl.where((total > 0) & ~((key >= window.begin) & (key < window.end)), total, 0.0)
     return key, total.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def window_keys(p, b, to, window, writes, BLOCK_M: tl.constexpr):
-    """Writes a window's keys that are no padding, where asked to; how many they are."""
+    """Counts the keys of a window that are no padding, and writes them if asked to."""
     count = 0
-    for start in range(window.first, window.behind, BLOCK_M):
+    for start in range(window.begin, window.end, BLOCK_M):
         key = start + tl.arange(0, BLOCK_M)
-        one = (~is_no_key(p, b, key, key < window.behind)).to(tl.int32)
+        one = (~is_no_key(p, b, key, key < window.end)).to(tl.int32)
         tl.store(to + count + tl.cumsum(one, 0) - one, key, mask=(one != 0) & writes)
         count += tl.sum(one, 0)
     return count
@@ -294,34 +297,36 @@ def window_keys(p, b, to, window, writes, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def find_least(c, totals, chunk_row, window, candidates, wanted, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The bits of the `wanted`-th largest total, and how many of those that are equal to it are to be taken; digit by
-    digit. Of fewer candidates all are taken."""
+    """The bits of the `wanted`-th largest total, found digit by digit, and how many totals with these bits to take. If
+    there are fewer candidates all are taken."""
     found, equal, take_all, digits = 0, wanted, wanted < 0, tl.arange(0, BLOCK_N)
-    for place in range(4):
-        shift = 24 - 8 * place
+    for digit_index in range(4):
+        shift = 24 - 8 * digit_index
         counts = tl.zeros((BLOCK_N,), tl.int32)
         for start in range(0, candidates, BLOCK_M):
             _, x = bits_of(c, totals, chunk_row, window, start + tl.arange(0, BLOCK_M), candidates)
-            counted = (x > 0) & (((x ^ found) >> shift) < BLOCK_N)  # the digits before are those found
+            counted = (x > 0) & (((x ^ found) >> shift) < BLOCK_N)  # earlier digits are those found
             counts += tl.histogram((x >> shift) & (BLOCK_N - 1), BLOCK_N, mask=counted)
-        so_many = tl.cumsum(counts, 0, reverse=True)  # of a digit and larger ones
-        take_all |= (place == 0) & (tl.max(so_many) <= wanted)
+        so_many = tl.cumsum(counts, 0, reverse=True)  # candidates with this digit or a larger one
+        take_all |= (digit_index == 0) & (tl.max(so_many) <= wanted)
         digit = tl.maximum(tl.sum((so_many >= equal).to(tl.int32), 0) - 1, 0)
         found |= digit << shift
         equal -= tl.sum(tl.where(digits == digit, so_many - counts, 0), 0)
     return tl.where(take_all, 1, found), equal
 
 
-@triton.jit(do_not_specialize=["p", "c", "t", "first_unit", "stride"])
-def take_kernel(p, c, t, totals, first_unit, stride, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The list of a chunk: the context, then the window and the candidates of the largest totals, rising, then -1."""
-    units, unit = tl.cdiv(p.chunks, UNIT), first_unit + tl.program_id(0) // UNIT
-    head, chunk = unit // units, unit % units * UNIT + tl.program_id(0) % UNIT
+@triton.jit(do_not_specialize=["p", "c", "t", "first_program", "stride"])
+def take_kernel(
+    p, c, t, totals, first_program, stride, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Writes the list of a chunk: context keys, then the window and the best candidates in rising order, then -1."""
+    programs, program = tl.cdiv(p.chunks, CHUNKS), first_program + tl.program_id(0) // CHUNKS
+    head, chunk = program // programs, program % programs * CHUNKS + tl.program_id(0) % CHUNKS
     if chunk >= p.chunks:
         return
     b, chunk_row = head // p.heads, head.to(tl.int64) * p.chunks + chunk
     window = window_of(p, b, chunk)
-    window = Range(tl.where(t.with_window, window.first, 0), tl.where(t.with_window, window.behind, 0))
+    window = Range(tl.where(t.with_window, window.begin, 0), tl.where(t.with_window, window.end, 0))
     most = tl.where(t.wanted >= 0, t.wanted, tl.load(p.windows + (b.to(tl.int64) * p.chunks + chunk) * 3 + 2))
     if c.chosen is None:
         group = tl.arange(0, GROUPS)
@@ -331,13 +336,13 @@ def take_kernel(p, c, t, totals, first_unit, stride, UNIT: tl.constexpr, BLOCK_M
     totals += tl.program_id(0).to(tl.int64) * stride
     lists = t.lists + (head.to(tl.int64) * t.rows + t.first_row + chunk) * t.length
     n = tl.arange(0, BLOCK_M)
-    for start in range(0, t.context, BLOCK_M):
-        tl.store(lists + start + n, p.keys + start + n, mask=start + n < t.context)
-    to = lists + t.context
+    for start in range(0, t.context_keys, BLOCK_M):
+        tl.store(lists + start + n, p.keys + start + n, mask=start + n < t.context_keys)
+    to = lists + t.context_keys
     local = window_keys(p, b, to, window, False, BLOCK_M)
     wanted = most - local
-    # No candidate has as many bits.
-    least, ties = tl.where(wanted > 0, 0, HIDDEN), 0
+    # No candidate has such bits, so none is taken.
+    least, ties = tl.where(wanted > 0, 0, INT_MAX), 0
     if wanted > 0:
         least, ties = find_least(c, totals, chunk_row, window, candidates, wanted, BLOCK_M, BLOCK_N)
     written, tied, below = 0, 0, 0
@@ -346,37 +351,37 @@ def take_kernel(p, c, t, totals, first_unit, stride, UNIT: tl.constexpr, BLOCK_M
         same = (x == least).to(tl.int32)
         taken = (x > least) | ((same != 0) & (tied + tl.cumsum(same, 0) <= ties))
         one = taken.to(tl.int32)
-        place = written + tl.cumsum(one, 0) - one + tl.where(key >= window.behind, local, 0)
-        tl.store(to + place, key, mask=taken)
+        entry = written + tl.cumsum(one, 0) - one + tl.where(key >= window.end, local, 0)
+        tl.store(to + entry, key, mask=taken)
         written, tied = written + tl.sum(one, 0), tied + tl.sum(same, 0)
-        below += tl.sum((taken & (key < window.first)).to(tl.int32), 0)
+        below += tl.sum((taken & (key < window.begin)).to(tl.int32), 0)
     window_keys(p, b, to + below, window, True, BLOCK_M)
-    for start in range(t.context + local + written, t.length, BLOCK_M):
+    for start in range(t.context_keys + local + written, t.length, BLOCK_M):
         tl.store(lists + start + n, n * 0 - 1, mask=start + n < t.length)
     if t.filled is not None:
         tl.store(t.filled + chunk_row, written)
 
 
 def take(p: Chunks, c: Candidates, lists: Lists, batch: int, widths: dict[str, int]) -> None:
-    """Weighs candidates (where there are any) and takes the best ones of all chunks, a slice at a time."""
+    """Weighs candidates, if there are any, and takes the best ones. It does so for all chunks, a slice at a time."""
     plan = choose(Kind("weigh", c.rows.data.element_size(), widths["BLOCK_D"]), p.members.device)
-    unit, windows = 1, p.rounds > 1
+    chunks, windows = 1, p.rounds > 1  # chunks: of a program
     if c.chosen is not None:
         plan = plan._replace(block_m=16)
     else:
-        unit = plan.block_m // SUBGROUPS
+        chunks = plan.block_m // SUBGROUPS
     stride = c.n if c.chosen is None else c.n_chosen * KEY_BLOCK
-    units = batch * p.heads * triton.cdiv(p.chunks, unit)
-    at_a_time = min(units, max(1, TOTALS_BYTES // max(1, 4 * unit * stride)))
-    totals = p.means.new_empty(at_a_time * unit * stride)
-    for first in range(0, units, at_a_time):
-        programs = min(at_a_time, units - first)
+    programs = batch * p.heads * triton.cdiv(p.chunks, chunks)
+    at_a_time = min(programs, max(1, TOTALS_BYTES // max(1, 4 * chunks * stride)))
+    totals = p.means.new_empty(at_a_time * chunks * stride)
+    for first in range(0, programs, at_a_time):
+        n = min(at_a_time, programs - first)
         if stride:
             launch(
-                weigh_kernel, programs, totals.device, p, c, totals, first, stride, config=plan, UNIT=unit,
-                WINDOWS=windows, NEW=c.unit == 1 and (windows or p.causal.value), **widths,
+                weigh_kernel, n, totals.device, p, c, totals, first, stride, config=plan, CHUNKS=chunks,
+                WINDOWS=windows, NEW=c.keys_per_candidate == 1 and (windows or p.causal.value), **widths,
             )  # fmt: skip
-        launch(take_kernel, programs * unit, totals.device, p, c, lists, totals, first, stride, config=TAKE, UNIT=unit)
+        launch(take_kernel, n * chunks, totals.device, p, c, lists, totals, first, stride, config=TAKE, CHUNKS=chunks)
 
 
 def take_chunks(call: SelectCall, query: Tensor, widths: dict[str, int]) -> Chunks:
@@ -429,7 +434,7 @@ def select_keys(call: SelectCall) -> Tensor:
     taken = Lists(lists, None, lists.shape[2], 0, lists.shape[3], -1, call.context_keys, True)
     if p.rounds == 2:  # the first has the windows
         take(p, keys._replace(n=0), taken._replace(wanted=0), batch, widths)
-        taken = taken._replace(first_row=p.chunks, wanted=-1, context=0, with_window=False)
+        taken = taken._replace(first_row=p.chunks, wanted=-1, context_keys=0, with_window=False)
     if p.keys > EXACT_KEYS:
         chosen, filled = choose_blocks(call, p, key, widths)
         keys = keys._replace(chosen=chosen, n_chosen=chosen.shape[3], filled=filled)
