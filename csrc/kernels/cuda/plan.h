@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 
 #include "kernels/cuda/launch.h"
 #include "kernels/params.h"
@@ -16,7 +17,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Kernels are compiled for head sizes of 16 * K_STEPS; other sizes are padded to the next of these. kernel_table.cuh
 // has the instances.
 constexpr int kHeadSteps[] = {2, 4, 8};
-constexpr int kMaxHeadDim = 16 * 8;
+constexpr int kMaxHeadDim = 16 * kHeadSteps[std::size(kHeadSteps) - 1];
 
 // The number of steps for a head size: the smallest that holds it and is at least `least`. 0 if none does.
 constexpr int head_steps(int64_t head_dim, int least = 2) {
