@@ -87,7 +87,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"a measuring process ended with exit code {self._process.wait()}")
-        answer = json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer

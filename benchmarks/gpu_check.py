@@ -51,7 +51,8 @@ NO_GPU = "no GPU"
 def stage_function(name: str) -> Callable[[], list[Row]]:
     """Imported when it runs: what it needs may be built by an earlier stage."""
     module, function = STAGES[name].function.split(".")
-    return getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
+    found: Callable[[], list[Row]] = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
+    return found
 
 
 # --- Running and reporting

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import reformer_kernels as rk
 from reformer_kernels._calls import AttentionCall
@@ -58,10 +59,10 @@ def window_keys(call: AttentionCall) -> float:
 
     def pairs(rows: int, rounds: int, ring: bool) -> int:
         counts = torch.tensor([min(chunk, rows - start) for start in range(0, rows, chunk)] * rounds)
-        places = torch.arange(len(counts))
+        slots = torch.arange(len(counts))
         total = 0
         for offset in range(-call.chunks_before, call.chunks_after + 1):
-            other = places + offset
+            other = slots + offset
             there = torch.ones_like(other, dtype=torch.bool) if ring else (other >= 0) & (other < len(counts))
             total += int((counts * counts[other % len(counts)] * there).sum())
         return total
@@ -71,8 +72,8 @@ def window_keys(call: AttentionCall) -> float:
         return pairs(length, rounds, True) / (rounds * length)
     assert call.buckets is not None
     sizes, times = torch.cat([row.bincount() for row in call.buckets.flatten(0, 2)]).unique(return_counts=True)
-    total = sum(n * pairs(size, 1, False) for size, n in zip(sizes.tolist(), times.tolist(), strict=True) if size)
-    return total / call.buckets.numel()
+    counted: list[tuple[int, int]] = list(zip(sizes.tolist(), times.tolist(), strict=True))
+    return sum(n * pairs(size, 1, False) for size, n in counted if size) / call.buckets.numel()
 
 
 def seen_keys(call: AttentionCall) -> float:
@@ -80,11 +81,13 @@ def seen_keys(call: AttentionCall) -> float:
 
     Kernels may leave the others out, so that the rate by whole windows can exceed what the processor computes.
     """
-    first = {name: x[:, :1] for name, x in call._asdict().items() if isinstance(x, torch.Tensor) and x.dim() == 4}
+    first: dict[str, Any] = {
+        name: x[:, :1] for name, x in call._asdict().items() if isinstance(x, Tensor) and x.dim() == 4
+    }
     one = call._replace(**first, dropout_p=0.0)
     order = reference._order(one)
     key = reference._unit_key(one.query, one.rules.key_norm) if one.key is None else one.key
-    live = reference._score(one, order, one.query, key, (0, 1)).live
+    live = reference._score(one, order, one.query, key, torch.zeros(1, 1)).live
     return float(live.sum()) / order.numel()
 
 
@@ -112,11 +115,12 @@ def make_call(v: Variant) -> AttentionCall:
     if v.padded:
         options["key_padding_mask"] = torch.rand(1, v.length, generator=generator) < 0.125
     if v.key == "local":
-        return recorded(lambda: rk.local_attention(query, key, value, **options))[0]
+        local: AttentionCall = recorded(lambda: rk.local_attention(query, key, value, **options))[0]
+        return local
     if v.alignment != "ring":
         options["n_buckets"] = 2 * max(1, v.length // (v.chunk_length * v.chunks_a_bucket) // 2)
     options |= {"n_hashes": v.n_hashes, "alignment": v.alignment, "rules": getattr(rk.AttentionRules, v.rules)()}
-    call = recorded(lambda: rk.lsh_attention(query, value, **options))[0]
+    call: AttentionCall = recorded(lambda: rk.lsh_attention(query, value, **options))[0]
     return call._replace(key=key, scale=v.head_dim**-0.5) if v.key == "separate" else call
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import reformer_kernels as rk
 from reformer_kernels import _dispatch
@@ -93,12 +94,17 @@ def hash_and_sort(length: int, threads: int) -> Row:
     heads, head_dim, n_hashes, factors = 8, 64, 4, (32, 16)
     x = torch.randn(1, heads, length, head_dim, generator=torch.Generator().manual_seed(0))
     rotations = rk.random_rotations(0, heads, head_dim, n_hashes, factors)
-    hashed = lambda backend: rk.hash_buckets(x, rotations, factors, backend=backend)  # noqa: E731
+
+    def hashed(backend: str) -> Tensor:
+        return rk.hash_buckets(x, rotations, factors, backend=backend)
+
+    def sort(backend: str) -> Tensor:
+        return rk.bucket_order(buckets, factors, backend=backend)
+
     buckets = hashed(BACKEND)
     # Near-ties of a rounded product may fall to either bucket; sorting is exact.
     agree = float((buckets == hashed("reference")).float().mean())
     assert agree > 0.999, f"{agree:.2%} of the buckets are the reference's"
-    sort = lambda backend: rk.bucket_order(buckets, factors, backend=backend)  # noqa: E731
     assert torch.equal(sort(BACKEND), sort("reference")), "bucket_order differs from the reference"
     keys = heads * length * n_hashes
     previous = torch.get_num_threads()

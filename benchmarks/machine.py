@@ -96,4 +96,6 @@ def fma_peak(*threads: int) -> dict[str, float]:
         if subprocess.run(command, capture_output=True).returncode:
             return {}
         arguments = [str(n) for n in dict.fromkeys(threads)]
-        return json.loads(subprocess.run([str(program), *arguments], capture_output=True, check=True).stdout)
+        ran = subprocess.run([str(program), *arguments], capture_output=True, check=True)
+        peaks: dict[str, float] = json.loads(ran.stdout)
+        return peaks

@@ -81,7 +81,8 @@ def fresh_process(module: str, arguments: list[str], root: Path = ROOT, **enviro
     if ran.returncode:
         last = ran.stderr.strip().splitlines()
         return {"error": f"exit code {ran.returncode}: {last[-1] if last else 'no message'}"}
-    return json.loads(ran.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:

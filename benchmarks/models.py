@@ -271,7 +271,7 @@ def drift(case: ModelCase, precision: Precision) -> Row:
         torch.manual_seed(0)
         model = ours(case, reversible=reversible, stream_dtype=way.stream_dtype, hash_seed=0).to(way.dtype).train()
         torch.manual_seed(1)
-        with inputs_seen(model.reformer.layers.blocks[0].f) as seen:
+        with inputs_seen(model.get_submodule("reformer.layers.blocks.0.f")) as seen:
             found[name] = gradients(model, ids)[1]
         if reversible:
             forward, backward = seen

@@ -53,7 +53,10 @@ class Provider:
 def inputs(target: str, case: Case) -> tuple[list[Tensor], Tensor]:
     """The tensors to differentiate by, and the gradient of the output."""
     generator = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
     width = case.heads * case.head_dim
     if target == "attention":
         rows = [normal(case.batch, case.heads, case.length, case.head_dim) for _ in range(3)]
@@ -69,7 +72,8 @@ def inputs(target: str, case: Case) -> tuple[list[Tensor], Tensor]:
 
 
 def _heads(case: Case, x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight).unflatten(-1, (case.heads, case.head_dim)).transpose(1, 2)
+    heads: Tensor = F.linear(x, weight).unflatten(-1, (case.heads, case.head_dim))
+    return heads.transpose(1, 2)
 
 
 def _merge(x: Tensor) -> Tensor:
@@ -95,7 +99,8 @@ def _module(namespace: Any, kind: str) -> Maker:
 
         def attend(x: Tensor, *parameters: Tensor) -> Tensor:
             weights = dict(zip(names, parameters, strict=True))
-            return torch.func.functional_call(module, weights, (x, x, x), {"need_weights": False})[0]
+            out: Tensor = torch.func.functional_call(module, weights, (x, x, x), {"need_weights": False})[0]
+            return out
 
         return attend
 
@@ -150,7 +155,8 @@ def _huggingface(case: Case) -> Function:
 
     def layer(x: Tensor, w_qk: Tensor, w_v: Tensor) -> Tensor:
         weights = {"query_key.weight": w_qk, "value.weight": w_v}
-        return torch.func.functional_call(module, weights, (x,)).hidden_states
+        hidden: Tensor = torch.func.functional_call(module, weights, (x,)).hidden_states
+        return hidden
 
     return layer
 
@@ -162,8 +168,8 @@ def _lucidrains(case: Case) -> Function:
     module = LSHAttention(bucket_size=case.chunk_length, n_hashes=case.n_hashes, causal=True).eval()
 
     def attention(query_key: Tensor, value: Tensor) -> Tensor:
-        out, _, _ = module(query_key.flatten(0, 1), value.flatten(0, 1))
-        return out.unflatten(0, query_key.shape[:2])
+        out: Tensor = module(query_key.flatten(0, 1), value.flatten(0, 1))[0].unflatten(0, query_key.shape[:2])
+        return out
 
     return attention
 

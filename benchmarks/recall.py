@@ -171,7 +171,7 @@ def visible(heads: Heads, rows: Tensor, causal: bool) -> Tensor:
 
 def exact_scores(heads: Heads, rows: Tensor, causal: bool) -> Tensor:
     """[H, R, S]; what the mask hides has IGNORED."""
-    scores = heads.query[:, rows] @ heads.key.mT * heads.query.shape[2] ** -0.5
+    scores: Tensor = heads.query[:, rows] @ heads.key.mT * heads.query.shape[2] ** -0.5
     return scores.masked_fill(~visible(heads, rows, causal), IGNORED)
 
 

@@ -67,14 +67,16 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        last = nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), last)
         nn.init.zeros_(self.attention.out_proj.weight)  # a block starts as the identity
-        nn.init.zeros_(self.mlp[2].weight)
+        nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y = self.attention_norm(x)
         x = x + self.attention(y, y, y, need_weights=False, attn_mask=mask, is_causal=True)[0]
-        return x + self.mlp(self.mlp_norm(x))
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
 
 
 class CausalLM(nn.Module):
@@ -82,6 +84,7 @@ class CausalLM(nn.Module):
 
     def __init__(self, size: LMSize) -> None:
         super().__init__()
+        self.positions: Tensor
         self.embedding = nn.Embedding(256, size.width)
         self.stem = nn.Linear(STEM_BYTES * size.width, size.width)
         self.position_scale = nn.Parameter(torch.tensor(0.5))
@@ -98,7 +101,8 @@ class CausalLM(nn.Module):
         mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
         for block in self.blocks:
             x = block(x, mask)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -200,7 +204,7 @@ def lm_heads(model: CausalLM, tokens: Tensor) -> Heads:
         x = F.linear(arguments[0], module.in_proj_weight, module.in_proj_bias)
         found.append(x.unflatten(-1, (3, module.num_heads, module.head_dim)).permute(2, 0, 3, 1, 4))
 
-    hooks = [block.attention.register_forward_pre_hook(note_inputs) for block in model.blocks]
+    hooks = [block.get_submodule("attention").register_forward_pre_hook(note_inputs) for block in model.blocks]
     _run_hooked(model, tokens, hooks)
     return Heads(*torch.cat(found, 2).contiguous())
 

@@ -141,9 +141,12 @@ def _time_cell(row: Row, name: str) -> str:
 
 
 def memory_table(rows: list[Row]) -> str:
-    cell = lambda row: row["error"] if "error" in row else megabytes(row["extra_bytes"])  # noqa: E731
-    body = [[row["provider"], row["target"], length_name(row["case"]["length"]), cell(row)] for row in rows]
+    body = [[row["provider"], row["target"], length_name(row["case"]["length"]), _memory_cell(row)] for row in rows]
     return table(["", "", "L", "peak extra memory, forward and backward"], body)
+
+
+def _memory_cell(row: Row) -> str:
+    return str(row["error"]) if "error" in row else megabytes(row["extra_bytes"])
 
 
 def kernels_table(rows: list[Row]) -> str:

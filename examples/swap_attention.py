@@ -49,7 +49,8 @@ class PixelClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images) + self.rows + self.columns
-        return self.head(self.encoder(x.flatten(2).transpose(1, 2)).mean(1))  # [B, L, E] -> [B, 10]
+        logits: Tensor = self.head(self.encoder(x.flatten(2).transpose(1, 2)).mean(1))  # [B, L, E] -> [B, 10]
+        return logits
 
 
 def digits(side: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -25,7 +25,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if numbers is None:
         raise pytest.UsageError(f"--slice must be K/N with N from 1, got {given}")
     part, parts = map(int, numbers.groups())
-    kept, others = [], []
+    kept: list[pytest.Item] = []
+    others: list[pytest.Item] = []
     for item in items:
         (kept if zlib.crc32(item.nodeid.encode()) % parts == part % parts else others).append(item)
     items[:] = kept

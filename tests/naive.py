@@ -7,24 +7,26 @@ from torch import Tensor
 
 import reformer_kernels as rk
 
+Slot = tuple[int, int, int]  # the (round, bucket, position) in it
 
-def chunks_of(order: list[list[int]], buckets: list[list[int]], chunk_length: int, alignment: str) -> list[list[tuple]]:
-    """The ring as lists of (round, bucket, position), one list a chunk."""
+
+def chunks_of(order: list[list[int]], buckets: list[list[int]], chunk_length: int, alignment: str) -> list[list[Slot]]:
+    """The ring as lists of slots, one list a chunk."""
     chunks = []
     for r, positions in enumerate(order):
-        chunk: list[tuple] = []
+        chunk: list[Slot] = []
         for p in positions:
-            entry = (r, buckets[r][p], p)
-            if len(chunk) == chunk_length or (alignment == "bucket" and chunk and chunk[-1][1] != entry[1]):
+            slot = (r, buckets[r][p], p)
+            if len(chunk) == chunk_length or (alignment == "bucket" and chunk and chunk[-1][1] != slot[1]):
                 chunks.append(chunk)
                 chunk = []
-            chunk.append(entry)
+            chunk.append(slot)
         chunks.append(chunk)
     return chunks
 
 
-def window(chunks: list[list[tuple]], c: int, before: int, after: int, alignment: str) -> list[tuple]:
-    keys = []
+def window(chunks: list[list[Slot]], c: int, before: int, after: int, alignment: str) -> list[Slot]:
+    keys: list[Slot] = []
     for i in range(c - before, c + after + 1):
         if alignment == "ring":
             keys += chunks[i % len(chunks)]
@@ -55,7 +57,7 @@ def lsh_attention(
             if single:
                 chunks, before, after = [[(0, 0, p) for p in range(length)]], 0, 0
             else:
-                order = [sorted(range(length), key=lambda p, row=row: (row[p], p)) for row in hashed]
+                order = [sorted(range(length), key=row.__getitem__) for row in hashed]
                 chunks, before, after = chunks_of(order, hashed, chunk_length, alignment), chunks_before, chunks_after
             met: dict[int, list[int]] = {p: [] for p in range(length)}  # the keys of a query, once for each meeting
             for c, chunk in enumerate(chunks):
@@ -124,7 +126,9 @@ def clustered_attention(
 
         for h in range(heads):
             q, k, v = query[b, h].tolist(), key[b, h // group].tolist(), value[b, h // group]
-            dot = lambda x, y: sum(a * c for a, c in zip(x, y, strict=True)) * width**-0.5  # noqa: E731
+
+            def dot(x: list[float], y: list[float]) -> float:
+                return sum(a * c for a, c in zip(x, y, strict=True)) / math.sqrt(width)
 
             def sees(i: int, j: int, b: int = b, h: int = h) -> bool:
                 if (causal and j > i) or (key_padding_mask is not None and key_padding_mask[b, j]):

@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,15 +16,16 @@ SWAP = ROOT / "examples" / "swap_attention.py"
 
 
 @pytest.fixture
-def swap():
+def swap() -> ModuleType:
     spec = importlib.util.spec_from_file_location("swap_attention", SWAP)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     torch.use_deterministic_algorithms(False)
     return module
 
 
-def test_swap_attention_prints_both_models():
+def test_swap_attention_prints_both_models() -> None:
     pytest.importorskip("sklearn")
     options = "--side 12 --steps 3 --batch 2 --width 16 --test-images 4 --threads 1"
     ran = subprocess.run([sys.executable, str(SWAP), *options.split()], cwd=ROOT, capture_output=True, text=True)
@@ -35,7 +37,7 @@ def test_swap_attention_prints_both_models():
 
 
 @pytest.mark.parametrize("name", ["stock", "converted"])
-def test_swap_attention_learns(swap, name, monkeypatch):
+def test_swap_attention_learns(swap: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     converted = []
     convert = rk.convert_attention
@@ -45,7 +47,7 @@ def test_swap_attention_learns(swap, name, monkeypatch):
     assert [len(modules) for modules in converted] == ([1] if name == "converted" else [])
 
 
-def test_the_sequence_has_every_pixel(swap):
+def test_the_sequence_has_every_pixel(swap: ModuleType) -> None:
     seen = []
     model = swap.PixelClassifier(16, 8, 2, 1)
     model.encoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape))
@@ -54,7 +56,9 @@ def test_the_sequence_has_every_pixel(swap):
     assert swap.parse([]).side ** 2 == 4096
 
 
-def test_swap_attention_says_what_is_missing(swap, monkeypatch, capsys):
+def test_swap_attention_says_what_is_missing(
+    swap: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(SystemExit, match="pip install scikit-learn"):

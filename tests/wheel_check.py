@@ -2,9 +2,11 @@
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import reformer_kernels as rk
 from reformer_kernels import info
@@ -29,7 +31,7 @@ def check_functions() -> None:
     """Each function by the native kernels, forward and backward, against the reference."""
     # In float64 both round alike enough to choose the same buckets and keys.
     query, key, value = torch.randn(3, 2, 4, 512, 32, dtype=torch.float64).unbind()
-    calls = {
+    calls: dict[str, Callable[..., Tensor]] = {
         "lsh_attention": lambda q, k, v, b: rk.lsh_attention(q, v, causal=True, backend=b),
         "local_attention": lambda q, k, v, b: rk.local_attention(q, k, v, causal=True, backend=b),
         "clustered_attention": lambda q, k, v, b: rk.clustered_attention(q, k, v, backend=b),

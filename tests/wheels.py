@@ -10,12 +10,13 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECK = Path(__file__).with_name("wheel_check.py")
 
 
-def run(*command: str | Path, **options) -> None:
+def run(*command: str | Path, **options: Any) -> None:
     print("$", *command, flush=True)
     subprocess.run([str(part) for part in command], check=True, **options)
 

@@ -34,11 +34,11 @@ def _peers(case: Case, device: str) -> Iterator[tuple[str, Callable[[], Attentio
     ours = functools.partial(rk.lsh_attention, causal=True, n_hashes=case.n_hashes, chunk_length=case.chunk_length)
     yield "ours", lambda: ours
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        yield f"SDPA, {backend.name}", lambda backend=backend: _sdpa(backend)
+        yield f"SDPA, {backend.name}", functools.partial(_sdpa, backend)
     if case.length <= UNFUSED_LENGTH:
         yield "FlexAttention, sorted rows", lambda: _flex(case, device)
         for name in ("lucidrains", "ours, reference"):
-            yield name, lambda name=name: _provided(name, case, device)
+            yield name, functools.partial(_provided, name, case, device)
 
 
 def _sdpa(backend: SDPBackend) -> Attention:
@@ -90,13 +90,18 @@ def _rows(case: Case, device: str, timer: Timer) -> Iterator[Row]:
         try:
             function = make()
             with torch.no_grad():
-                row["forward ms"] = round(timer(lambda function=function: function(query_key, value)), 4)
-            step = lambda function=function: torch.autograd.grad(function(query_key, value), (query_key, value), grad)  # noqa: E731
+                row["forward ms"] = round(timer(functools.partial(function, query_key, value)), 4)
+            step = functools.partial(_step, function, query_key, value, grad)
             row["both ms"] = round(timer(step), 4)
             row |= _memory(step, case) if device == "cuda" else {}
         except (RuntimeError, ImportError) as error:  # a peer that fails does not hide the others
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
         yield row
+
+
+def _step(function: Attention, query_key: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of query_key and value."""
+    return torch.autograd.grad(function(query_key, value), (query_key, value), grad)
 
 
 def _memory(step: Callable[[], Any], case: Case) -> Row:
@@ -127,7 +132,7 @@ def determinism(case: Case = SMALL, device: str = "cuda") -> list[Row]:
         return out, *torch.autograd.grad(out, (query_key, value), grad)
 
     first = run()
-    rows = [{"of": name, "repeats to the bit": True} for name in ("out", "query_key", "value")]
+    rows: list[Row] = [{"of": name, "repeats to the bit": True} for name in ("out", "query_key", "value")]
     for _ in range(10):
         for row, a, b in zip(rows, first, run(), strict=True):
             row["repeats to the bit"] &= torch.equal(a, b)
@@ -149,12 +154,13 @@ def compiled(case: Case = SMALL, device: str = "cuda", timer: Timer = median_ms)
     """torch.compile(fullgraph=True): the results of eager mode, and the time."""
     query_key, value, grad = _inputs(case, device)
 
-    def step(query_key: Tensor, value: Tensor) -> Tensor:
+    def forward(query_key: Tensor, value: Tensor) -> Tensor:
         return rk.lsh_attention(query_key, value, causal=True)
 
     rows = []
-    for name, function in (("eager", step), ("compiled", torch.compile(step, fullgraph=True))):
-        run = lambda function=function: torch.autograd.grad(function(query_key, value), (query_key, value), grad)  # noqa: E731
+    ways: dict[str, Attention] = {"eager": forward, "compiled": torch.compile(forward, fullgraph=True)}
+    for name, function in ways.items():
+        run = functools.partial(_step, function, query_key, value, grad)
         rows.append({"mode": name, "both ms": round(timer(run), 4), "gradients": [float(g.norm()) for g in run()]})
     if rows[0]["gradients"] != rows[1]["gradients"]:
         raise AssertionError(f"compiled and eager gradients differ: {rows}")

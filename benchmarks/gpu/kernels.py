@@ -132,7 +132,7 @@ def _clustered(shape: roofline.Shape, backend: str, timed: Callable[..., Row]) -
     yield timed("select", shape, ms, 2 * tokens * bytes_of_row + 4 * listed)
     call = ListCall(query, key, value, None, lists, None, None, None, chunk, 0, True, True, scale, 0.0, backend)
     results = kernels.list_attention(call)
-    passes = {
+    passes: dict[str, tuple[Callable[[], Any], int]] = {
         "forward": (functools.partial(kernels.list_attention, call), 2 * tokens + 2 * listed),
         "backward": (
             functools.partial(kernels.list_attention_backward, call, grad_out, *results), 8 * tokens + 2 * listed,

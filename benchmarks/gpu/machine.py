@@ -22,7 +22,7 @@ from .timing import Row, median_ms, median_ms_in_graph
 ROW_BYTES = 128  # a row of 64 bfloat16 values, what LSH attention gathers
 
 
-def our_gather() -> Callable[..., None] | str:
+def our_gather() -> Callable[..., Any] | str:
     """Our gather_rows, or why there is none."""
     libraries = list((ROOT / "reformer_kernels").glob("_cuda.*so"))
     if not libraries:
@@ -44,7 +44,7 @@ def versions() -> list[Row]:
             "memory GiB": round(device.total_memory / 2**30, 1),
             "multiprocessors": device.multi_processor_count,
             "L2 MiB": device.L2_cache_size / 2**20,
-            "shared memory per block KiB": device.shared_memory_per_block_optin / 1024,
+            "shared memory per block KiB": device.shared_memory_per_block_optin / 1024,  # type: ignore[attr-defined]
         }
     found |= {
         "python": platform.python_version(),
@@ -64,7 +64,7 @@ def versions() -> list[Row]:
 
 def _version_of(module: str) -> str:
     try:
-        return __import__(module).__version__
+        return str(__import__(module).__version__)
     except ImportError:
         return "not found"
 
@@ -122,7 +122,9 @@ def ceilings() -> list[Row]:
     ms = median_ms(lambda: target.copy_(source))
     add("device copy of 1 GiB, read + written", 2 * source.numel() / ms / 1e6, "GB/s", ms)
 
-    gathers = {"index_select": lambda input, index, out: torch.index_select(input, 0, index, out=out)}
+    gathers: dict[str, Callable[..., Any]] = {
+        "index_select": lambda input, index, out: torch.index_select(input, 0, index, out=out)
+    }
     ours = our_gather()
     if callable(ours):
         gathers["gather_rows"] = ours

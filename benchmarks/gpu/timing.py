@@ -26,7 +26,8 @@ def _event_ms(function: Callable[[], Any]) -> float:
     function()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    ms: float = start.elapsed_time(end)
+    return ms
 
 
 def median_ms_in_graph(function: Callable[[], Any], calls: int = 100) -> float:
