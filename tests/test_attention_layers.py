@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import reformer_kernels as rk
 from reformer_kernels import FullAttention, LocalSelfAttention, LSHSelfAttention, RotaryPositionEmbedding
+from reformer_kernels._exact import scaled_dot_product_attention
 from reformer_kernels.modules import attention
 
 from .rounding import assert_equal_to_rounding
@@ -22,7 +24,7 @@ PADDING = F.one_hot(torch.tensor([L - 1, 4]), L).bool()  # a row of each sequenc
 # Sums of the projections, the scores, the weights and the output, and in gradients of the rows; angles up to 20 are
 # known to 20 units.
 ROUNDINGS = 2 * E + D + 2 * H * D + (L + M) + B * L + 20
-LAYERS: dict[str, Callable[..., nn.Module]] = {
+LAYERS: dict[str, Callable[..., Any]] = {
     "lsh": lambda **o: LSHSelfAttention(E, H, head_dim=D, chunk_length=4, **o),
     "local": lambda **o: LocalSelfAttention(E, H, head_dim=D, chunk_length=4, **o),
     "full": lambda **o: FullAttention(E, H, head_dim=D, **o),
@@ -34,11 +36,13 @@ def rows(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def heads(x: Tensor) -> Tensor:
-    return x.unflatten(-1, (-1, x.shape[-1] // H)).transpose(1, 2)
+    out: Tensor = x.unflatten(-1, (-1, x.shape[-1] // H)).transpose(1, 2)
+    return out
 
 
-def merged(layer: nn.Module, out: Tensor) -> Tensor:
-    return layer.output(out.transpose(1, 2).flatten(2))
+def merged(layer: Any, out: Tensor) -> Tensor:
+    result: Tensor = layer.output(out.transpose(1, 2).flatten(2))
+    return result
 
 
 def with_gradients(function: Callable[[], Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -106,9 +110,10 @@ def test_full_by_a_naive_softmax(kind: str, masked: str | None, memory_keys: int
     options |= {"rotary_base": None if positions is None else 500.0, "memory_keys": memory_keys}
     layer, x = LAYERS["full"](**options, bias=True).double(), rows(B, L, E)
     context = rows(B, S, C) if kind == "context" else None
-    where = {"[L]": torch.arange(L) + 3, "[B, L]": torch.randint(20, (B, L)).int()}.get(positions)
+    choices: dict[str | None, Tensor] = {"[L]": torch.arange(L) + 3, "[B, L]": torch.randint(20, (B, L)).int()}
+    where = choices.get(positions)
     mask = None if masked is None else PADDING[:, -S:].clone() if kind == "context" else PADDING.clone()
-    if masked == "first":  # and all of the second sequence
+    if mask is not None and masked == "first":  # and all of the second sequence
         mask[0, :2], mask[1] = True, True
     leaves = [x, *layer.parameters(), *([] if context is None else [context])]
     assert_equal_to_rounding(
@@ -143,8 +148,12 @@ def test_full_of_empty_sequences(memory_keys: int) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_what_full_asks_of_torch(causal: bool, memory_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask of queries and keys with causal and padding only, none that hides all keys; no dropout in evaluation."""
-    calls, attend = [], attention.scaled_dot_product_attention
-    record = lambda q, k, v, *options: calls.append(options) or attend(q, k, v, *options)  # noqa: E731
+    calls: list[tuple[Any, ...]] = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+        calls.append(options)
+        return scaled_dot_product_attention(q, k, v, *options)
+
     monkeypatch.setattr(attention, "scaled_dot_product_attention", record)
     layer, x = LAYERS["full"](causal=causal, memory_keys=memory_keys, dropout=0.3), torch.randn(B, L, E)
     layer(x)
@@ -172,7 +181,8 @@ def test_dropout_of_full_comes_from_torch() -> None:
 def test_rotation_of_the_projected_rows(name: str, shape: tuple[int, ...] | None, causal: bool) -> None:
     layer, x = LAYERS[name](rotary_base=500.0, causal=causal, bias=True).eval(), torch.randn(B, L, E)
     positions = torch.arange(L) if shape is None else torch.randint(1000, shape)
-    turn, options = RotaryPositionEmbedding(D, 500.0), {"chunk_length": 4, "causal": causal}
+    turn = RotaryPositionEmbedding(D, 500.0)
+    options: dict[str, Any] = {"chunk_length": 4, "causal": causal}
     value = heads(layer.value(x))
     if name == "lsh":
         expected = rk.lsh_attention(turn(heads(layer.query_key(x)), positions), value, **options)
@@ -189,12 +199,12 @@ def test_rotation_of_the_projected_rows(name: str, shape: tuple[int, ...] | None
 @pytest.mark.parametrize("name", ["one window", "local", "full"])
 def test_only_distances_matter(name: str) -> None:
     """Of LSH attention in one window: buckets depend on where a row is."""
-    make = LAYERS.get(name, lambda **o: LSHSelfAttention(E, H, head_dim=D, **o))
+    make: Callable[..., Any] = LAYERS.get(name, lambda **o: LSHSelfAttention(E, H, head_dim=D, **o))
     layer, x = make(rotary_base=500.0, causal=True).double(), rows(B, L, E)
     leaves = [x, *layer.parameters()]
     near = with_gradients(lambda: layer(x), leaves)
     for positions in (torch.arange(L) + 11, torch.arange(L) + torch.tensor([[7], [2]])):
-        shifted = with_gradients(lambda p=positions: layer(x, PADDING & False, positions=p), leaves)
+        shifted = with_gradients(partial(layer, x, PADDING & False, positions=positions), leaves)
         assert_equal_to_rounding(shifted, near, ROUNDINGS)
     assert not torch.allclose(layer(x, positions=2 * torch.arange(L)), near[0])
 
@@ -215,7 +225,7 @@ def test_lsh_memory_by_hand(causal: bool, num_queries: int | None, mask: str | N
         masks["key_padding_mask"] = PADDING
     elif mask is not None:
         masks["attn_mask"] = torch.rand(1, H, n, L) < 0.3 if mask == "bool" else torch.randn(B, 1, n, L)
-    longer = {name: torch.cat([m.new_zeros(*m.shape[:-1], M), m], -1) for name, m in masks.items()}
+    longer: dict[str, Any] = {name: torch.cat([m.new_zeros(*m.shape[:-1], M), m], -1) for name, m in masks.items()}
     if "attn_mask" in longer:
         rows = longer["attn_mask"]
         longer["attn_mask"] = torch.cat([rows.new_zeros(*rows.shape[:2], M, L + M), rows], 2)
@@ -236,6 +246,7 @@ def test_lsh_memory_by_hand(causal: bool, num_queries: int | None, mask: str | N
 @pytest.mark.parametrize("causal", [False, True])
 def test_every_query_sees_the_memory(causal: bool) -> None:
     layer, x = LSHSelfAttention(E, H, causal=causal, memory_keys=M), torch.randn(B, L, E)
+    assert layer.memory is not None
     everything = torch.ones(B, 1, L, L, dtype=torch.bool)
     all_but_last = torch.arange(L).expand(B, -1) < L - 1  # behind the last one that counts nothing is seen
     for masks in ({}, {"key_padding_mask": all_but_last}, {"attn_mask": everything}):
@@ -248,7 +259,7 @@ def test_every_query_sees_the_memory(causal: bool) -> None:
 
 # ---- parameters, autocast, torch.compile
 
-WITH_MEMORY = {
+WITH_MEMORY: dict[str, Callable[..., Any]] = {
     "lsh": lambda **o: LAYERS["lsh"](memory_keys=M, rotary_base=500.0, causal=True, **o),
     "local": lambda **o: LAYERS["local"](rotary_base=500.0, causal=True, **o),
     "full": lambda **o: LAYERS["full"](memory_keys=M, rotary_base=500.0, causal=True, **o),
@@ -256,7 +267,7 @@ WITH_MEMORY = {
 }
 
 
-def call(name: str, layer: nn.Module, x: Tensor, context: Tensor, **options: Any) -> Tensor:
+def call(name: str, layer: Callable[..., Tensor], x: Tensor, context: Tensor, **options: Any) -> Tensor:
     if name == "context":
         return layer(x, PADDING[:, -S:], context=context)
     return layer(x, PADDING, positions=torch.arange(L) + 2, **options)
@@ -278,10 +289,11 @@ def test_parameters(name: str) -> None:
 
 
 def test_memory_is_initialised() -> None:
-    for make in (
+    makers: list[Callable[..., Any]] = [
         lambda **o: LSHSelfAttention(64, 2, memory_keys=256, **o),
         lambda **o: FullAttention(8, 2, context_dim=64, memory_keys=256, **o),
-    ):
+    ]
+    for make in makers:
         fresh = make(device="meta").to_empty(device="cpu")
         fresh.reset_parameters()
         for memory in (make().memory.detach(), fresh.memory.detach()):
@@ -311,8 +323,8 @@ def test_compiles_whole(name: str) -> None:
     for function in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer):
         torch.manual_seed(3)
         leaves = [x, *layer.parameters()]
-        results.append(with_gradients(lambda f=function: call(name, f, x, context, **dense), leaves))
-    assert_equal_to_rounding(*results, ROUNDINGS)
+        results.append(with_gradients(partial(call, name, function, x, context, **dense), leaves))
+    assert_equal_to_rounding(results[0], results[1], ROUNDINGS)
 
 
 # ---- errors
@@ -321,17 +333,19 @@ X, Y, LONG = torch.zeros(B, L, E), torch.zeros(B, S, C), torch.arange(L + M)
 
 
 def run(name: str, *rows: Tensor, **given: Any) -> Tensor:
-    return WITH_MEMORY[name]()(*rows, **given)
+    out: Tensor = WITH_MEMORY[name]()(*rows, **given)
+    return out
 
 
 @pytest.mark.parametrize(("make", "kind", "message"), [
-    (lambda: FullAttention(E, H, causal=1), TypeError, "causal must be a bool, got 1"),
+    (lambda: FullAttention(E, H, causal=1), TypeError, "causal must be a bool, got 1"),  # type: ignore[arg-type]
     (lambda: FullAttention(E, H, context_dim=C, causal=True), ValueError,
      "causal must be False with context_dim (a context has no order of its own), got True"),
     (lambda: FullAttention(E, H, context_dim=C, rotary_base=9.0), ValueError,
      "rotary_base must be None with context_dim (there is no distance to a context), got 9.0"),
     (lambda: FullAttention(E, H, memory_keys=-1), ValueError, "memory_keys must be at least 0, got -1"),
-    (lambda: LSHSelfAttention(E, H, rotary_base="x"), TypeError, "rotary_base must be a float, got 'x'"),
+    (lambda: LSHSelfAttention(E, H, rotary_base="x"), TypeError,  # type: ignore[arg-type]
+     "rotary_base must be a float, got 'x'"),
     (lambda: FullAttention(E, H, rotary_base=0), ValueError, "rotary_base must be positive and finite, got 0"),
     (lambda: LocalSelfAttention(E, H, head_dim=3, rotary_base=9.0), ValueError,
      "head_dim must be even (channels are rotated in pairs), got 3"),

@@ -222,7 +222,7 @@ def test_strides() -> None:
     }
     for q in views.values():
         for v in views.values():
-            options = {"chunk_length": 8, "causal": True, "backend": "cpu"}
+            options: dict[str, Any] = {"chunk_length": 8, "causal": True, "backend": "cpu"}
             expected = rk.lsh_attention(q.contiguous(), v.contiguous(), **options)
             assert torch.equal(rk.lsh_attention(q, v, **options), expected)
             call = testing.capture(rk.lsh_attention, q, v, chunk_length=8, causal=True)
@@ -287,7 +287,7 @@ def test_masked_values_do_not_leak() -> None:
     q, v = qv(100, 16)
     mask = torch.zeros(2, 100, dtype=torch.bool)
     mask[:, 60:] = True
-    options = {"key_padding_mask": mask, "chunk_length": 16, "backend": "cpu"}
+    options: dict[str, Any] = {"key_padding_mask": mask, "chunk_length": 16, "backend": "cpu"}
     out = rk.lsh_attention(q, v, **options)
     huge = v.clone()
     huge[:, :, 60:] = 1e30

@@ -181,7 +181,7 @@ def test_against_loops_in_python(backend: str, mode: str) -> None:
 def test_a_budget_of_all_keys_is_exact(grouping: str, size: int) -> None:
     q, k, v = (x.double() for x in qkv(30, size))
     expanded = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-    options = {"budget": size, "grouping": grouping, "chunk_length": 7}
+    options: dict[str, Any] = {"budget": size, "grouping": grouping, "chunk_length": 7}
     padding = torch.rand(2, size) < 0.3
     padding[:, 0] = False
     mask = torch.rand(2, 4, 30, size) < 0.3
@@ -240,7 +240,7 @@ def test_every_key_counts_once() -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nothing_leaks(backend: str, grouping: str) -> None:
     q, k, v = qkv(64)
-    options = {"budget": 12, "chunk_length": 8, "grouping": grouping, "backend": backend}
+    options: dict[str, Any] = {"budget": 12, "chunk_length": 8, "grouping": grouping, "backend": backend}
     padding = torch.zeros(2, 64, dtype=torch.bool)
     padding[:, 40:50] = True
     k2, v2 = k.clone(), v.clone()
@@ -264,7 +264,7 @@ def test_padded_queries_have_no_effect(backend: str, grouping: str) -> None:
     padding = torch.zeros(2, 300, dtype=torch.bool)
     padding[0, 270:], padding[1, 33:47] = True, True
     q2 = torch.where(padding[:, None, :, None], 50.0, q)
-    options = {"budget": 24, "chunk_length": 16, "grouping": grouping, "backend": backend}
+    options: dict[str, Any] = {"budget": 24, "chunk_length": 16, "grouping": grouping, "backend": backend}
     before, after = (rk.clustered_attention(x, k, v, query_padding_mask=padding, **options) for x in (q, q2))
     real = ~padding[:, None, :, None]
     assert torch.equal(before * real, after * real)
@@ -331,7 +331,8 @@ def test_extreme_scores_stay_finite() -> None:
 def select_call(
     length: int, size: int, dtype: torch.dtype, options: dict[str, Any], context_keys: int = 0
 ) -> SelectCall:
-    return attend_call("select_keys", length, size, dtype, options, context_keys)
+    result: SelectCall = attend_call("select_keys", length, size, dtype, options, context_keys)
+    return result
 
 
 @pytest.mark.parametrize(("length", "size", "context"), [(61, 61, 0), (50, 53, 3), (20, 90, 0), (90, 20, 0), (1, 1, 0)])
@@ -386,7 +387,7 @@ def test_sub_groups_that_see_nothing(size: int) -> None:
     q, k, v = torch.randn(2, 1, 100, 4), torch.randn(2, 1, size, 4), torch.randn(2, 1, size, 4)
     padding = torch.zeros(2, size, dtype=torch.bool)
     padding[0, :64], padding[1] = True, True
-    options = {"budget": 8, "chunk_length": 100, "local_fraction": 0.0}
+    options: dict[str, Any] = {"budget": 8, "chunk_length": 100, "local_fraction": 0.0}
     for causal in (False, True):
         call = testing.capture(
             rk.clustered_attention, q.double(), k.double(), v.double(), op="select_keys", causal=causal,

@@ -53,11 +53,11 @@ def problem(kind: str, padded: int, dtype: torch.dtype) -> tuple[list[tuple[Tens
 def test_a_result_does_not_depend_on_its_batch(kind: str, padded: int, mode: str, backend: str) -> None:
     alone, (query, key, value, query_mask, key_mask) = problem(kind, padded, torch.float64)
     query, key, value = (x.nan_to_num(7.0).requires_grad_() for x in (query, key, value))
-    options = {"budget": 12, "chunk_length": 8, "backend": backend, **MODES[mode]}
+    options: dict[str, Any] = {"budget": 12, "chunk_length": 8, "backend": backend, **MODES[mode]}
     mask = None
     if options.pop("attn_mask", None):
         mask = torch.randn(1, 1, query.shape[2], key.shape[2], dtype=torch.float64)
-    masks: dict[str, Tensor] = {"key_padding_mask": key_mask}
+    masks: dict[str, Any] = {"key_padding_mask": key_mask}
     if kind == "cross":
         masks["query_padding_mask"] = query_mask  # otherwise it is that of the keys
     out = rk.clustered_attention(query, key, value, attn_mask=mask, **masks, **options)

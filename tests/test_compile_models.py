@@ -48,7 +48,7 @@ MODELS: dict[str, Callable[..., Whole]] = {
 }
 
 
-def compiled(model: nn.Module, **options: Any) -> tuple[nn.Module, CompileCounterWithBackend]:
+def compiled(model: nn.Module, **options: Any) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(options.pop("backend", "eager"))
     return torch.compile(model, backend=counter, **options), counter
@@ -84,7 +84,7 @@ def test_training(reversible: bool) -> None:
             loss = m(tokens(length)).loss
             results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
         # A weight's gradient is a sum over all tokens.
-        assert_equal_to_rounding(*results, ROUNDINGS + 2 * length)
+        assert_equal_to_rounding(results[0], results[1], ROUNDINGS + 2 * length)
     assert counter.frame_count <= GRAPHS * (3 if reversible else 1)  # before and after the sequence, and in between
 
 

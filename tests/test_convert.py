@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.utils import parametrize
 
 import reformer_kernels as rk
@@ -37,7 +38,8 @@ class Model(nn.Module):
         self.linear = nn.Linear(E, E)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.again(self.first(x, x, x)[0], x, x)[0])
+        out: Tensor = self.linear(self.again(self.first(x, x, x)[0], x, x)[0])
+        return out
 
 
 def close(a: Any, b: Any) -> None:
@@ -63,10 +65,11 @@ def test_converts_in_place() -> None:
     assert list(converted) == ["first", "blocks.0.attention"]
     assert all(model.get_submodule(name) is m and type(m) is LSHMultiheadAttention for name, m in converted.items())
     assert model.again is model.first
-    assert model.first.training and not model.blocks[0]["attention"].training
+    assert model.first.training and not model.get_submodule("blocks.0.attention").training
     assert all(model.get_parameter(name) is p for name, p in before.items())
     assert list(model.state_dict()) == list(state)
-    assert model.first.options["budget"] == 64 and model.first.options["exact_below"] == 0
+    ours = converted["first"]
+    assert ours.options["budget"] == 64 and ours.options["exact_below"] == 0
     seen.clear()
     out = model(x)
     close(out, expected)
@@ -75,7 +78,7 @@ def test_converts_in_place() -> None:
     out.sum().backward()
     optimizer.step()
     assert not torch.equal(model(x), expected) and len(seen) == 2
-    assert convert_attention(model, budget=3) == {} and model.first.options["budget"] == 64
+    assert convert_attention(model, budget=3) == {} and ours.options["budget"] == 64
     close(copy.deepcopy(model)(x), model(x))
 
 
@@ -299,9 +302,11 @@ def test_shared_qk_is_lsh_attention() -> None:
 
     def expected(attn_mask: Tensor | None) -> Tensor:
         out = rk.lsh_attention(q, v, key_padding_mask=padding, attn_mask=attn_mask, **options)
-        return m.out_proj(out.transpose(1, 2).flatten(2))
+        result: Tensor = m.out_proj(out.transpose(1, 2).flatten(2))
+        return result
 
     def ours(padding: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        out: Tensor
         out, weights = m(x, x, x, padding, False, attn_mask)
         assert weights is None
         return out
@@ -316,7 +321,8 @@ def test_shared_qk_is_lsh_attention() -> None:
     scores = torch.zeros(100, 100, dtype=torch.float64).masked_fill(hidden, -torch.inf)
     close(ours(bias + minus, scores), expected(added + scores))
     ours(padding).square().sum().backward()
-    assert m.in_proj_weight.grad[E : 2 * E].eq(0).all() and m.in_proj_weight.grad[:E].abs().sum() > 0
+    grad = m.in_proj_weight.grad
+    assert grad is not None and grad[E : 2 * E].eq(0).all() and grad[:E].abs().sum() > 0
     with pytest.raises(ValueError, match="key must be query with shared_qk=True"):
         m(x, x + 1, x, need_weights=False)
     with pytest.raises(ValueError, match="need_weights must be False with shared_qk=True"):
@@ -350,7 +356,8 @@ def test_export_with_dynamic_length() -> None:
             self.attention = m
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.attention(x, x, x, need_weights=False)[0]
+            out: Tensor = self.attention(x, x, x, need_weights=False)[0]
+            return out
 
     length = torch.export.Dim("length", min=64, max=4096)
     program = torch.export.export(Self(), (torch.randn(2, 100, E),), dynamic_shapes=({1: length},))
@@ -366,7 +373,8 @@ def test_fx_keeps_the_module_whole() -> None:
             self.attention = LSHMultiheadAttention(E, H, batch_first=True, budget=16, chunk_length=8)
 
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            return self.attention(x, x, x, key_padding_mask=mask, need_weights=False)[0] + x
+            out: Tensor = self.attention(x, x, x, key_padding_mask=mask, need_weights=False)[0] + x
+            return out
 
     x, mask = torch.randn(2, 50, E), torch.rand(2, 50) < 0.3
     for module in (Self(), copy.deepcopy(Self())):
@@ -384,7 +392,8 @@ def test_gradients_per_sample_with_a_float_mask() -> None:
 
     def loss(parameters: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
         given = (x[None], x[None], x[None], mask[None])
-        return torch.func.functional_call(m, parameters, given, {"need_weights": False})[0].square().sum()
+        out: Tensor = torch.func.functional_call(m, parameters, given, {"need_weights": False})[0].square().sum()
+        return out
 
     together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, mask)
     for i in range(3):
@@ -397,7 +406,8 @@ def test_compiled_encoder_calls_our_forward() -> None:
     torch._dynamo.reset()
     layer = nn.TransformerEncoderLayer(E, H, 32, batch_first=True)
     stock, ours = (m.eval() for m in converted_pair(nn.TransformerEncoder(layer, 1), "exact"))
-    convert = ours.layers[0].self_attn
+    convert = ours.get_submodule("layers.0.self_attn")
+    assert isinstance(convert, LSHMultiheadAttention)
     convert.options |= {"budget": 4, "chunk_length": 4}
     x = torch.randn(2, 32, E, dtype=torch.float64)
     with torch.no_grad():
@@ -422,7 +432,8 @@ def _train(rank: int, file: str) -> None:
         convert_attention(model, **options)
         x = torch.randn(4, 9, E, dtype=torch.float64)
         model(x).square().mean().backward()
-        expected = [p.grad.clone() for p in model.parameters()]
+        grads: list[Any] = [p.grad for p in model.parameters()]
+        expected = [grad.clone() for grad in grads]
         model.zero_grad()
         mine = x[2 * rank : 2 * rank + 2]
         replica = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
@@ -433,7 +444,8 @@ def _train(rank: int, file: str) -> None:
         dist.fsdp.fully_shard(model, mesh=mesh)
         assert isinstance(model.first, LSHMultiheadAttention)
         model(mine).square().mean().backward()
-        close([p.grad.full_tensor() for p in model.parameters()], expected)
+        grads = [p.grad for p in model.parameters()]
+        close([grad.full_tensor() for grad in grads], expected)
         assert convert_attention(model) == {}
     dist.barrier()
     dist.destroy_process_group()
@@ -441,4 +453,4 @@ def _train(rank: int, file: str) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_train, (str(tmp_path / "store"),), nprocs=2)
+    spawn(_train, (str(tmp_path / "store"),), nprocs=2)

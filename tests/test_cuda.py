@@ -40,7 +40,7 @@ def tokens(length: int = L) -> Tensor:
     return torch.randint(V, (2, length), generator=torch.Generator().manual_seed(1)).cuda()
 
 
-def gradients(of: nn.Module, reversible: bool, length: int = L, **autocast: Any) -> list[Tensor]:
+def gradients(of: rk.ReformerLM, reversible: bool, length: int = L, **autocast: Any) -> list[Tensor]:
     of.reformer.layers.reversible = reversible
     ids = tokens(length)
     torch.manual_seed(2)
@@ -71,7 +71,7 @@ def test_random_state_after_a_step_is_that_of_stored_activations() -> None:
 
 def test_reversible_layers_under_autocast() -> None:
     lm = model(KINDS["all"], torch.float32, stream_dtype="float64")
-    autocast = {"enabled": True, "dtype": torch.bfloat16}
+    autocast: dict[str, Any] = {"enabled": True, "dtype": torch.bfloat16}
     # Streams come back to float64's rounding. With stored activations the chunks' gradients of a weight are added in
     # bfloat16, the dtype of its one cast.
     allowed = torch.finfo(torch.bfloat16).eps
@@ -251,7 +251,8 @@ def sorted_by_bucket(x: Tensor, backend: str) -> Tensor:
 
 
 def attended(x: Tensor, backend: str) -> Tensor:
-    return rk.lsh_attention(x, x, causal=True, backend=backend)
+    out: Tensor = rk.lsh_attention(x, x, causal=True, backend=backend)
+    return out
 
 
 def clustered(x: Tensor, backend: str) -> Tensor:

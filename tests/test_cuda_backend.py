@@ -52,7 +52,7 @@ def test_it_needs_tensors_on_a_gpu() -> None:
         ({"factors": (2,) * 9}, "n_buckets has 9 factors; the kernels take up to 8"),
     ],
 )
-def test_it_refuses_with_reasons(options: dict, reason: str) -> None:
+def test_it_refuses_with_reasons(options: dict[str, Any], reason: str) -> None:
     assert cuda.not_supported_reasons(hash_call()) == []
     assert cuda.not_supported_reasons(hash_call(**options)) == [reason]
 
@@ -61,7 +61,9 @@ def attention_call(
     head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, key_heads: int | None = None, rounds: int = 4,
     mask: bool = False, rules: rk.AttentionRules = RULES, length: int = 1000, **options: Any,
 ) -> AttentionCall:  # fmt: skip
-    rows = lambda heads: torch.empty(2, heads, length, head_dim, dtype=dtype, device="cuda")  # noqa: E731
+    def rows(heads: int) -> torch.Tensor:
+        return torch.empty(2, heads, length, head_dim, dtype=dtype, device="cuda")
+
     call = AttentionCall(
         query=rows(8), key=rows(key_heads) if key_heads else None, value=rows(key_heads or 8),
         order=torch.empty(2, 8, rounds, length, dtype=torch.int32, device="cuda") if rounds else None, buckets=None,
@@ -121,7 +123,9 @@ def test_plans_are_described() -> None:
 
 
 def list_call(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, **options: Any) -> ListCall:
-    rows = lambda heads: torch.empty(2, heads, 1000, head_dim, dtype=dtype, device="cuda")  # noqa: E731
+    def rows(heads: int) -> torch.Tensor:
+        return torch.empty(2, heads, 1000, head_dim, dtype=dtype, device="cuda")
+
     lists = torch.empty(2, 8, 63, 96, dtype=torch.int32, device="cuda")
     call = ListCall(rows(8), rows(2), rows(2), None, lists, None, None, None, 16, 0, True, True, 0.125, 0.0, "")
     return call._replace(**options)
@@ -138,7 +142,9 @@ def test_it_refuses_lists_with_reasons() -> None:
 
 
 def select_call(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, **options: Any) -> SelectCall:
-    rows = lambda heads: torch.empty(2, heads, 1000, head_dim, dtype=dtype, device="cuda")  # noqa: E731
+    def rows(heads: int) -> torch.Tensor:
+        return torch.empty(2, heads, 1000, head_dim, dtype=dtype, device="cuda")
+
     call = SelectCall(rows(8), rows(2), None, None, None, None, 16, 96, 24, 0, True, 0.125, "")
     return call._replace(**options)
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from reformer_kernels.demo import __main__ as demo
-from reformer_kernels.demo import cost, figure, training
+from reformer_kernels.demo import cost, figure, swap, training
 from reformer_kernels.demo.model import ByteLM
 from reformer_kernels.demo.text import DemoError, split_text
 
@@ -96,6 +96,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").touch()
     Path("short.txt").write_bytes(ENGLISH * 50)
+    code: str | int | None
     try:
         code = demo.main(arguments)
     except SystemExit as stop:
@@ -239,7 +240,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         trained.evaluate()
         trained.steps = 1
         monkeypatch.setattr(cost, "measure", lengths)
-        monkeypatch.setattr(demo.swap, "measure", stage("swap", swapped))
+        monkeypatch.setattr(swap, "measure", stage("swap", swapped))
         monkeypatch.setattr(demo, "_train", stage("training", dict.fromkeys(figure.MODELS, trained)))
         monkeypatch.setattr(training, "generate", stage("sample", b"text"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,7 +41,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_named_backend_serves_or_refuses() -> None:
-    sentinel = {"rules": rk.AttentionRules.huggingface(), "chunk_length": 8}
+    sentinel: dict[str, Any] = {"rules": rk.AttentionRules.huggingface(), "chunk_length": 8}
     rk.lsh_attention(Q, Q, **sentinel)  # served by the reference
     with pytest.raises(NotImplementedError, match=r"cpu: rules.own_position=\"sentinel\" is served by the reference"):
         rk.lsh_attention(Q, Q, backend="cpu", **sentinel)
@@ -156,14 +156,14 @@ def test_tasks_do_not_see_each_other() -> None:
 
     async def both() -> list[list[str | None]]:
         a, b = asyncio.Event(), asyncio.Event()
-        return await asyncio.gather(task("reference", a, b), task("cpu", b, a))
+        return list(await asyncio.gather(task("reference", a, b), task("cpu", b, a)))
 
     assert asyncio.run(both()) == [["reference"] * 3 + ["triton"], ["cpu"] * 3 + ["triton"]]
     assert forced() is None
 
 
 def test_generators_end_their_blocks_in_any_order() -> None:
-    def block(name: str) -> Iterator[str | None]:
+    def block(name: str) -> Generator[str | None]:
         with rk.use_backend(name):
             yield forced()
 
@@ -193,7 +193,8 @@ def test_a_backward_is_served_where_it_is_called(
     n = 2 if function is rk.lsh_attention else 3
 
     def step(x: torch.Tensor, backend: str | None = None) -> torch.Tensor:
-        return function(*[x] * n, chunk_length=8, backend=backend).sum()
+        out: torch.Tensor = function(*[x] * n, chunk_length=8, backend=backend).sum()
+        return out
 
     run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
     for forward in ("reference", None):
@@ -231,7 +232,12 @@ class Deep(torch.autograd.Function):
 
 def in_a_thread_of_autograd(inside: Callable[[], None]) -> None:
     seen: list[int] = []
-    Deep.apply(torch.ones(1, requires_grad=True), 70, lambda: (seen.append(threading.get_ident()), inside())).backward()
+
+    def deep_inside() -> None:
+        seen.append(threading.get_ident())
+        inside()
+
+    Deep.apply(torch.ones(1, requires_grad=True), 70, deep_inside).backward()
     assert seen and seen[0] != threading.get_ident()
 
 
@@ -295,9 +301,12 @@ def test_a_thread_that_serves_one_backward_after_another_keeps_nothing() -> None
 def test_a_compiled_function_follows_its_caller_without_another_graph(served: list[str]) -> None:
     torch._dynamo.reset()
     graphs: list[Any] = []
-    step = torch.compile(
-        lambda x: rk.local_attention(x, x, x), fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph
-    )
+
+    def note(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    step = torch.compile(lambda x: rk.local_attention(x, x, x), fullgraph=True, backend=note)
     for name in ("reference", None, "cpu"):
         with rk.use_backend(name):
             step(Q)
@@ -346,7 +355,10 @@ def test_explain_names_the_backend_and_computes_nothing() -> None:
 
 def test_explain_leaves_no_fake_tensors_behind() -> None:
     q = torch.randn(1, 2, 40, 8)
-    function = lambda x: rk.hash_buckets(x, rk.random_rotations(78, 2, 8, 4, 4), 4)  # noqa: E731
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return rk.hash_buckets(x, rk.random_rotations(78, 2, 8, 4, 4), 4)
+
     rk.explain(function, q)
     assert function(q).shape == (1, 2, 4, 40)
     rk.lsh_attention(q, q, hash_seed=78, n_buckets=4, chunk_length=8)

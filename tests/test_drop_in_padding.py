@@ -60,14 +60,16 @@ def test_reentrant_checkpointing_gives_the_same_gradients() -> None:
     m, x, pad = long(), r(N, L, E).requires_grad_(), padding()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return m(q, k, v, pad, need_weights=False)[0]
+        out: Tensor = m(q, k, v, pad, need_weights=False)[0]
+        return out
 
     gradients = []
     for out in (attend(x, x, x), checkpoint(attend, x, x, x, use_reentrant=True)):
         for tensor in (x, *m.parameters()):
             tensor.grad = None
         out[~pad].square().sum().backward()
-        gradients.append([tensor.grad.clone() for tensor in (x, *m.parameters())])
+        grads: list[Any] = [tensor.grad for tensor in (x, *m.parameters())]
+        gradients.append([grad.clone() for grad in grads])
     close(*gradients)
 
 
@@ -78,12 +80,12 @@ def test_function(grouping: str) -> None:
     x = [r(N, H, L, 8) for _ in range(3)]
     noisy = [torch.where(pad[:, None, :, None], 1e3 * r(N, H, L, 8), y) for y in x]
     real = ~pad[:, None, :, None]
-    a, b = (rk.scaled_dot_product_attention(*y, key_padding_mask=pad, **options) * real for y in (x, noisy))
+    a, b = (rk.scaled_dot_product_attention(q, k, v, key_padding_mask=pad, **options) * real for q, k, v in (x, noisy))
     assert torch.equal(a, b)
     # Of another length than the keys, its padding has to be said.
     q, k, v = x[0][:, :, :90], x[1], x[2]
     noisy_q = noisy[0][:, :, :90]
-    of_query = {"query_padding_mask": pad[:, :90]}
+    of_query: dict[str, Any] = {"query_padding_mask": pad[:, :90]}
     a, b = (rk.scaled_dot_product_attention(y, k, v, **of_query, **options) * real[:, :, :90] for y in (q, noisy_q))
     assert torch.equal(a, b)
     a, b = (rk.scaled_dot_product_attention(y, k, v, **options) * real[:, :, :90] for y in (q, noisy_q))
@@ -92,9 +94,10 @@ def test_function(grouping: str) -> None:
     split = [y.unflatten(0, (N, 1)) for y in (q, k, v)]
     out = rk.scaled_dot_product_attention(*split, query_padding_mask=pad[:, None, :90], **options)
     assert torch.equal(out[:, 0], rk.scaled_dot_product_attention(q, k, v, **of_query, **options))
-    heads = [y[:, 0] for y in (q, k, v)]
-    out = rk.scaled_dot_product_attention(*heads, **of_query, **options)
-    assert torch.equal(out, rk.scaled_dot_product_attention(*[y[:, None] for y in heads], **of_query, **options)[:, 0])
+    q, k, v = (y[:, 0] for y in (q, k, v))
+    out = rk.scaled_dot_product_attention(q, k, v, **of_query, **options)
+    q, k, v = (y[:, None] for y in (q, k, v))
+    assert torch.equal(out, rk.scaled_dot_product_attention(q, k, v, **of_query, **options)[:, 0])
 
 
 # Cross-attention
@@ -116,8 +119,11 @@ def test_query_padding_mask(grouping: str, layout: str) -> None:
             return torch.stack(rows)[~pad]
         if layout == "length_first":
             out = m(query.transpose(0, 1), kv.transpose(0, 1), kv.transpose(0, 1), query_padding_mask=mask)[0]
-            return out.transpose(0, 1)[~pad]
-        return m(query, kv, kv, query_padding_mask=mask)[0][~pad]
+            out = out.transpose(0, 1)
+        else:
+            out = m(query, kv, kv, query_padding_mask=mask)[0]
+        real: Tensor = out[~pad]
+        return real
 
     assert torch.equal(run(q, pad), run(noisy, pad))
     assert not torch.equal(run(q, None), run(noisy, None))

@@ -134,7 +134,7 @@ def test_steps() -> None:
     with pytest.raises(ValueError, match="got 5"):
         rk.hash_buckets(Q, rotations, 5)
     with pytest.raises(TypeError, match="n_buckets must be a positive even integer or a sequence of them, got None"):
-        rk.hash_buckets(Q, rotations, None)
+        rk.hash_buckets(Q, rotations, None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"buckets must have dtype torch\.int32"):
         rk.bucket_order(torch.zeros(1, 1, 1, 4).long(), 4)
     for bad in (-1, 4, 2**31 - 1):
@@ -144,7 +144,7 @@ def test_steps() -> None:
     with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
         rk.random_rotations(0, 0, 8, 2, 4)
     with pytest.raises(TypeError, match="hash_seed must be an int, got None"):
-        rk.random_rotations(None, 1, 8, 2, 4)
+        rk.random_rotations(None, 1, 8, 2, 4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -46,14 +47,15 @@ def with_gradients(function: Callable[[], Tensor], leaves: Sequence[Tensor]) -> 
 
 def by_hand(module: Callable[[Tensor], Tensor], x: Tensor, chunk_length: int) -> Tensor:
     """One chunk after the other, with all activations stored."""
-    return torch.cat([module(piece) for piece in x.flatten(0, -2).split(chunk_length)]).unflatten(0, x.shape[:-1])
+    rows = torch.cat([module(piece) for piece in x.flatten(0, -2).split(chunk_length)])
+    return rows.view(*x.shape[:-1], rows.shape[1])
 
 
 class Watch(TorchDispatchMode):
     """The size of the largest tensor made, and how much of wide activations, [n, 64], was alive at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.largest = self.peak = 0
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -72,7 +74,8 @@ class Watch(TorchDispatchMode):
 def watched(function: Callable[[Tensor], Tensor], tokens: int) -> Watch:
     """Forward and backward for tokens of two channels."""
     x = torch.randn(1, tokens, 2, requires_grad=True)
-    with Watch() as watch:
+    watch = Watch()
+    with watch:
         function(x).sum().backward()
     return watch
 
@@ -96,10 +99,12 @@ def test_chunks_equal_the_module(shape: tuple[int, ...], chunk_length: int | Non
 @pytest.mark.parametrize("chunk_length", [1, 5, 12])
 def test_dropout_is_drawn_chunk_by_chunk(glu: bool, chunk_length: int) -> None:
     chunked = ChunkedFeedForward(6, 9, glu=glu, activation="tanh", dropout=0.4, chunk_length=chunk_length).double()
-    up, gate, down = chunked.module.up, chunked.module.gate, chunked.module.down
+    layers: Any = chunked.module
+    up, gate, down = layers.up, layers.gate, layers.down
 
     def plain(x: Tensor) -> Tensor:
-        return down(F.dropout(torch.tanh(gate(x)) * up(x) if glu else torch.tanh(up(x)), 0.4))
+        out: Tensor = down(F.dropout(torch.tanh(gate(x)) * up(x) if glu else torch.tanh(up(x)), 0.4))
+        return out
 
     x = random_input((3, 4, 6))
     leaves = [x, *chunked.parameters()]
@@ -140,7 +145,7 @@ def test_dropout_in_a_reversible_sequence() -> None:
         torch.manual_seed(3)
         results.append(with_gradients(lambda: blocks(x)[1], [x, *blocks.parameters()]))
     # Four layers' sums of 6 + 9 + 6 channels and 12 tokens, and the reconstruction of the streams.
-    assert_equal_to_rounding(*results, 4 * (6 + 9 + 6 + 12 + FORMULA_ROUNDINGS))
+    assert_equal_to_rounding(results[0], results[1], 4 * (6 + 9 + 6 + 12 + FORMULA_ROUNDINGS))
 
 
 @pytest.mark.parametrize("name", ["plain", "glu", "dropout", "both", "reversible", "cross-entropy"])
@@ -171,8 +176,10 @@ def test_feed_forward_by_the_formula(activation: Any, bias: bool, glu: bool) -> 
     layer = ChunkedFeedForward(6, 9, activation=activation, bias=bias, glu=glu, chunk_length=5).double()
     activate, x = FORMULAS.get(activation, activation), random_input((3, 4, 6))
     w = {name.removeprefix("module."): parameter for name, parameter in layer.named_parameters()}
-    linear = lambda name, rows: F.linear(rows, w[f"{name}.weight"], w.get(f"{name}.bias"))  # noqa: E731
     assert len(w) == (2 + glu) * (1 + bias)
+
+    def linear(name: str, rows: Tensor) -> Tensor:
+        return F.linear(rows, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
     def formula() -> Tensor:
         return linear("down", activate(linear("gate", x)) * linear("up", x) if glu else activate(linear("up", x)))
@@ -180,13 +187,13 @@ def test_feed_forward_by_the_formula(activation: Any, bias: bool, glu: bool) -> 
     leaves = [x, *w.values()]
     results = [with_gradients(function, leaves) for function in (lambda: layer(x), formula)]
     # Sums of 6 and 9 channels forward, 9 channels and 12 tokens backward.
-    assert_equal_to_rounding(*results, 6 + 9 + 9 + 12 + 2 * FORMULA_ROUNDINGS)
+    assert_equal_to_rounding(results[0], results[1], 6 + 9 + 9 + 12 + 2 * FORMULA_ROUNDINGS)
 
 
 def test_feed_forward_options() -> None:
     assert set(ACTIVATIONS) == set(FORMULAS)
     for embed_dim, glu, hidden_dim in ((6, False, 24), (6, True, 16), (1, True, 2), (5, True, 13)):
-        assert ChunkedFeedForward(embed_dim, glu=glu).module.up.out_features == hidden_dim
+        assert ChunkedFeedForward(embed_dim, glu=glu).get_parameter("module.up.weight").shape[0] == hidden_dim
     layer = ChunkedFeedForward(6, 9, glu=True, device="meta", dtype=torch.bfloat16)
     assert {name: list(w.shape) for name, w in layer.state_dict().items()} == {
         "module.up.weight": [9, 6], "module.up.bias": [9],
@@ -259,10 +266,11 @@ def test_half_logits_give_a_float32_loss(dtype: torch.dtype, autocast: bool) -> 
     width = torch.float32 if autocast else dtype
     head, hidden, labels = make_head(width), random_input((3, 4, 6), width), make_labels((3, 4))
     results = []
-    for function in (
+    functions: list[Callable[[], Tensor]] = [
         lambda: chunked_cross_entropy(hidden, head, labels, chunk_length=5),
         lambda: F.cross_entropy(by_hand(head, hidden, 5).float().flatten(0, 1), labels.flatten()),
-    ):
+    ]
+    for function in functions:
         # without the cache each chunk casts the weight, as it does when it is computed again
         with torch.autocast("cpu", dtype, enabled=autocast, cache_enabled=False):
             out = function()
@@ -277,7 +285,7 @@ def test_cross_entropy_gradcheck() -> None:
     leaves = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 3), (11, 3), (11,))]
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        head = lambda tokens: F.linear(tokens, weight, bias)  # noqa: E731
+        head: Any = lambda tokens: F.linear(tokens, weight, bias)  # noqa: E731
         return chunked_cross_entropy(hidden, head, labels, chunk_length=2, label_smoothing=0.1)
 
     assert torch.autograd.gradcheck(loss, leaves)
@@ -295,8 +303,8 @@ def test_compiles_whole() -> None:
     modules, loss = make_loss()
     x, labels = random_input((3, 4, 6)), make_labels((3, 4))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    results = [with_gradients(lambda f=f: f(x, labels), [x, *modules.parameters()]) for f in (compiled, loss)]
-    assert_equal_to_rounding(*results, 6 + 9 + 6 + 2 * 11 + 12)
+    results = [with_gradients(partial(f, x, labels), [x, *modules.parameters()]) for f in (compiled, loss)]
+    assert_equal_to_rounding(results[0], results[1], 6 + 9 + 6 + 2 * 11 + 12)
 
 
 def test_torch_func() -> None:
@@ -330,10 +338,11 @@ def entropy(hidden: Any = X, labels: Any = Y, **options: Any) -> Tensor:
      "x must have at least two dimensions [..., L, E], got shape [4]"),
     (lambda: ChunkedFeedForward(0), ValueError, "embed_dim must be at least 1, got 0"),
     (lambda: ChunkedFeedForward(4, 0), ValueError, "hidden_dim must be at least 1, got 0"),
-    (lambda: ChunkedFeedForward(4, glu=1), TypeError, "glu must be a bool, got 1"),
+    (lambda: ChunkedFeedForward(4, glu=1), TypeError, "glu must be a bool, got 1"),  # type: ignore[arg-type]
     (lambda: ChunkedFeedForward(4, dropout=1.5), ValueError, "dropout must be between 0 and 1, got 1.5"),
-    (lambda: ChunkedFeedForward(4, dropout="x"), TypeError, "dropout must be a float, got 'x'"),
-    (lambda: ChunkedFeedForward(4, activation=3), ValueError, f"activation must be one of {tuple(FORMULAS)}, got 3"),
+    (lambda: ChunkedFeedForward(4, dropout="x"), TypeError, "dropout must be a float, got 'x'"),  # type: ignore[arg-type]
+    (lambda: ChunkedFeedForward(4, activation=3), ValueError,  # type: ignore[arg-type]
+     f"activation must be one of {tuple(FORMULAS)}, got 3"),
     (lambda: entropy(hidden=[1.0]), TypeError, "hidden must be a floating tensor, got list"),
     (lambda: entropy(hidden=X.long()), TypeError, "hidden must be a floating tensor, got torch.int64"),
     (lambda: entropy(labels=3), TypeError, "labels must be an int64 tensor, got int"),

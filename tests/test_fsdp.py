@@ -1,7 +1,7 @@
 """Models under FSDP of both kinds, in a group of one process: sharding, initial weights, files."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import reformer_kernels as rk
@@ -31,7 +32,7 @@ L = 150
 
 @pytest.fixture(autouse=True)
 def group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     yield
     dist.destroy_process_group()
 
@@ -46,7 +47,10 @@ def step(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = model(ids, labels=ids).loss
     loss.backward()
-    whole = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x  # noqa: E731
+
+    def whole(x: Any) -> Any:
+        return x.full_tensor() if hasattr(x, "full_tensor") else x
+
     return loss.detach(), {name: whole(p.grad).clone() for name, p in model.named_parameters()}
 
 
@@ -99,7 +103,8 @@ def test_mixed_precision() -> None:
     for block in wrong.reformer.layers.blocks:
         fully_shard(block, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
     with pytest.raises(RuntimeError, match="cast_forward_inputs=True"):
-        step(fully_shard(wrong), ids)
+        fully_shard(wrong)
+        step(wrong, ids)
 
 
 def test_saves_what_is_sharded(tmp_path: Path) -> None:
@@ -110,19 +115,22 @@ def test_saves_what_is_sharded(tmp_path: Path) -> None:
     fully_shard(model)
     model.save_pretrained(tmp_path)
     assert torch.equal(rk.ReformerLM.from_pretrained(tmp_path)(ids).logits, expected)
-    model.reformer.layers.blocks[0].unshard()
+    block = model.get_submodule("reformer.layers.blocks.0")
+    assert isinstance(block, FSDPModule)
+    block.unshard()
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(rk.ReformerLM.from_pretrained(tmp_path / "again")(ids).logits, expected)
 
 
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = fully_shard(rk.ReformerLM(config()))
-    monkeypatch.setattr(dist.DeviceMesh, "get_coordinate", lambda _: [1])
+    model = rk.ReformerLM(config())
+    fully_shard(model)
+    monkeypatch.setattr(DeviceMesh, "get_coordinate", lambda _: [1])
     model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-MODELS = {
+MODELS: dict[str, Callable[..., Any]] = {
     "lm": lambda **o: rk.ReformerLM(config(**o)),
     "tied": lambda **o: rk.ReformerMaskedLM(config(tie_embeddings=True, streams="mean", norm="rms", **o)),
     "classifier": lambda **o: rk.ReformerSequenceClassifier(config(attention_bias=True, memory_keys=3, **o)),

@@ -71,7 +71,8 @@ def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def call_ours(**kwargs: Any) -> Tensor:
-    return rk.lsh_attention(torch.randn(1, 2, 64, 8), torch.randn(1, 2, 64, 8), chunk_length=16, **kwargs)
+    out: Tensor = rk.lsh_attention(torch.randn(1, 2, 64, 8), torch.randn(1, 2, 64, 8), chunk_length=16, **kwargs)
+    return out
 
 
 def test_missing_library_is_told_once_and_why(without_library: None) -> None:

@@ -52,11 +52,13 @@ def test_memory_in_a_fresh_process() -> None:
 
 def test_a_step_leaves_gradients_where_they_were() -> None:
     step = models.Step(models.ours(TINY), TINY)
-    before = [p.grad.data_ptr() for p in step.model.parameters()]
+    before: list[Any] = [p.grad for p in step.model.parameters()]
+    addresses = [grad.data_ptr() for grad in before]
     taken = step()
     assert 0 < taken["forward"] < taken["both"]
-    assert [p.grad.data_ptr() for p in step.model.parameters()] == before
-    assert all(p.grad.abs().sum() > 0 for p in step.model.parameters())
+    after: list[Any] = [p.grad for p in step.model.parameters()]
+    assert [grad.data_ptr() for grad in after] == addresses
+    assert all(grad.abs().sum() > 0 for grad in after)
 
 
 def test_committed_results_can_be_reported(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_all_logits_at_once_are_never_there(name: str) -> None:
     ids, found = tokens(B, S), {}
     for length in (4, None):
         model = MODELS[name](vocab_size=2000, head_chunk_length=length, hidden_dropout=0.1).train()
-        with Largest() as largest:
+        with Largest() as largest:  # type: ignore[no-untyped-call]
             model(ids, labels=ids).loss.backward()
         found[length] = largest.numel
     assert found[None] == max(B * S * 2000, 2000 * 2 * E) and found[4] == max(4 * 2000, 2000 * 2 * E)
@@ -86,15 +86,16 @@ def test_all_logits_at_once_are_never_there(name: str) -> None:
 @pytest.mark.parametrize("pooling", ["first", "last", "mean"])
 def test_pooling(pooling: str, masked: bool) -> None:
     model, ids = made(ReformerSequenceClassifier, pooling=pooling, num_labels=3), tokens(4, L)
-    mask = lengths(L, 20, 9, 0) if masked else torch.ones(4, L)
-    mask[1, :4] = 0  # padded on the left, too
-    mask = mask if masked else None
+    mask = None
+    if masked:
+        mask = lengths(L, 20, 9, 0)
+        mask[1, :4] = 0  # padded on the left, too
     hidden = model.reformer(ids, mask).last_hidden_state
     pooled = []
     for row in range(4):
         there = list(range(L)) if mask is None else mask[row].nonzero().flatten().tolist()
-        places = {"first": [0], "last": [max(there, default=0)], "mean": there}[pooling]
-        pooled.append(sum((hidden[row, place] for place in places), torch.zeros(2 * E)) / max(1, len(places)))
+        used = {"first": [0], "last": [max(there, default=0)], "mean": there}[pooling]
+        pooled.append(sum((hidden[row, position] for position in used), torch.zeros(2 * E)) / max(1, len(used)))
     dense = torch.tanh(torch.stack(pooled) @ model.dense.weight.T + model.dense.bias)
     out = model(ids, mask)
     assert out.loss is None and out.logits.shape == (4, 3)
@@ -129,7 +130,7 @@ def test_answers() -> None:
         assert got.shape == (3, L) and torch.equal(got[mask == 1], expected[mask == 1])
         assert (got[mask == 0] == torch.finfo(torch.float64).min).all()
         assert mask.gather(1, got.argmax(1, keepdim=True)).all()
-    # Of the attended places only: the softmax of the rest is 0.
+    # Of the attended positions only: the softmax of the rest is 0.
     ends = logits.masked_fill(mask[..., None] == 0, -math.inf).log_softmax(1)
     expected = -(ends[0, 5, 0] + ends[1, 19, 0]) / 4 - (ends[0, 5, 1] + ends[1, 3, 1] + ends[2, 0, 1]) / 6
     assert_equal_to_rounding(out.loss, expected, L)
@@ -159,15 +160,15 @@ def test_decoder_sees_the_source_and_the_past() -> None:
     for row, (n, m) in enumerate(((20, S), (L, 6))):
         alone = model(source[row : row + 1, :n], decoder_input_ids=target[row : row + 1, :m])
         assert_equal_to_rounding(out.logits[row, :m], alone.logits[0], ROUNDINGS)
-        other = source.clone(), target.clone()
-        other[0][row, n:], other[1][row, m:] = 1, 2
-        assert torch.equal(model(other[0], sources, other[1], targets).logits[row, :m], out.logits[row, :m])
-    for place in (0, 4, S - 1):
+        other_source, other = source.clone(), target.clone()
+        other_source[row, n:], other[row, m:] = 1, 2
+        assert torch.equal(model(other_source, sources, other, targets).logits[row, :m], out.logits[row, :m])
+    for position in (0, 4, S - 1):
         other = target.clone()
-        other[:, place] = (target[:, place] + 1) % V
+        other[:, position] = (target[:, position] + 1) % V
         later = model(source, decoder_input_ids=other).logits
         before = model(source, decoder_input_ids=target).logits
-        assert torch.equal(later[:, :place], before[:, :place]) and not torch.equal(later, before)
+        assert torch.equal(later[:, :position], before[:, :position]) and not torch.equal(later, before)
     source[:, -1] = (source[:, -1] + 1) % 50
     assert (model(source, decoder_input_ids=target).logits != before).any(-1).all()
 
@@ -194,7 +195,7 @@ def test_labels_are_shifted_right() -> None:
 # ---- errors
 
 IDS, FLOATS, MASK = torch.zeros(B, L, dtype=torch.int64), torch.zeros(B, L, E, dtype=torch.float64), torch.ones(B, S)
-CLASS, PLACES = torch.tensor([0, 1]), torch.tensor([3, 5])
+CLASS, POSITIONS = torch.tensor([0, 1]), torch.tensor([3, 5])
 GIVEN_TWICE = "input_ids or inputs_embeds must be given, and not both"
 WRONG_INPUT: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("lm", {}, ValueError, GIVEN_TWICE),
@@ -248,11 +249,11 @@ WRONG_INPUT: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      f"floating labels must have shape [{B}, 2], got [{B}]"),
     ("numbers", {"input_ids": IDS, "labels": MASK}, ValueError,
      f"floating labels must have shape [{B}] or [{B}, 1], got [{B}, {S}]"),
-    ("answers", {"input_ids": IDS, "end_positions": PLACES}, ValueError,
+    ("answers", {"input_ids": IDS, "end_positions": POSITIONS}, ValueError,
      "start_positions and end_positions must be given together, got end_positions alone"),
-    ("answers", {"input_ids": IDS, "start_positions": PLACES, "end_positions": PLACES[:1]}, ValueError,
+    ("answers", {"input_ids": IDS, "start_positions": POSITIONS, "end_positions": POSITIONS[:1]}, ValueError,
      f"end_positions must have shape [{B}], got [1]"),
-    ("answers", {"input_ids": IDS, "start_positions": PLACES.int(), "end_positions": PLACES}, TypeError,
+    ("answers", {"input_ids": IDS, "start_positions": POSITIONS.int(), "end_positions": POSITIONS}, TypeError,
      "start_positions must be an int64 tensor, got torch.int32"),
     ("seq2seq", {"labels": IDS}, ValueError, "input_ids or encoder_last_hidden_state must be given, and not both"),
     ("seq2seq", {"input_ids": IDS, "labels": IDS, "encoder_last_hidden_state": FLOATS}, ValueError,
@@ -297,7 +298,7 @@ def test_errors_name_arguments_of_the_call(name: str, arguments: dict[str, Any],
 def test_wrong_configurations() -> None:
     for cls in (Reformer, ReformerLM, ReformerMaskedLM, ReformerSequenceClassifier, ReformerQuestionAnswering):
         with pytest.raises(TypeError, match=r"^config must be a ReformerConfig, got dict$"):
-            cls({})
+            cls({})  # type: ignore[arg-type]
     for name, configs in (("encoder", ({}, config())), ("decoder", (config(), {}))):
         with pytest.raises(TypeError, match=f"^{name}_config must be a ReformerConfig, got dict$"):
             ReformerSeq2Seq(*configs)

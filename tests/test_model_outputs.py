@@ -17,7 +17,7 @@ OUTPUTS = [kind for kind in vars(outputs).values() if isinstance(kind, type) and
 
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_places_and_keys(kind: type[ModelOutput]) -> None:
-    names = [field.name for field in fields(kind)]
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     assert names[0] in ("loss", "last_hidden_state")
     for given in (names, names[:1], names[-1:], []):
         out = kind(**{name: torch.tensor(i) if name in given else None for i, name in enumerate(names)})
@@ -51,16 +51,16 @@ def test_what_is_not_there() -> None:
         (1.5, TypeError, "must be integers or slices"),
     ):
         with pytest.raises(kind, match=message):
-            out[key]
+            out[key]  # type: ignore[index]
     with pytest.raises(TypeError, match="item assignment"):
-        out["loss"] = torch.ones(1)
+        out["loss"] = torch.ones(1)  # type: ignore[index]
     with pytest.raises(TypeError, match="item deletion"):
-        del out["logits"]
+        del out["logits"]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_is_a_tree(kind: type[ModelOutput]) -> None:
-    names = [field.name for field in fields(kind)]
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     out = kind(**{name: torch.tensor(float(i)) for i, name in enumerate(names)})
     doubled = pytree.tree_map(lambda t: 2 * t, out)
     assert type(doubled) is kind and [float(t) for t in doubled] == [2 * float(t) for t in out]
@@ -76,4 +76,4 @@ def test_functional_transforms_return_outputs() -> None:
     model = rk.ReformerLM(rk.ReformerConfig(vocab_size=8, embed_dim=8, num_layers=1, num_heads=1)).eval()
     ids = torch.randint(8, (3, 2, 10))
     out = torch.func.vmap(model)(ids)
-    assert isinstance(out, LMOutput) and out.logits.shape == (3, 2, 10, 8)
+    assert isinstance(out, LMOutput) and out.logits is not None and out.logits.shape == (3, 2, 10, 8)

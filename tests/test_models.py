@@ -55,7 +55,7 @@ TRUNKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # The longest way: every half has a norm and a projection (E each), scores, weights and a hidden layer.
 ROUNDINGS = 10 * (2 * E + 2 * H * E + (L + 3) + 4 * E)
-MODELS: dict[str, Callable[..., nn.Module]] = {
+MODELS: dict[str, Callable[..., Any]] = {
     "lm": lambda **o: made(ReformerLM, **o),
     "masked": lambda **o: made(ReformerMaskedLM, **o),
     "classifier": lambda **o: made(ReformerSequenceClassifier, **o),
@@ -140,7 +140,8 @@ def plain(model: Reformer, ids: Tensor, mask: Any = None, context: Any = None, c
             layer = attention(c, kind, index).to(x.dtype).train(model.training)
         layer.load_state_dict({key: w[f"{name}.layer.{key}"] for key in layer.state_dict()})
         y = normed(f"{name}.norm", x)
-        return layer(y, context_ignored, context=context) if kind == "context" else layer(y, ignored)
+        out: Tensor = layer(y, context_ignored, context=context) if kind == "context" else layer(y, ignored)
+        return out
 
     def fed_forward(name: str, x: Tensor) -> Tensor:
         linear = {n: (w[f"{name}.layer.module.{n}.weight"], w[f"{name}.layer.module.{n}.bias"]) for n in ("up", "down")}
@@ -198,7 +199,7 @@ def test_trunk_written_out(name: str, dropout: float) -> None:
         torch.manual_seed(1)
         outs.append(forward())
     assert outs[0].shape == (B, L, model.config.hidden_dim)
-    assert_equal_to_rounding(*outs, ROUNDINGS)
+    assert_equal_to_rounding(outs[0], outs[1], ROUNDINGS)
     if not dropout:
         given["attention_mask"] = None
         assert_equal_to_rounding(model(ids, **given).last_hidden_state, plain(model, ids, *given.values()), ROUNDINGS)
@@ -216,13 +217,13 @@ def test_reversible_equals_stored_gradients(name: str) -> None:
         torch.manual_seed(1)
         out = model(inputs_embeds=embeds, **given).last_hidden_state
         grads.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
-    assert_equal_to_rounding(*grads, ROUNDINGS)
+    assert_equal_to_rounding(grads[0], grads[1], ROUNDINGS)
     assert all(grad.abs().sum() > 0 for grad in grads[0])
 
 
 def test_options_reach_the_layers() -> None:
     options = {"reversible": False, "reversible_min_length": 5, "stream_dtype": "float64"}
-    layers = Reformer(config(**options, feed_forward_chunk_length=6)).layers
+    layers: Any = Reformer(config(**options, feed_forward_chunk_length=6)).layers
     assert all(block.g.chunk_length == 6 for block in layers.blocks)
     assert (layers.reversible, layers.min_length, layers.stream_dtype) == (False, 5, torch.float64)
     assert Reformer(config()).layers.reversible
@@ -287,13 +288,14 @@ def test_order(kind: str, options: dict[str, Any]) -> None:
     masked = made(ReformerMaskedLM, causal=True, **options)
     assert causal.config.causal and not masked.config.causal and causal.config.context_dim is None
     ids = tokens(B, L)
-    for place in (0, 9, 20, L - 1):
+    for position in (0, 9, 20, L - 1):
         other = ids.clone()
-        other[:, place] = (ids[:, place] + 1) % V
+        other[:, position] = (ids[:, position] + 1) % V
         before, after = causal(ids).logits, causal(other).logits
-        assert torch.equal(before[:, :place], after[:, :place])
-        assert (before[:, place] != after[:, place]).any(-1).all()
-        assert place in (0, 20) or not torch.equal(masked(ids).logits[:, :place], masked(other).logits[:, :place])
+        assert torch.equal(before[:, :position], after[:, :position])
+        assert (before[:, position] != after[:, position]).any(-1).all()
+        by_all, by_all_others = (masked(x).logits[:, :position] for x in (ids, other))
+        assert position in (0, 20) or not torch.equal(by_all, by_all_others)
 
 
 # ---- all models
@@ -301,8 +303,11 @@ def test_order(kind: str, options: dict[str, Any]) -> None:
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
     if isinstance(model, ReformerQuestionAnswering):
-        return model(ids, start_positions=ids[:, 0] % L, end_positions=ids[:, 1] % L).loss
-    return model(ids, labels=ids[:, 0] % 2 if isinstance(model, ReformerSequenceClassifier) else ids).loss
+        out = model(ids, start_positions=ids[:, 0] % L, end_positions=ids[:, 1] % L)
+    else:
+        out = model(ids, labels=ids[:, 0] % 2 if isinstance(model, ReformerSequenceClassifier) else ids)
+    loss: Tensor = out.loss
+    return loss
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -406,7 +411,7 @@ def test_dtype_of_the_streams(dtype: torch.dtype, streams: str | None) -> None:
 def test_compiled_training_step() -> None:
     model, ids = made(ReformerLM, dtype=torch.float32, num_layers=2).train(), tokens(B, L)
     expected = gradients(model, lambda: model(ids, labels=ids).loss)
-    compiled = torch.compile(model)
+    compiled: Callable[..., Any] = torch.compile(model)
     assert_equal_to_rounding(gradients(model, lambda: compiled(ids, labels=ids).loss), expected, ROUNDINGS + B * L)
 
 
@@ -415,7 +420,8 @@ def test_gradients_of_each_sequence_by_transforms() -> None:
     weights = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(weights: dict[str, Tensor], ids: Tensor) -> Tensor:
-        return functional_call(model, weights, (ids[None],), {"labels": ids[None]}).loss
+        out: Tensor = functional_call(model, weights, (ids[None],), {"labels": ids[None]}).loss
+        return out
 
     each = vmap(torch.func.grad(loss), (None, 0))(weights, ids)
     for row, one in enumerate(ids.split(1)):

@@ -1,13 +1,16 @@
 """LSHSelfAttention and LocalSelfAttention as layers."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import reformer_kernels as rk
 
-LAYERS = {
+LAYERS: dict[str, Callable[..., Any]] = {
     "lsh": lambda **o: rk.LSHSelfAttention(16, 2, chunk_length=8, causal=True, **o),
     "local": lambda **o: rk.LocalSelfAttention(16, 2, chunk_length=8, causal=True, **o),
 }
@@ -16,7 +19,7 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_the_function_on_its_projections(name: str) -> None:
     layer, x = LAYERS[name](bias=True).eval(), torch.randn(2, 40, 16)
-    heads = lambda y: y.unflatten(-1, (2, 8)).transpose(1, 2)  # noqa: E731
+    heads: Callable[[Tensor], Tensor] = lambda y: y.view(2, 40, 2, 8).transpose(1, 2)  # noqa: E731
     if name == "lsh":
         out = rk.lsh_attention(heads(layer.query_key(x)), heads(layer.value(x)), chunk_length=8, causal=True)
     else:

@@ -8,6 +8,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,8 +51,8 @@ def pair(path: str = "exact", **arguments: Any) -> tuple[nn.MultiheadAttention, 
 def inputs(m: nn.MultiheadAttention, N: int = 2, L: int = 7, S: int = 9) -> list[Tensor]:
     """Query, key and value in the layout of the module, in its dtype."""
     shapes = ((L, E), (S, m.kdim), (S, m.vdim))
-    kind = {"dtype": m.out_proj.weight.dtype, "requires_grad": True}
-    return [torch.randn((N, n, e) if m.batch_first else (n, N, e), **kind) for n, e in shapes]
+    sizes = [(N, n, e) if m.batch_first else (n, N, e) for n, e in shapes]
+    return [torch.randn(size, dtype=m.out_proj.weight.dtype, requires_grad=True) for size in sizes]
 
 
 def close(a: Any, b: Any) -> None:
@@ -64,7 +65,7 @@ def masks(name: str, N: int, heads: int, L: int, S: int) -> dict[str, Tensor]:
     padding = torch.arange(S) >= torch.randint(S // 2, S, (N, 1))
     hidden = torch.rand(N * heads, L, S) < 0.3
     hidden[:, :, 0] = False
-    minus = {"dtype": torch.float64}
+    minus: Any = {"dtype": torch.float64}
     return {
         "none": {},
         "padding": {"key_padding_mask": padding},
@@ -151,7 +152,7 @@ def r(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-ERRORS: dict[str, Callable[[nn.MultiheadAttention], Any]] = {
+ERRORS: dict[str, Callable[[Callable[..., Any]], Any]] = {
     "rank": lambda m: m(r(1, 2, 7, E), r(9, 2, E), r(9, 2, E)),
     "key_rank": lambda m: m(r(7, 2, E), r(9, E), r(9, E)),
     "width": lambda m: m(r(7, 2, E + 1), r(9, 2, E), r(9, 2, E)),
@@ -179,7 +180,7 @@ def test_errors_are_the_stock_ones(path: str, case: str, need_weights: bool) -> 
     raised = []
     for m in pair(path):
         with pytest.raises((AssertionError, RuntimeError, ValueError, TypeError)) as info:
-            ERRORS[case](lambda *a, m=m, **k: m(*a, **k, need_weights=need_weights))
+            ERRORS[case](partial(m, need_weights=need_weights))
         raised.append((info.type, str(info.value)))
     assert raised[0] == raised[1]
 
@@ -311,7 +312,12 @@ def test_a_row_without_keys_gives_the_bias(path: str, kind: str, need_weights: b
 )
 def test_is_exact_up_to_the_limit(options: dict[str, Any], limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths, attend = [], clustered.attend
-    monkeypatch.setattr(clustered, "attend", lambda q, k, v, **o: lengths.append(k.shape[2]) or attend(q, k, v, **o))
+
+    def note(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        lengths.append(k.shape[2])
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(clustered, "attend", note)
     m = LSHMultiheadAttention(E, H, batch_first=True, **options)
     for length in (limit - 1, limit, limit + 1):
         for padding in (None, torch.zeros(2, length, dtype=torch.bool)):
@@ -429,9 +435,10 @@ def test_double_backward_of_the_exact_path() -> None:
 @paths
 def test_hooks_functional_call_and_vmap(path: str) -> None:
     _, m = pair(path, batch_first=True)
-    x, seen = r(3, 9, E), []
+    x = r(3, 9, E)
+    seen: list[Any] = []
     m.register_forward_hook(lambda module, args, out: seen.append(out[0]))
-    m.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(grad_out[0]))
+    m.register_full_backward_hook(lambda _, __, grad_out: seen.append(grad_out[0]))  # type: ignore[index]
     m(x.requires_grad_(), x, x)[0].sum().backward()
     assert len(seen) == 2
     m = pair(path, batch_first=True)[1]
@@ -439,7 +446,8 @@ def test_hooks_functional_call_and_vmap(path: str) -> None:
     parameters = {name: p.detach() for name, p in m.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(m, parameters, (x, x, x))[0].square().sum()
+        out: Tensor = functional_call(m, parameters, (x, x, x))[0].square().sum()
+        return out
 
     doubled = {name: 2 * p for name, p in parameters.items()}
     assert not torch.allclose(loss(doubled, x), loss(parameters, x))

@@ -97,7 +97,8 @@ def test_compile_without_recompiling_for_a_new_length() -> None:
 
     def step(q: torch.Tensor, v: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
         out = rk.lsh_attention(q, v, causal=True, chunk_length=8, dropout_p=0.1, dropout_seed=seed)
-        return out + rk.local_attention(q, q, v, causal=True, chunk_length=8)
+        result: torch.Tensor = out + rk.local_attention(q, q, v, causal=True, chunk_length=8)
+        return result
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
@@ -150,7 +151,8 @@ def test_torch_func_grad_and_vmap() -> None:
     q, v = torch.randn(3, 1, 2, 20, 4), torch.randn(3, 1, 2, 20, 4)
 
     def loss(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return rk.lsh_attention(q, v, causal=True, chunk_length=8).square().sum()
+        out: torch.Tensor = rk.lsh_attention(q, v, causal=True, chunk_length=8).square().sum()
+        return out
 
     def one(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
         q, v = q.clone().requires_grad_(), v.clone().requires_grad_()
@@ -197,7 +199,8 @@ def test_vmap_over_any_argument() -> None:
 
     def attend(q: torch.Tensor, seed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         options: dict[str, Any] = {"n_buckets": [2, 2], "chunk_length": 8, "dropout_p": 0.2, "key_padding_mask": mask}
-        return rk.lsh_attention(q, v, dropout_seed=seed, **options)
+        out: torch.Tensor = rk.lsh_attention(q, v, dropout_seed=seed, **options)
+        return out
 
     expected = torch.stack([attend(*x) for x in zip(q, seeds, masks, strict=True)])
     assert torch.equal(torch.func.vmap(attend)(q, seeds, masks), expected)
@@ -233,7 +236,11 @@ def test_autocast_around_the_backward_and_mixed_dtypes(backend: str) -> None:
 def test_compile_packed() -> None:
     torch._dynamo.reset()
     bounds = torch.tensor([0, 8, 20], dtype=torch.int32)
-    step = lambda q: rk.lsh_attention(q, q, cu_seqlens=bounds, n_buckets=4, chunk_length=8)  # noqa: E731
+
+    def step(q: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = rk.lsh_attention(q, q, cu_seqlens=bounds, n_buckets=4, chunk_length=8)
+        return out
+
     q = torch.randn(1, 2, 20, 4)
     assert torch.equal(torch.compile(step, fullgraph=True, backend="eager")(q), step(q))
 

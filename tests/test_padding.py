@@ -20,7 +20,7 @@ RULES = [
     rk.AttentionRules.paper(),
     rk.AttentionRules(padding_bucket=False, mask_padded_queries=True),
 ]
-WINDOWS: list[dict[str, int]] = [
+WINDOWS: list[dict[str, Any]] = [
     {"chunk_length": 5, "chunks_before": 2, "chunks_after": 1},
     {"chunk_length": 24, "chunks_after": 1},  # longer than some rows, not than the batch
 ]
@@ -89,11 +89,12 @@ def test_local_attention(backend: str, causal: bool) -> None:
 def test_context_keys(backend: str, causal: bool) -> None:
     """The first 20 rows are queries, but for a row that ends before."""
 
-    def attend(q: Tensor, v: Tensor, **mask: Tensor) -> Tensor:
+    def attend(q: Tensor, v: Tensor, **mask: Any) -> Tensor:
         queries = min(20, q.shape[2])
-        return rk.lsh_attention(
+        out: Tensor = rk.lsh_attention(
             q, v, num_queries=queries, n_buckets=4, chunk_length=8, causal=causal, backend=backend, **mask
         )
+        return out
 
     check(attend, tensors(2, 2), backend == "cpu", queries=20)
 
@@ -134,9 +135,10 @@ def test_published_rules_keep_their_padding() -> None:
     q, v = (x.nan_to_num(0.0) for x in tensors(2, 2))
     for rules in (rk.AttentionRules.lucidrains(), rk.AttentionRules.huggingface()):
         assert not rules.cut_padding
+        changed: dict[str, Any] = {**rules.differences(), "cut_padding": True}
         outs = [
             rk.lsh_attention(q, v, rules=x, n_buckets=4, chunk_length=8, key_padding_mask=PADDING, chunks_after=1)
-            for x in (rules, rk.AttentionRules(**{**rules.differences(), "cut_padding": True}))
+            for x in (rules, rk.AttentionRules(**changed))
         ]
         assert not torch.equal(*(x[1, :, :17] for x in outs)) and torch.equal(*(x[0] for x in outs))
 

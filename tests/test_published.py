@@ -9,7 +9,7 @@ import transformers
 import reformer_kernels as rk
 
 
-def hf_layer(causal: bool, n_hashes: int) -> torch.nn.Module:
+def hf_layer(causal: bool, n_hashes: int) -> Any:
     from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
     config = transformers.ReformerConfig(
@@ -18,6 +18,10 @@ def hf_layer(causal: bool, n_hashes: int) -> torch.nn.Module:
         max_position_embeddings=256, hash_seed=11,
     )  # fmt: skip
     return LSHSelfAttention(config).eval()
+
+
+def heads(x: torch.Tensor) -> torch.Tensor:
+    return x.view(*x.shape[:2], 2, 8).transpose(1, 2)
 
 
 def hf_rotations(n_hashes: int) -> torch.Tensor:
@@ -35,7 +39,6 @@ def test_hugging_face_layer(causal: bool, n_hashes: int, padded: bool) -> None:
     state = torch.get_rng_state()
     theirs = layer(x, attention_mask=keep)
     torch.set_rng_state(state)
-    heads = lambda y: y.unflatten(-1, (2, 8)).transpose(1, 2)  # noqa: E731
     options: dict[str, Any] = {
         "rules": rk.AttentionRules.huggingface(), "causal": causal, "n_hashes": n_hashes, "n_buckets": [4, 2],
         "chunk_length": 16, "rotations": hf_rotations(n_hashes), "return_buckets": True,
@@ -57,7 +60,6 @@ def test_default_rules_are_hugging_faces_without_its_rounding() -> None:
     layer = hf_layer(False, 2)
     x = torch.randn(1, 64, 16)
     theirs = layer(x).hidden_states
-    heads = lambda y: y.unflatten(-1, (2, 8)).transpose(1, 2)  # noqa: E731
     out = rk.lsh_attention(
         heads(layer.query_key(x)), heads(layer.value(x)), n_hashes=2, n_buckets=[4, 2], chunk_length=16,
         rotations=hf_rotations(2), backend="cpu",

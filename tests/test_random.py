@@ -42,11 +42,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @st.composite
 def lsh_calls(draw: st.DrawFn) -> tuple[Any, torch.dtype]:
-    integer = lambda low, high: draw(st.integers(low, high))  # noqa: E731
+    integer: Callable[[int, int], int] = lambda low, high: draw(st.integers(low, high))  # noqa: E731
     batch, heads, length = integer(1, 2), integer(1, 3), integer(1, 90)
     generator = torch.Generator().manual_seed(integer(0, 2**32))
-    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    layout = lambda x: LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](x)  # noqa: E731
+    normal: Callable[..., Tensor] = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    layout: Callable[[Tensor], Tensor] = lambda x: LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](x)  # noqa: E731
     q, v = (layout(normal(batch, heads, length, integer(1, 20))) for _ in range(2))
     options: dict[str, Any] = {
         "n_hashes": integer(1, 4),
@@ -79,13 +79,13 @@ def lsh_calls(draw: st.DrawFn) -> tuple[Any, torch.dtype]:
 
 @st.composite
 def clustered_calls(draw: st.DrawFn) -> tuple[Any, torch.dtype]:
-    integer = lambda low, high: draw(st.integers(low, high))  # noqa: E731
+    integer: Callable[[int, int], int] = lambda low, high: draw(st.integers(low, high))  # noqa: E731
     key_heads = integer(1, 2)
     batch, heads, length, size = integer(1, 2), key_heads * integer(1, 3), integer(1, 90), integer(1, 90)
     if draw(st.booleans()):
         size = length
     generator = torch.Generator().manual_seed(integer(0, 2**32))
-    layout = lambda x: LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](x)  # noqa: E731
+    layout: Callable[[Tensor], Tensor] = lambda x: LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](x)  # noqa: E731
     width, value_width = integer(1, 20), integer(1, 20)
     shapes = ((heads, length, width), (key_heads, size, width), (key_heads, size, value_width))
     q, k, v = (layout(torch.randn((batch, *shape), generator=generator)) for shape in shapes)

@@ -41,11 +41,12 @@ def case(length: int, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tens
 @pytest.mark.parametrize("rules", RULES, ids=lambda r: str(r.differences()))
 def test_equals_loops(rules: rk.AttentionRules, options: dict[str, Any], length: int) -> None:
     query, value, buckets, options = case(length, options)
-    masks = {
+    masks: dict[str, Any] = {
         "key_padding_mask": torch.rand(2, length) < 0.3,
         "attn_mask": torch.randn(2, 1, options.get("num_queries", length), length, dtype=torch.float64),
     }
-    for extra in ({}, masks, {"attn_mask": masks["attn_mask"] > 0.5}):
+    extras: list[dict[str, Any]] = [{}, masks, {"attn_mask": masks["attn_mask"] > 0.5}]
+    for extra in extras:
         expected = naive.lsh_attention(query, value, buckets, chunk_length=4, rules=rules, **options, **extra)
         actual = rk.lsh_attention(
             query, value, buckets=buckets, n_hashes=3, n_buckets=4, chunk_length=4, rules=rules, backend="reference",
@@ -93,7 +94,8 @@ def test_order_by_hand() -> None:
 @pytest.mark.parametrize("rules", [*RULES, R.lucidrains(), R.huggingface()], ids=lambda r: str(r.differences()))
 def test_backward_equals_autograd(rules: rk.AttentionRules, options: dict[str, Any], length: int) -> None:
     query, value, buckets, options = case(length, options)
-    for extra in ({}, {"key_padding_mask": torch.rand(2, length) < 0.4}):
+    extras: list[dict[str, Any]] = [{}, {"key_padding_mask": torch.rand(2, length) < 0.4}]
+    for extra in extras:
         call = testing.capture(
             rk.lsh_attention, query, value, buckets=buckets, n_hashes=3, n_buckets=4, chunk_length=8, rules=rules,
             **options, **extra,

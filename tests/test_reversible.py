@@ -51,7 +51,8 @@ class Layer(nn.Module):
                 h = h.masked_fill(a, 0) if a.dtype == torch.bool else h + a
             elif a is not None:
                 h = h * a
-        return self.dropout(F.relu6(h))
+        out: Tensor = self.dropout(F.relu6(h))
+        return out
 
 
 class First(nn.Module):
@@ -62,22 +63,26 @@ class First(nn.Module):
         self.blocks = blocks
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.blocks(u)[0]
+        out: Tensor = self.blocks(u)[0]
+        return out
 
 
 class Checkpointed(First):
     def forward(self, u: Tensor) -> Tensor:
-        return checkpoint(self.blocks, u, use_reentrant=False)
+        out: Tensor = checkpoint(self.blocks, u, use_reentrant=False)
+        return out
 
 
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Layer(), Layer()])
-        self.layers[1].linear.weight = self.layers[0].linear.weight
+        first, second = Layer(), Layer()
+        second.linear.weight = first.linear.weight
+        self.layers = nn.ModuleList([first, second])
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.layers[1](self.layers[0](u))
+        out: Tensor = self.layers[1](self.layers[0](u))
+        return out
 
 
 class Constant(nn.Module):
@@ -206,6 +211,7 @@ def test_both_streams_start_from_one_tensor() -> None:
 
 def test_block_takes_keyword_arguments_of_either_function() -> None:
     b, x1, x2, shift = block().eval(), integers(), integers(), integers()
+    assert b.g is not None
     y1, y2 = b(x1, x2, {"shift": shift}, {"factor": 2})
     assert torch.equal(y1, x1 + b.f(x2, shift=shift)) and torch.equal(y2, x2 + b.g(y1, factor=2))
     assert all(map(torch.equal, b.inverse(y1, y2, {"shift": shift}, {"factor": 2}), (x1, x2)))
@@ -286,7 +292,8 @@ def test_keyword_arguments(case: str, functions: str, needs_x: bool) -> None:
 
         class Chunks(TokenChunks):  # fmt: skip
             def forward(self, x: Tensor, **more: Any) -> Tensor:
-                return self.module(x, **more)
+                out: Tensor = self.module(x, **more)
+                return out
 
         seq = ReversibleSequence([block(Chunks(Layer(), 5), Chunks(Layer(), 5)) for _ in range(3)])
     kwargs = KWARGS[case](*leaves, *(torch.rand(2, L, 1) < 0.3 for _ in range(2)))
@@ -300,13 +307,15 @@ def test_an_input_is_also_a_keyword_argument() -> None:
     x = integers()
     assert_as_stored(make(), x, {"context": x})
     weight = nn.Parameter(integers().detach())
-    seq = ReversibleSequence([block(Constant()) for _ in range(2)])
-    seq.blocks[0].f.value = weight
+    constant = Constant()
+    constant.value = weight
+    seq = ReversibleSequence([block(constant), block(Constant())])
     assert_as_stored(seq, x, None, {"weight": weight})
 
 
 def test_backward_uses_the_keyword_arguments_of_forward() -> None:
-    seq, x, kwargs = make(), integers(), {"k": [integers()]}
+    seq, x = make(), integers()
+    kwargs: dict[str, Any] = {"k": [integers()]}
     expected = outcome(seq, x, kwargs)[0]
     torch.manual_seed(1)
     y1, y2 = seq(x, kwargs)
@@ -372,7 +381,7 @@ def test_streams_that_are_alive(depth: int) -> None:
 def is_reversible(seq: ReversibleSequence, x: Streams) -> bool:
     """By what it saves: nothing of a function."""
     calls: list[int] = []
-    handle = seq.blocks[0].f.register_forward_hook(lambda *_: calls.append(1))
+    handle = seq.get_submodule("blocks.0.f").register_forward_hook(lambda *_: calls.append(1))
     y1, _ = seq(x)
     y1.sum().backward()
     handle.remove()
@@ -389,7 +398,7 @@ def test_when_activations_are_stored() -> None:
         assert is_reversible(seq, integers(length=1)) == (min_length <= 1)
     for lengths in ((1, L), (L, 1)):  # the second counts
         seq = ReversibleSequence([ReversibleBlock(nn.AdaptiveAvgPool2d((lengths[0], E)))], min_length=2)
-        assert is_reversible(seq, tuple(integers(length=n) for n in lengths)) == (lengths[1] == L)
+        assert is_reversible(seq, (integers(length=lengths[0]), integers(length=lengths[1]))) == (lengths[1] == L)
     rows = torch.randn(E, requires_grad=True)  # of no length
     assert is_reversible(ReversibleSequence([block(nn.Tanh(), nn.Tanh())], min_length=9), rows)
     seq = make()
@@ -411,7 +420,8 @@ def test_stream_dtype(reversible: bool) -> None:
     assert y1.dtype == y2.dtype == torch.float32
     (y1 + y2).sum().backward()
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)} and len(seen) == (12 if reversible else 6)
-    assert {x.grad.dtype, *(p.grad.dtype for p in seq.parameters())} == {torch.bfloat16}
+    grads: list[Any] = [leaf.grad for leaf in (x, *seq.parameters())]
+    assert {grad.dtype for grad in grads} == {torch.bfloat16}
 
 
 def test_streams_are_not_made_narrower() -> None:
@@ -442,7 +452,9 @@ def test_meta_tensors() -> None:
     seq = ReversibleSequence([block(nn.Linear(E, E), nn.Linear(E, E))]).to("meta")
     y1, y2 = seq(torch.empty(2, L, E, device="meta"))
     (y1 + y2).sum().backward()
-    assert y1.shape == (2, L, E) and all(p.grad.shape == p.shape and p.grad.is_meta for p in seq.parameters())
+    assert y1.shape == (2, L, E)
+    for p in seq.parameters():
+        assert p.grad is not None and p.grad.shape == p.shape and p.grad.is_meta
 
 
 # ---- errors
@@ -454,10 +466,12 @@ MAPPING = "must be a mapping, or a sequence of one for each block, got "
 
 
 @pytest.mark.parametrize(("call", "kind", "message"), [
-    (lambda: ReversibleBlock(None), TypeError, "f must be a module or a function, got NoneType"),
-    (lambda: ReversibleBlock(3), TypeError, "f must be a module or a function, got int"),
-    (lambda: ReversibleBlock(torch.relu, "g"), TypeError, "g must be a module or a function, got str"),
-    (lambda: ReversibleSequence([block(), nn.ReLU()]), TypeError,
+    (lambda: ReversibleBlock(None), TypeError,  # type: ignore[arg-type]
+     "f must be a module or a function, got NoneType"),
+    (lambda: ReversibleBlock(3), TypeError, "f must be a module or a function, got int"),  # type: ignore[arg-type]
+    (lambda: ReversibleBlock(torch.relu, "g"), TypeError,  # type: ignore[arg-type]
+     "g must be a module or a function, got str"),
+    (lambda: ReversibleSequence([block(), nn.ReLU()]), TypeError,  # type: ignore[list-item]
      "blocks must be ReversibleBlock modules, got ReLU at 1"),
     (lambda: make(reversible=1), TypeError, "reversible must be a bool, got 1"),
     (lambda: make(min_length=2.0), TypeError, "min_length must be an int, got 2.0"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
 from reformer_kernels import _choices
@@ -43,7 +44,7 @@ def loss(seq: nn.Module, x: Any, *kwargs: Any) -> Tensor:
     return LOSSES["both"](*seq(x, *kwargs))
 
 
-def gradients(seq: nn.Module, *leaves: Tensor) -> list[Tensor]:
+def gradients(seq: nn.Module, *leaves: Tensor) -> list[Any]:
     """What backward passes left, which is taken away."""
     grads = [t.grad for t in (*leaves, *seq.parameters())]
     for t in (*leaves, *seq.parameters()):
@@ -75,7 +76,8 @@ class Smooth(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and not self.full):
-            return self.dropout(torch.tanh(self.linear(u)))
+            out: Tensor = self.dropout(torch.tanh(self.linear(u)))
+            return out
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -204,8 +206,9 @@ def test_backward_in_another_thread() -> None:
 
 
 def test_forward_hooks_see_the_recomputation() -> None:
-    seq, x, seen = make(2), integers(), []
-    f = seq.blocks[1].f
+    seq, x = make(2), integers()
+    seen: list[tuple[str, bool | None, Tensor]] = []
+    f = seq.get_submodule("blocks.1.f")
     f.register_forward_pre_hook(
         lambda _, args: seen.append(("input", torch.is_grad_enabled(), args[0].detach().clone()))
     )
@@ -266,7 +269,7 @@ def test_functional_call() -> None:
 
 def test_func_grad() -> None:
     seq, x = make().eval(), integers().detach()
-    parameters = dict(seq.named_parameters())
+    parameters: dict[str, Tensor] = dict(seq.named_parameters())
 
     def value(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return LOSSES["both"](*torch.func.functional_call(seq, parameters, x[None]))
@@ -286,13 +289,13 @@ def test_func_grad() -> None:
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_exceptions_leave_everything_as_it_was(where: str, autocast: bool) -> None:
     seq, x = make().float(), integers(dtype=torch.float32)
-    failing, fails = seq.blocks[1].f, [where == "forward"]
+    fails = [where == "forward"]
 
     def fail(*_: Any) -> None:
         if fails[0]:
             raise ArithmeticError("on purpose")
 
-    failing.dropout.register_forward_hook(fail)  # after numbers were drawn
+    seq.get_submodule("blocks.1.f.dropout").register_forward_hook(fail)  # after numbers were drawn
 
     def state() -> tuple[Any, ...]:
         kinds = [torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()]
@@ -397,14 +400,14 @@ def test_compiled_dropout_is_the_same_again(whole: bool) -> None:
     """A compiler's random numbers are not torch's: y1 tells what was dropped, and the gradient has to agree."""
     torch._dynamo.reset()
     f: nn.Module = nn.Sequential(nn.Dropout(0.5), nn.Threshold(-1.0, 0.0))
-    seq: nn.Module = ReversibleSequence([block(f if whole else torch.compile(f), nn.Identity())])
+    seq: Callable[..., Any] = ReversibleSequence([block(f if whole else torch.compile(f), nn.Identity())])
     if whole:
         seq = torch.compile(seq)
     x1, x2 = torch.zeros(2, 50, E), torch.ones(2, 50, E, requires_grad=True)
     y1, _ = seq((x1, x2))
     assert set(y1.unique().tolist()) == {0.0, 2.0}
     y1.sum().backward()
-    assert torch.equal(x2.grad, y1)
+    assert x2.grad is not None and torch.equal(x2.grad, y1)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -422,7 +425,7 @@ def test_compiled(whole: bool) -> None:
 def test_fullgraph() -> None:
     torch._dynamo.reset()
     seq, x = make(2), integers()
-    whole = torch.compile(seq, fullgraph=True, backend="aot_eager")
+    whole: Any = torch.compile(seq, fullgraph=True, backend="aot_eager")
     expected = outcome(seq, x)[0]
     with torch.no_grad():
         torch.manual_seed(1)
@@ -456,7 +459,8 @@ def _train(rank: int, file: str) -> None:
     x = torch.randn(4, 16, 8, dtype=torch.float64)
     expected = [g / 2 for g in torch.autograd.grad(loss(seq, x), list(seq.parameters()))]  # the mean of two
     mine = x[2 * rank : 2 * rank + 2]
-    for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
+    ways: list[dict[str, Any]] = [{}, {"find_unused_parameters": True}, {"static_graph": True}]
+    for options in ways:
         replica = nn.parallel.DistributedDataParallel(copy.deepcopy(seq), **options)
         for _ in range(2):
             replica.zero_grad()
@@ -469,4 +473,4 @@ def _train(rank: int, file: str) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_train, (str(tmp_path / "store"),), nprocs=2)
+    spawn(_train, (str(tmp_path / "store"),), nprocs=2)

@@ -41,12 +41,20 @@ def test_hooks_of_a_block(reversible: bool) -> None:
 
 def test_hooks_take_part_as_in_stored_activations() -> None:
     seq = make(3)
-    seq.blocks[1].f.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
-    seq.blocks[1].g.register_forward_hook(lambda _, args, out: out * 2)
-    seq.blocks[0].g.register_full_backward_hook(lambda _, into, out: tuple(2 * g for g in into))
+    seq.get_submodule("blocks.1.f").register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    seq.get_submodule("blocks.1.g").register_forward_hook(lambda _, args, out: out * 2)
+    seq.get_submodule("blocks.0.g").register_full_backward_hook(
+        lambda _, into, out: tuple(2 * g for g in into)  # type: ignore[attr-defined]
+    )
     assert_as_stored(seq, integers())
-    chunks, seen = ReversibleSequence([block(TokenChunks(Layer(), 5), TokenChunks(Layer(), 4))]), []
-    chunks.blocks[0].f.register_forward_hook(lambda _, args, out: seen.append(out.shape) or out * 2)
+    chunks = ReversibleSequence([block(TokenChunks(Layer(), 5), TokenChunks(Layer(), 4))])
+    seen: list[torch.Size] = []
+
+    def doubled(_: nn.Module, arguments: Any, out: Tensor) -> Tensor:
+        seen.append(out.shape)
+        return out * 2
+
+    chunks.get_submodule("blocks.0.f").register_forward_hook(doubled)
     assert_as_stored(chunks, integers())
     assert set(seen) == {(2, L, E)}  # of all tokens, not of a chunk
 
@@ -80,12 +88,14 @@ class Shifted(nn.Module):
 
     def __init__(self, replaced: bool = False) -> None:
         super().__init__()
+        self.shift: Tensor
+        self.never: Tensor
         self.layer, self.replaced = Layer(), replaced
         self.register_buffer("shift", torch.zeros(E, dtype=torch.float64))
         self.register_buffer("never", torch.ones(E, dtype=torch.float64))
 
     def forward(self, u: Tensor) -> Tensor:
-        out = self.layer(u) + self.shift * self.never
+        out: Tensor = self.layer(u) + self.shift * self.never
         if self.replaced:
             self.shift = self.shift + 1
         else:
@@ -117,7 +127,7 @@ def test_buffers_change_once(name: str) -> None:
     assert all(torch.equal(b, buffers[1][name]) for name, b in buffers[0].items())
     assert not start or any(not torch.equal(b, start[name]) for name, b in buffers[0].items())
     # A norm of 8 or 12 values passes on what was rounded before it, and its gradient is a sum of as many.
-    assert_equal_to_rounding(*results, 12 * rounded(4))
+    assert_equal_to_rounding(results[0], results[1], 12 * rounded(4))
 
 
 def test_buffers_of_two_backward_passes() -> None:
@@ -206,7 +216,7 @@ def test_cached_parametrization(backward: str, kind: str) -> None:
         seq.zero_grad()
         x.grad = None
     assert all(g is not None for g in results[0])
-    assert_equal_to_rounding(*results, 4 * rounded(4))
+    assert_equal_to_rounding(results[0], results[1], 4 * rounded(4))
 
 
 # ---- selective checkpoints
@@ -260,7 +270,7 @@ def test_nothing_is_left_when_the_graph_is_gone() -> None:
 def test_tensors_from_inside() -> None:
     """They have no streams to start from."""
     seq, inside = make(2), []
-    seq.blocks[0].f.register_forward_hook(lambda _, args, out: inside.append(out))
+    seq.get_submodule("blocks.0.f").register_forward_hook(lambda _, args, out: inside.append(out))
     y = seq(integers())
     for _ in range(2):
         with pytest.raises(RuntimeError, match="not through the outputs of the sequence"):

@@ -83,12 +83,13 @@ def test_key_padding_mask(path: str, extra: str, lead: tuple[int, ...]) -> None:
     padding[..., 0] = False
     seen = torch.rand(L, S) < 0.7
     seen[:, 0] = True
-    arguments: dict[str, Any] = {
+    choices: dict[str, dict[str, Any]] = {
         "none": {},
         "causal": {"is_causal": True},
         "bool": {"attn_mask": seen},
         "float": {"attn_mask": torch.randn(L, S, dtype=torch.float64).masked_fill(~seen, -torch.inf)},
-    }[extra]
+    }
+    arguments = choices[extra]
     out = scaled_dot_product_attention(q, k, v, **arguments, key_padding_mask=padding, **PATHS[path])
     mask = torch.zeros(L, S, dtype=torch.float64)
     if extra == "causal":
@@ -127,13 +128,14 @@ def test_dropout_comes_from_torch(path: str) -> None:
 
 
 def test_options_reach_the_attention() -> None:
-    x, options = r(1, 2, 200, D), {"budget": 32, "chunk_length": 16}
+    x = r(1, 2, 200, D)
+    options: dict[str, Any] = {"budget": 32, "chunk_length": 16}
     out = scaled_dot_product_attention(x, x, x, **options)
     exact = F.scaled_dot_product_attention(x, x, x)
     assert not torch.allclose(out, exact)
     torch.testing.assert_close(scaled_dot_product_attention(x, x, x, exact_below=200, **options), exact)
-    for changed in ({"budget": 64}, {"local_fraction": 0.75}, {"rest_term": False}, {"grouping": "hash"}):
-        assert not torch.equal(scaled_dot_product_attention(x, x, x, **{**options, **changed}), out)
+    for name, value in {"budget": 64, "local_fraction": 0.75, "rest_term": False, "grouping": "hash"}.items():
+        assert not torch.equal(scaled_dot_product_attention(x, x, x, **{**options, name: value}), out)
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import reformer_kernels as rk
 
 B, H, L, D = 3, 4, 40, 8  # a batch that two ranks cannot halve
-LSH = {"chunk_length": 8, "n_hashes": 2}
+LSH: dict[str, Any] = {"chunk_length": 8, "n_hashes": 2}
 
 
 def whole(x: Tensor, mesh: DeviceMesh) -> DTensor:
@@ -28,7 +29,7 @@ def everything() -> dict[str, Any]:
     mask = torch.randn(1, H, L, L, dtype=torch.float64)
     rotations = rk.random_rotations(1, H, D, 2, 4)
     bounds = torch.tensor([0, 11, L], dtype=torch.int32)
-    clustered = {"budget": 8, "chunk_length": 8}
+    clustered: dict[str, Any] = {"budget": 8, "chunk_length": 8}
 
     def like(x: Tensor, y: Tensor) -> Tensor:
         return whole(y, x.device_mesh) if isinstance(x, DTensor) else y
@@ -67,7 +68,8 @@ def check_everything(mesh: DeviceMesh) -> None:
                 sharded = [
                     distribute_tensor(y, mesh, [Replicate() if by_heads and y.shape[1] == 1 else placement]) for y in x
                 ]
-                sharded = [y.requires_grad_() for y in sharded]
+                for y in sharded:
+                    y.requires_grad_()
                 expected = function(*plain, pad)
                 out = function(*sharded, whole(pad, mesh))
                 if isinstance(out, tuple):
@@ -79,7 +81,7 @@ def check_everything(mesh: DeviceMesh) -> None:
                 assert out.shape == expected.shape and out.stride() == expected.stride()
                 assert torch.equal(out.full_tensor(), expected), (name, placement)
                 wanted = torch.autograd.grad(expected.square().sum(), plain, allow_unused=True)
-                gradients = torch.autograd.grad(out.square().sum(), sharded, allow_unused=True)
+                gradients: Any = torch.autograd.grad(out.square().sum(), sharded, allow_unused=True)
                 for a, b in zip(gradients, wanted, strict=True):
                     assert a is None if b is None else torch.equal(a.full_tensor(), b), (name, placement)
 
@@ -90,16 +92,18 @@ def check_dropout(mesh: DeviceMesh) -> None:
     seed = torch.tensor([3])
     for placement in (Shard(0), Shard(1)):
         sharded = distribute_tensor(x, mesh, [placement]).requires_grad_()
-        outs = [rk.local_attention(sharded, sharded, sharded, dropout_p=0.5, dropout_seed=seed) for _ in range(2)]
+        dropping: dict[str, Any] = {"dropout_p": 0.5, "dropout_seed": seed}
+        outs: list[Any] = [rk.local_attention(sharded, sharded, sharded, **dropping) for _ in range(2)]
         parts = outs[0].full_tensor().chunk(mesh.size(), placement.dim)
         assert torch.equal(outs[1].full_tensor(), outs[0].full_tensor())
         if mesh.size() > 1:
             assert not torch.equal(*parts)
-            first = rk.local_attention(*[parts[0].new_ones(parts[0].shape)] * 3, dropout_p=0.5, dropout_seed=seed)
+            first = rk.local_attention(*[parts[0].new_ones(parts[0].shape)] * 3, **dropping)
             assert torch.equal(parts[0], first)
         value = distribute_tensor(torch.zeros_like(x), mesh, [placement]).requires_grad_()
-        rk.local_attention(sharded, sharded, value, dropout_p=0.5, dropout_seed=seed).sum().backward()
+        rk.local_attention(sharded, sharded, value, **dropping).sum().backward()
         # The weights that were kept, summed over queries, and over the keys of values that are one.
+        assert isinstance(value.grad, DTensor)
         torch.testing.assert_close(value.grad.full_tensor().sum(2), outs[0].full_tensor().sum(2))
 
 
@@ -150,14 +154,14 @@ def test_compiled(mesh: DeviceMesh) -> None:
     torch._dynamo.reset()
     x = DTensor.from_local(torch.randn(1, 2, L, D), mesh, [Shard(1)], run_check=False).requires_grad_()
 
-    def step(x: Tensor) -> Tensor:
+    def step(x: Tensor) -> Any:
         return rk.lsh_attention(x, x, **LSH) + rk.clustered_attention(x, x, x, budget=8)
 
     out = torch.compile(step, fullgraph=True, backend="aot_eager")(x)
     if mesh.size() == 1:
         assert torch.equal(out.to_local(), step(x).to_local())
-        gradients = [torch.autograd.grad(y.square().sum(), x)[0].to_local() for y in (out, step(x))]
-        torch.testing.assert_close(*gradients)
+        gradients: list[Any] = [torch.autograd.grad(y.square().sum(), x)[0] for y in (out, step(x))]
+        torch.testing.assert_close(*(gradient.to_local() for gradient in gradients))
 
 
 def test_two_mesh_dimensions() -> None:
@@ -169,11 +173,12 @@ def test_two_mesh_dimensions() -> None:
     sharded = DTensor.from_local(part, mesh, [Shard(0), Shard(1)], run_check=False)
     out = rk.lsh_attention(sharded, sharded, **LSH)  # hashes by the rotations of its own heads
     assert torch.equal(out.to_local(), rk.lsh_attention(part, part, rotations=rotations[:, H // 2 :], **LSH))
-    dropping = {"dropout_p": 0.5, "dropout_seed": torch.tensor([1])}
-    outs = {}
+    dropping: dict[str, Any] = {"dropout_p": 0.5, "dropout_seed": torch.tensor([1])}
+    outs: dict[str, Any] = {}
     for placements in ([Shard(0), Shard(1)], [Shard(1), Replicate()], [Replicate(), Replicate()]):
         y = DTensor.from_local(part, mesh, placements, run_check=False)
-        outs[str(placements)] = rk.local_attention(y, y, y, **dropping).to_local()
+        outs[str(placements)] = rk.local_attention(y, y, y, **dropping)
     plain = rk.local_attention(part, part, part, **dropping)
-    assert [torch.equal(y, plain) for y in outs.values()] == [False, False, True]  # shards 3 and 1 of their own
+    same = [torch.equal(y.to_local(), plain) for y in outs.values()]
+    assert same == [False, False, True]  # shards 3 and 1 of their own
     dist.destroy_process_group()

@@ -45,22 +45,18 @@ def test_causal_bias(path: str, make: Any, form: str, sizes: tuple[int, int]) ->
     L, S = sizes
     lead = {"[L, D]": (), "[H, L, D]": (H,), "[B, H, L, D]": (2, H), "grouped": (2, H)}[form]
     key_lead, grouped = ((2, 2), True) if form == "grouped" else (lead, False)
-    x = [r(*lead, L, D), r(*key_lead, S, D), r(*key_lead, S, D)]
+    query, key, value = r(*lead, L, D), r(*key_lead, S, D), r(*key_lead, S, D)
     mask = torch.ones(L, S, dtype=torch.bool).tril(S - L if make is causal_lower_right else 0)
-    results = []
-    for function, bias, options in (
-        (rk.scaled_dot_product_attention, make(L, S), PATHS[path]),
-        (F.scaled_dot_product_attention, mask, {}),
-    ):
-        out = function(*x, bias, enable_gqa=grouped, **options)
-        results.append((out, *torch.autograd.grad(out.square().sum(), x)))
-    close(*results)
+    ours = rk.scaled_dot_product_attention(query, key, value, make(L, S), enable_gqa=grouped, **PATHS[path])
+    theirs = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)
+    close(*((out, *torch.autograd.grad(out.square().sum(), (query, key, value))) for out in (ours, theirs)))
 
 
 @pytest.mark.parametrize("L", [200, 117, 210, 1])
 @pytest.mark.filterwarnings("ignore:Lower right causal bias will produce NaNs:UserWarning")
 def test_causal_bias_of_long_sequences(L: int) -> None:
-    S, options = 200, {"budget": 32, "chunk_length": 8}
+    S = 200
+    options: dict[str, Any] = {"budget": 32, "chunk_length": 8}
     q, k, v = r(2, H, L, D), r(2, H, S, D), r(2, H, S, D)
     out = rk.scaled_dot_product_attention(q, k, v, causal_upper_left(L, S), **options)
     assert torch.equal(out, rk.scaled_dot_product_attention(q, k, v, is_causal=True, **options))
@@ -100,7 +96,7 @@ def test_causal_bias_with_padding(path: str) -> None:
     q, k, v = r(2, H, 7, D), r(2, H, 9, D), r(2, H, 9, D)
     padding = torch.arange(9) >= torch.tensor([[9], [4]])
     seen = torch.ones(7, 9, dtype=torch.bool).tril(2) & ~padding[:, None, None]
-    given = {"key_padding_mask": padding, "query_padding_mask": padding[:, 2:]}
+    given: dict[str, Any] = {"key_padding_mask": padding, "query_padding_mask": padding[:, 2:]}
     out = rk.scaled_dot_product_attention(q, k, v, causal_lower_right(7, 9), **given, **PATHS[path])
     close(out, F.scaled_dot_product_attention(q, k, v, seen))
 
@@ -150,7 +146,7 @@ def test_nested_function(path: str, layout: torch.layout, shape: tuple[int, ...]
     ]
     close(list(out.unbind()), expected)
     gradients = [
-        torch.autograd.grad(sum(y.square().sum() for y in rows), [*query_rows, *key_rows], retain_graph=True)
+        torch.autograd.grad([y.square().sum() for y in rows], [*query_rows, *key_rows], retain_graph=True)
         for rows in (out.unbind(), expected)
     ]
     close(*gradients)
@@ -161,7 +157,7 @@ def test_nested_function(path: str, layout: torch.layout, shape: tuple[int, ...]
 @nested_warnings
 @layouts
 def test_nested_rows_are_what_they_are_alone(layout: torch.layout) -> None:
-    options = {"budget": 16, "chunk_length": 8}
+    options: dict[str, Any] = {"budget": 16, "chunk_length": 8}
     x, rows = nested(layout, (60, 60, 60), H, D)
     out = rk.scaled_dot_product_attention(x, x, x, **options)
     for part, row in zip(out.unbind(), rows, strict=True):
@@ -216,11 +212,11 @@ class Opaque(Tensor):
     """As quantized tensors are made: no memory of their own, and no op of ours."""
 
     @staticmethod
-    def __new__(cls, x: Tensor) -> Tensor:
+    def __new__(cls, x: Tensor) -> Any:
         return Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return NotImplemented
 
 
@@ -281,7 +277,8 @@ def test_kinds_of_masks_and_other_arguments() -> None:
         ("buckets", torch.zeros(1, H, 4, 40, dtype=torch.int32).to_sparse()),
     ):
         with pytest.raises(TypeError, match=f"{name} must be a (dense tensor|tensor of values)"):
-            rk.lsh_attention(x, x, chunk_length=8, **{name: value})
+            given: dict[str, Any] = {name: value}
+            rk.lsh_attention(x, x, chunk_length=8, **given)
     for name in ("key_padding_mask", "query_padding_mask", "attn_mask"):
         for call in (
             lambda **given: rk.scaled_dot_product_attention(x, x, x, **given),
@@ -306,7 +303,8 @@ def test_ours_in_the_place_of_torchs(path: str, monkeypatch: pytest.MonkeyPatch)
     expected = F.scaled_dot_product_attention(q, q, q), stock(x, x, x)[0], full(x)
 
     def installed(*args: Any, **kwargs: Any) -> Tensor:
-        return rk.scaled_dot_product_attention(*args, **kwargs, **{"exact_below": 200, **PATHS[path]})
+        options: dict[str, Any] = {"exact_below": 200, **PATHS[path], **kwargs}
+        return rk.scaled_dot_product_attention(*args, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", installed)
     if path == "exact":
@@ -343,8 +341,8 @@ def test_reset_parameters() -> None:
     torch.manual_seed(3)
     nn.Linear(E, E)  # drawn first by the constructor
     m.reset_parameters()
-    for name, p in expected.items():
-        assert torch.equal(m.get_parameter(name), p)
+    for name, value in expected.items():
+        assert torch.equal(m.get_parameter(name), value)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.ao is deprecated
@@ -355,10 +353,11 @@ def test_static_quantization_says_what_to_do(path: str) -> None:
 
     def quantized(leave_out: bool) -> Any:
         torch.manual_seed(0)
-        model = nn.Sequential(rk.LSHMultiheadAttention(E, H, batch_first=True, **PATHS[path]), nn.Linear(E, E)).eval()
+        attention: Any = rk.LSHMultiheadAttention(E, H, batch_first=True, **PATHS[path])
+        model = nn.Sequential(attention, nn.Linear(E, E)).eval()
         model.qconfig = torch.ao.quantization.get_default_qconfig("x86")
         if leave_out:
-            model[0].qconfig = None
+            attention.qconfig = None
         prepared = torch.ao.quantization.prepare(model)
         prepared[0](x, x, x)
         prepared[1](x)

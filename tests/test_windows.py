@@ -125,7 +125,10 @@ def test_rotations_are_a_fixed_function_of_the_seed() -> None:
 
 def test_philox_known_answer() -> None:
     """The vectors of Random123's kat_vectors for philox4x32-10."""
-    word = lambda *values: [torch.tensor(v, dtype=torch.int64) for v in values]  # noqa: E731
+
+    def word(*values: int) -> list[torch.Tensor]:
+        return [torch.tensor(v, dtype=torch.int64) for v in values]
+
     zero = philox(torch.tensor([0]), *word(0, 0, 0, 0))
     assert zero.flatten().tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     ones = philox(torch.tensor([-1]), *word(*[0xFFFFFFFF] * 4))
@@ -138,7 +141,8 @@ def test_dropout(backend: str) -> None:
     options: dict[str, Any] = {"backend": backend, "chunk_length": 64, "causal": True}
 
     def run(p: float, seed: int) -> torch.Tensor:
-        return rk.lsh_attention(q, v, dropout_p=p, dropout_seed=torch.tensor([seed]), **options)
+        out: torch.Tensor = rk.lsh_attention(q, v, dropout_p=p, dropout_seed=torch.tensor([seed]), **options)
+        return out
 
     assert torch.equal(run(0.3, 1), run(0.3, 1)) and not torch.equal(run(0.3, 1), run(0.3, 2))
     assert torch.equal(run(0.0, 1), rk.lsh_attention(q, v, **options))

@@ -155,7 +155,8 @@ def compiled(case: Case = SMALL, device: str = "cuda", timer: Timer = median_ms)
     query_key, value, grad = _inputs(case, device)
 
     def forward(query_key: Tensor, value: Tensor) -> Tensor:
-        return rk.lsh_attention(query_key, value, causal=True)
+        out: Tensor = rk.lsh_attention(query_key, value, causal=True)
+        return out
 
     rows = []
     ways: dict[str, Attention] = {"eager": forward, "compiled": torch.compile(forward, fullgraph=True)}
