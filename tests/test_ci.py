@@ -1,8 +1,9 @@
-"""What .ci/run chooses to run, and that slices of the tests are all of them."""
+"""What .ci/run chooses to run, what pre-commit runs, and that slices of the tests are all of them."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import pytest
 
 from . import conftest
 
-SCRIPT = Path(__file__).parents[1] / ".ci" / "run"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / ".ci" / "run"
 DAY = 24 * 3600
 ALL, SLICE = "test-kernels", "test-kernels SLICE="
 
@@ -124,3 +126,17 @@ def test_slices_are_all_tests_each_once() -> None:
     for wrong in ("3", "1/0", "a/4"):
         with pytest.raises(pytest.UsageError, match=f"--slice must be K/N with N from 1, got {wrong}"):
             part(wrong)
+
+
+def test_pre_commit_runs_what_make_lint_does() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of make test
+    command = ["make", "--no-print-directory", "-n", "-o", "build", "lint"]
+    ran = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment)
+    *commands, last = ran.stdout.splitlines()
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    *entries, clang_format = re.findall(r"^ *entry: (.+)$", text, re.MULTILINE)
+    assert entries == commands
+    files = last.removeprefix(f"{clang_format} ").split()
+    pattern = re.findall(r"^ *files: (.+)$", text, re.MULTILINE)[-1]
+    paths = (path.relative_to(ROOT).as_posix() for folder in ("csrc", "tests") for path in (ROOT / folder).rglob("*"))
+    assert files and sorted(files) == sorted(path for path in paths if re.search(pattern, path))
