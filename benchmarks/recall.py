@@ -47,7 +47,7 @@ class Seen(NamedTuple):
     """What one approximation gives for R query rows."""
 
     keys: Tensor  # bool [H, R, S], True: one of the keys that the query attends
-    with_rest: Tensor  # [H, R, D], output with one pseudo-key for all others
+    with_rest: Tensor  # [H, R, D], output with the rest key for all others
     without: Tensor  # [H, R, D], output without it
 
 
@@ -123,9 +123,9 @@ def by_oracle(heads: Heads, rows: Tensor, budget: int, causal: bool) -> Seen:
 
 def by_local(heads: Heads, rows: Tensor, budget: int, causal: bool) -> Seen:
     """The keys around the query, or up to it."""
-    behind = torch.arange(heads.key.shape[1]) - rows[:, None]
-    first = 1 - budget if causal else -(budget // 2)
-    keys = (behind >= first) & (behind < first + budget)
+    offset = torch.arange(heads.key.shape[1]) - rows[:, None]
+    begin = 1 - budget if causal else -(budget // 2)
+    keys = (offset >= begin) & (offset < begin + budget)
     return from_keys(heads, rows, causal, keys.expand(len(heads.key), -1, -1))
 
 
@@ -178,8 +178,8 @@ def exact_scores(heads: Heads, rows: Tensor, causal: bool) -> Tensor:
 def from_keys(heads: Heads, rows: Tensor, causal: bool, keys: Tensor) -> Seen:
     """The outputs of queries that see only some keys, bool [H, R, S].
 
-    The rest is as in the library: one pseudo-key, the mean of all keys that the query may see, with the logarithm of
-    the number of unseen ones added to its score, and the mean of their values.
+    The rest key is as in the library: the mean of all keys that the query may see, with the logarithm of the number of
+    unseen ones added to its score, and the mean of their values.
     """
     allowed = visible(heads, rows, causal)
     keys = keys & allowed

@@ -60,12 +60,12 @@ def stable_order(buckets: Tensor, bounds: Sequence[Any] | None = None) -> Tensor
     return torch.cat(parts, dim=-1).to(torch.int32).view(buckets.shape)
 
 
-def assert_best(call: SelectCall, lists: Tensor) -> None:
+def assert_best(call: SelectCall, key_indices: Tensor) -> None:
     """Each list has its local window, and no key that was left out weighs more than the least of those taken, but for
     rounding.
 
     Args:
-        lists: int32 [B, H, R * chunks, W], as the kernel wrote it for the call.
+        key_indices: int32 [B, H, R * chunks, W], as the kernel wrote it for the call.
 
     Raises:
         AssertionError: a list is not the context, then rising keys, then -1; has too few keys, or not the best.
@@ -74,7 +74,7 @@ def assert_best(call: SelectCall, lists: Tensor) -> None:
     score = reference_lists.selection_scores(exact)
     wanted = reference.select_keys(exact)
     size, n = call.key.shape[2], score.shape[2]
-    rounds = lists.unflatten(2, (-1, n))
+    rounds = key_indices.unflatten(2, (-1, n))
     for i, expected in enumerate(wanted.unflatten(2, (-1, n)).unbind(2)):
         context = call.context_keys if i == 0 else 0
         found = rounds[:, :, i].long()

@@ -110,7 +110,7 @@ def test_instruction_sets(mode: str) -> None:
 
 
 def test_long_sequences() -> None:
-    """Several blocks of running means, and several parts of places in backward."""
+    """Several blocks of running means, and several parts of the entries in backward."""
     for options in ({"causal": True}, {"grouping": "hash", "causal": True}, {}):
         options = {"budget": 40, "chunk_length": 32, **options}
         call = attend_call("list_attention", 2100, 2100, torch.float64, options, heads=2, key_heads=1)
@@ -358,8 +358,8 @@ def test_two_steps_for_many_keys(causal: bool) -> None:
     # The best keys are still found where their blocks stand out.
     q, k = torch.randn(1, 1, 32, 16), torch.randn(1, 1, size, 16)
     k[0, 0, 9000:9064] += 3 * q[0, 0].mean(dim=0) / q[0, 0].mean(dim=0).norm() ** 2
-    lists = cpu.select_keys(SelectCall(q, k, None, None, None, None, 32, 32, 0, 0, False, 1.0, ""))
-    found = ((lists >= 9000) & (lists < 9064)).float().mean()
+    key_indices = cpu.select_keys(SelectCall(q, k, None, None, None, None, 32, 32, 0, 0, False, 1.0, ""))
+    found = ((key_indices >= 9000) & (key_indices < 9064)).float().mean()
     assert found > 0.9, found
 
 
@@ -408,8 +408,8 @@ def test_sub_groups_that_see_nothing(size: int) -> None:
 
 def test_lists_end_at_their_first_gap() -> None:
     q, k, v = (x[:1, :2, :8].contiguous().requires_grad_() for x in qkv(20, key_heads=4))
-    lists = torch.tensor([3, -1, 7, 5], dtype=torch.int32).expand(1, 2, 2, 4).contiguous()
-    arguments = (q, k, v, None, lists, None, None, None, 4, 0, False, False, 0.5, 0.0, "cpu")
+    key_indices = torch.tensor([3, -1, 7, 5], dtype=torch.int32).expand(1, 2, 2, 4).contiguous()
+    arguments = (q, k, v, None, key_indices, None, None, None, 4, 0, False, False, 0.5, 0.0, "cpu")
     out, _ = torch.ops.reformer_kernels.list_attention.default(*arguments)
     torch.testing.assert_close(out, v[:, :, 3:4].expand_as(out))
     _, grad_key, grad_value = torch.autograd.grad(out.sum(), (q, k, v))

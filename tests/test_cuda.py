@@ -218,9 +218,9 @@ def test_attention_kernels(case: attention.Attention | lists.Lists) -> None:
 @pytest.mark.parametrize("case", select.CASES, ids=str)
 def test_select_kernels(case: select.Select) -> None:
     call = case.call()
-    lists = cuda.select_keys(on_gpu(call))
-    assert_best(call, lists.cpu())
-    assert torch.equal(lists, cuda.select_keys(on_gpu(call)))
+    key_indices = cuda.select_keys(on_gpu(call))
+    assert_best(call, key_indices.cpu())
+    assert torch.equal(key_indices, cuda.select_keys(on_gpu(call)))
 
 
 def test_select_kernels_a_slice_at_a_time() -> None:

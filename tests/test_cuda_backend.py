@@ -126,8 +126,8 @@ def list_call(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, **options
     def rows(heads: int) -> torch.Tensor:
         return torch.empty(2, heads, 1000, head_dim, dtype=dtype, device="cuda")
 
-    lists = torch.empty(2, 8, 63, 96, dtype=torch.int32, device="cuda")
-    call = ListCall(rows(8), rows(2), rows(2), None, lists, None, None, None, 16, 0, True, True, 0.125, 0.0, "")
+    key_indices = torch.empty(2, 8, 63, 96, dtype=torch.int32, device="cuda")
+    call = ListCall(rows(8), rows(2), rows(2), None, key_indices, None, None, None, 16, 0, True, True, 0.125, 0.0, "")
     return call._replace(**options)
 
 

@@ -271,8 +271,8 @@ def test_opcheck_of_lists(backend: str) -> None:
     for o in (None, order):
         select = (q.detach(), k.detach(), o, None, None, None, 4, 8, 2, 1, True, 0.5, backend)
         torch.library.opcheck(OPS.select_keys.default, select)
-        lists = OPS.select_keys.default(*select)
-        arguments = (q, k, v, o, lists, None, None, None, 4, 1, True, True, 0.5, 0.0, backend)
+        key_indices = OPS.select_keys.default(*select)
+        arguments = (q, k, v, o, key_indices, None, None, None, 4, 1, True, True, 0.5, 0.0, backend)
         torch.library.opcheck(OPS.list_attention.default, arguments)
         plain = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
         residuals = OPS.list_attention.default(*plain)
@@ -327,10 +327,10 @@ def test_clustered_attention_under_autocast() -> None:
 
 def test_lists_are_checked() -> None:
     q, k, v = (x.detach() for x in clustered_tensors())
-    for lists, message in (
+    for key_indices, message in (
         (torch.full((1, 4, 5, 8), 20, dtype=torch.int32), "key_indices must be between -1 and 19, got -1 to 20"),
         (torch.full((1, 4, 5, 8), -2, dtype=torch.int32), "key_indices must be between -1 and 19, got -2 to -1"),
         (torch.full((1, 4, 4, 8), -1, dtype=torch.int32), "key_indices has a wrong shape"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            OPS.list_attention.default(q, k, v, None, lists, None, None, None, 4, 0, True, True, 0.5, 0.0, "cpu")
+            OPS.list_attention.default(q, k, v, None, key_indices, None, None, None, 4, 0, True, True, 0.5, 0.0, "cpu")

@@ -54,6 +54,6 @@ def test_residuals_of_either_pass_serve_the_other_backend(
 @pytest.mark.parametrize("case", SELECTIONS, ids=str)
 def test_choice_of_keys(case: select.Select) -> None:
     call = case.call()
-    lists = triton.select_keys(on_gpu(call))
-    assert_best(call, lists.cpu())
-    assert torch.equal(lists, triton.select_keys(on_gpu(call)))
+    key_indices = triton.select_keys(on_gpu(call))
+    assert_best(call, key_indices.cpu())
+    assert torch.equal(key_indices, triton.select_keys(on_gpu(call)))

@@ -63,9 +63,9 @@ def test_it_refuses_with_reasons(make: Any, options: dict[str, Any], reasons: li
 
 @needs_triton()
 def test_it_refuses_lists_of_too_many_places() -> None:
-    lists = torch.empty(2, 8, 2**20, 2**11, dtype=torch.int32, device="cuda")
+    key_indices = torch.empty(2, 8, 2**20, 2**11, dtype=torch.int32, device="cuda")
     reason = "a head has 2147483648 places in its lists; the kernels take up to 1073741824"
-    assert triton.not_supported_reasons(list_call(key_indices=lists)) == [reason]
+    assert triton.not_supported_reasons(list_call(key_indices=key_indices)) == [reason]
 
 
 @needs_triton()

@@ -120,22 +120,22 @@ def _attention(shape: roofline.Shape, backend: str, timed: Callable[..., Row]) -
 
 
 def _clustered(shape: roofline.Shape, backend: str, timed: Callable[..., Row]) -> Iterator[Row]:
-    """The choice of keys, and attention over them: causal, 128 keys a query, and the pseudo-key."""
+    """The choice of keys, and attention over them: causal, 128 keys a query, and the rest key."""
     kernels = BACKENDS[backend]
     rows = [torch.randn(1, shape.heads, shape.length, shape.head_dim, device="cuda").bfloat16() for _ in range(4)]
     query, key, value, grad_out = rows
     scale, chunk, bytes_of_row = shape.head_dim**-0.5, shape.chunk_length, 2 * shape.head_dim
     select = SelectCall(query, key, None, None, None, None, chunk, 128, 32, 0, True, scale, backend)
-    lists = kernels.select_keys(select)
-    tokens, listed = shape.heads * shape.length, shape.heads * (shape.length // chunk) * lists.shape[3]
+    key_indices = kernels.select_keys(select)
+    tokens, entries = shape.heads * shape.length, shape.heads * (shape.length // chunk) * key_indices.shape[3]
     ms = median_ms_in_graph(functools.partial(kernels.select_keys, select))
-    yield timed("select", shape, ms, 2 * tokens * bytes_of_row + 4 * listed)
-    call = ListCall(query, key, value, None, lists, None, None, None, chunk, 0, True, True, scale, 0.0, backend)
+    yield timed("select", shape, ms, 2 * tokens * bytes_of_row + 4 * entries)
+    call = ListCall(query, key, value, None, key_indices, None, None, None, chunk, 0, True, True, scale, 0.0, backend)
     results = kernels.list_attention(call)
     passes: dict[str, tuple[Callable[[], Any], int]] = {
-        "forward": (functools.partial(kernels.list_attention, call), 2 * tokens + 2 * listed),
+        "forward": (functools.partial(kernels.list_attention, call), 2 * tokens + 2 * entries),
         "backward": (
-            functools.partial(kernels.list_attention_backward, call, grad_out, *results), 8 * tokens + 2 * listed,
+            functools.partial(kernels.list_attention_backward, call, grad_out, *results), 8 * tokens + 2 * entries,
         ),
     }  # fmt: skip
     for name, (run, moved_rows) in passes.items():
