@@ -15,9 +15,9 @@ from reformer_kernels._calls import SelectCall
 from reformer_kernels.backends import cpu, reference, reference_lists
 
 from .kernel_oracles import assert_best
+from .layouts import LAYOUTS
 from .naive import clustered_attention as naive_clustered_attention
 from .rounding import assert_equal_to_rounding
-from .test_random import LAYOUTS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DROPOUT = {"dropout_p": 0.3, "dropout_seed": torch.tensor([2**40 + 5])}

@@ -5,17 +5,17 @@
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import reformer_kernels as rk
 from reformer_kernels import testing
 from reformer_kernels.clustered import GROUPINGS
+
+from .layouts import LAYOUTS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 RULES = st.builds(
@@ -27,17 +27,6 @@ RULES = st.builds(
     within_bucket=st.booleans(),
     dedup=st.sampled_from(["none", "log_count"]),
 )
-
-
-# The same values with other strides: every layout that a view of torch can have with contiguous rows, and one without.
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "wider rows": lambda x: torch.nn.functional.pad(x, (1, 2))[..., 1:-2],
-    "every other row": lambda x: x.repeat_interleave(2, dim=2)[:, :, ::2],
-    "one head expanded": lambda x: x[:, :1].expand(x.shape),
-    "columns apart": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-}
 
 
 @st.composite

@@ -13,7 +13,7 @@ import reformer_kernels as rk
 from reformer_kernels import testing
 from reformer_kernels._calls import AttentionCall
 
-from ..test_random import LAYOUTS
+from ..layouts import LAYOUTS
 from .kernels import Emulator
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -12,7 +12,7 @@ from reformer_kernels import testing
 from reformer_kernels._calls import ListCall
 from reformer_kernels.clustered import attend
 
-from ..test_random import LAYOUTS
+from ..layouts import LAYOUTS
 from .attention import DTYPES, OracleCase
 
 
