@@ -8,7 +8,7 @@ ARGS ?=
 SECONDS ?= 60
 OUT ?= gpu_check_out
 SLICE ?=
-CXX_FILES = $(shell find csrc tests/native tests/emulation -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests/native tests/emulation tests/ptx_emulator -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 SANITIZE := -std=c++20 -O1 -g -Wall -Icsrc -fno-math-errno -fno-trapping-math -Wno-psabi \
             -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
 

@@ -79,7 +79,13 @@ def test_a_part_where_no_kernel_changed(repository: Repository) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["csrc/kernels/plan.h", "reformer_kernels/backends/triton/hash.py", "tests/emulation/ptx/kernel.py"]
+    "path",
+    [
+        "csrc/kernels/plan.h",
+        "reformer_kernels/backends/triton/hash.py",
+        "tests/emulation/cases.py",
+        "tests/ptx_emulator/kernel.py",
+    ],
 )
 def test_all_where_kernels_changed(repository: Repository, path: str) -> None:
     """By one of the commits of a day."""

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
-from . import attention, build, lists, select
+from ..ptx_emulator.build import nvcc
+from . import attention, lists, select
 from .attention import Attention
+from .build import CSRC, ROOT, ptxas_report
 from .cases import Case, Hash, Order, launches_of_all
-from .kernels import ARCHITECTURES, CSRC, SOURCES, Emulator, Launched
+from .kernels import ARCHITECTURES, SOURCES, Emulator, Launched
 
 COMPILED = ("hash", "order", "attention", "lists", "select")  # sources of kernels with budgets
-FILE = build.ROOT / "benchmarks" / "budgets.json"
+FILE = ROOT / "benchmarks" / "budgets.json"
 SECTORS, WAVEFRONTS = 1.15, 1.05  # of the ideal, at most
 # Two multiprocessors, so that few tokens give blocks as much to do as many tokens give those of a whole GPU.
 DEVICES = {"sm_80": (2, 166912, 167936), "sm_90": (2, 232448, 233472)}
@@ -116,7 +118,7 @@ class Resources:
 
 def resources(source: str, architecture: str) -> dict[str, Resources]:
     """Of each kernel, by mangled name."""
-    report = build.ptxas_report(SOURCES[source], architecture, [CSRC])
+    report = ptxas_report(SOURCES[source], architecture, [CSRC])
     found = {}
     for part in report.split("Compiling entry function '")[1:]:
         number = lambda pattern, part=part: int(m[1]) if (m := re.search(pattern, part)) else 0  # noqa: E731
@@ -190,7 +192,7 @@ def measure(architecture: str) -> dict[str, dict[str, Any]]:
 
 
 def nvcc_release() -> str:
-    said = subprocess.run([str(build.nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release ([\d.]+)", said)
     assert found, f"nvcc --version names no release: {said}"
     return f"nvcc {found[1]}"
@@ -212,7 +214,7 @@ def main() -> None:
     from . import triton_budgets
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"write {FILE.relative_to(build.ROOT)}")
+    parser.add_argument("--write", action="store_true", help=f"write {FILE.relative_to(ROOT)}")
     parser.add_argument("--only", choices=("cuda", "triton"), help="of these kernels alone")
     arguments = parser.parse_args()
     budget = json.loads(FILE.read_text()) if FILE.exists() else {}

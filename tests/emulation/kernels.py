@@ -7,9 +7,6 @@ the bytes of its arguments, pointers into numpy arrays. The emulator then runs t
 from __future__ import annotations
 
 import functools
-import os
-import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,11 +24,11 @@ from reformer_kernels._calls import HashCall, OrderCall, n_sequences
 from reformer_kernels._dispatch import BACKENDS
 from reformer_kernels.backends import cuda
 
-from . import build
-from .ptx.kernel import Counters, Kernel, VirtualRegion
-from .ptx.syntax import module
+from ..ptx_emulator import build
+from ..ptx_emulator.kernel import Counters, Kernel, VirtualRegion
+from ..ptx_emulator.syntax import module
+from .build import CSRC, cuda_include
 
-CSRC = build.ROOT / "csrc"
 HERE = Path(__file__).parent
 SOURCES = {
     name: CSRC / "kernels" / "cuda" / f"{name}.cu"
@@ -56,22 +53,6 @@ DEVICES = {
 UNWRITTEN = 0xF7, 0xFF  # as a byte: integers that no kernel computes, and NaN
 
 Memory = Sequence[np.ndarray | VirtualRegion]
-
-
-def needs_nvcc() -> pytest.MarkDecorator:
-    """Skips tests where there is no nvcc; in CI they fail instead."""
-    missing = build.nvcc() is None and os.environ.get("CI") != "true"
-    return pytest.mark.skipif(missing, reason="needs nvcc")
-
-
-@functools.cache
-def cuda_include() -> Path:
-    """Where CUDA's headers are: nvcc knows, also where the one on PATH is a script that calls another."""
-    nvcc = build.nvcc()
-    assert nvcc is not None, "no nvcc, whose headers the host module needs"
-    said = subprocess.run([nvcc, "--dryrun", "any.cu"], capture_output=True, text=True).stderr
-    folders = [Path(folder) for folder in re.findall(r'-I"?([^"\s]+)', said)]
-    return next(folder for folder in folders if (folder / "vector_types.h").exists())
 
 
 @functools.cache

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from ..ptx_emulator.testing import needs_nvcc
 from . import triton_budgets
 from .budgets import COMPILED, FILE, PROBLEMS, Problem, Resources, measure, nvcc_release, occupancy, readable
-from .kernels import ARCHITECTURES, DEVICES, SOURCES, entries, needs_nvcc
+from .kernels import ARCHITECTURES, DEVICES, SOURCES, entries
 from .triton_kernels import needs_triton
 
 

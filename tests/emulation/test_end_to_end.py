@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import reformer_kernels as rk
 
-from .kernels import Emulator, needs_nvcc
+from ..ptx_emulator.testing import needs_nvcc
+from .kernels import Emulator
 
 pytestmark = needs_nvcc()
 

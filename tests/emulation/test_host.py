@@ -18,11 +18,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.emulation import build, kernels
-from tests.emulation.attention import PAPER, Attention
-from tests.emulation.cases import Case, Hash, Order
-from tests.emulation.lists import Lists
-from tests.emulation.select import Select
+from ..ptx_emulator import build
+from ..ptx_emulator.testing import needs_nvcc
+from . import kernels
+from .attention import PAPER, Attention
+from .build import CSRC, cuda_include, program
+from .cases import Case, Hash, Order
+from .lists import Lists
+from .select import Select
 
 HERE = Path(__file__).resolve().parent
 RUNTIME = tuple(HERE / f"host_{part}.cpp" for part in ("block", "fibers", "launch"))
@@ -37,7 +40,7 @@ SHARED_LIMIT = 227 * 1024
 SCHEDULES = [(order, copies) for order in ("fifo", "lifo", "rev", "rand") for copies in ("late", "early")]
 
 pytestmark = [
-    kernels.needs_nvcc(),
+    needs_nvcc(),
     pytest.mark.skipif(os.uname().machine != "x86_64", reason="fibers are written for x86-64"),
 ]
 every_schedule = pytest.mark.parametrize(("order", "copies"), SCHEDULES)
@@ -45,8 +48,8 @@ full = pytest.mark.full  # under sanitizers all is compiled once more, which tak
 
 
 @functools.cache
-def include_dirs(csrc: Path = kernels.CSRC) -> tuple[Path, ...]:
-    return csrc, HERE, kernels.cuda_include()
+def include_dirs(csrc: Path = CSRC) -> tuple[Path, ...]:
+    return csrc, HERE, cuda_include()
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +256,7 @@ def test_a_recorded_launch_is_not_executed(host):
 def test_recorded_names_are_those_of_nvcc(host, tmp_path):
     source = tmp_path / "samples.cu"
     source.write_text(f'#include "{SAMPLES.name}"\n')
-    entries = re.findall(r"\.entry (\w+)\(", build.ptx(source, include_dirs=[kernels.CSRC, HERE]))
+    entries = re.findall(r"\.entry (\w+)\(", build.ptx(source, include_dirs=[CSRC, HERE]))
     host.set_mode("record")
     for sample, arguments in ARGUMENTS.items():
         getattr(host, sample)(*arguments)
@@ -275,15 +278,13 @@ def test_settings_belong_to_a_thread(host):
 # ---- sanitizers
 
 
-def run_driver(
-    sanitizer: str, main: str, argument: str, csrc: Path = kernels.CSRC, **environment: str
-) -> tuple[int, str]:
+def run_driver(sanitizer: str, main: str, argument: str, csrc: Path = CSRC, **environment: str) -> tuple[int, str]:
     """Exit status and output of `main`: host_main with the sample kernels, or host_kernels_main with those in csrc."""
-    sources = [csrc / path.relative_to(kernels.CSRC) for path in kernels.SOURCES.values()]
+    sources = [csrc / path.relative_to(CSRC) for path in kernels.SOURCES.values()]
     if main == "host_main":
         sources = [SAMPLES]
     flags = ["-O1", "-g", *FLAGS, *SANITIZERS[sanitizer], "-x", "c++"]
-    driver = build.program(f"{main}-{sanitizer}", [HERE / f"{main}.cpp", *sources, *RUNTIME], flags, include_dirs(csrc))
+    driver = program(f"{main}-{sanitizer}", [HERE / f"{main}.cpp", *sources, *RUNTIME], flags, include_dirs(csrc))
     result = subprocess.run([driver, argument], capture_output=True, text=True, env=os.environ | environment)
     output = result.stdout + result.stderr
     if "unexpected memory mapping" in output:
@@ -385,7 +386,7 @@ def test_sanitizers_find_nothing_in_the_kernels(sanitizer: str, source: str) -> 
 def test_keys_are_chosen_a_slice_at_a_time(tmp_path: Path) -> None:
     """With little room for weights, which otherwise takes hundreds of MB of them."""
     csrc = tmp_path / "csrc"
-    shutil.copytree(kernels.CSRC, csrc)
+    shutil.copytree(CSRC, csrc)
     path = csrc / "kernels" / "cuda" / "plan.h"
     room = "kSelectTotalsBytes = 256 << 20;"
     assert path.read_text().count(room) == 1
@@ -419,7 +420,7 @@ def test_sanitizers_report_a_fault_of_a_kernel(
     tmp_path: Path, sanitizer: str, source: str, text: str, becomes: str, report: str
 ) -> None:
     csrc = tmp_path / "csrc"
-    shutil.copytree(kernels.CSRC, csrc)
+    shutil.copytree(CSRC, csrc)
     path = csrc / "kernels" / "cuda" / f"{source}.cuh"
     original = path.read_text()
     assert original.count(text) == 1, "the text to replace is not there once"

@@ -13,6 +13,8 @@ from reformer_kernels import testing
 from reformer_kernels.backends import cpu, cuda
 
 from ..kernel_oracles import assert_hashes, stable_order
+from ..ptx_emulator.kernel import VirtualRegion
+from ..ptx_emulator.testing import needs_nvcc
 from .attention import Attention
 from .kernels import (
     CHUNK,
@@ -23,11 +25,9 @@ from .kernels import (
     as_array,
     host,
     memory_of,
-    needs_nvcc,
     on_each_architecture,
     read_only,
 )  # fmt: skip
-from .ptx.kernel import VirtualRegion
 from .select import MANY, Select
 
 pytestmark = needs_nvcc()

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from ..ptx_emulator.kernel import SCHEDULES
+from ..ptx_emulator.testing import needs_nvcc
 from . import attention, lists, select
 from .attention import DTYPES, PAPER, Attention
 from .cases import Case, Hash, Order, emulator, launches_of_all
-from .kernels import ARCHITECTURES, SOURCES, Emulator, needs_nvcc, on_each_architecture
+from .kernels import ARCHITECTURES, SOURCES, Emulator, on_each_architecture
 from .lists import Lists
 from .mutations import PROBLEMS
-from .ptx.kernel import SCHEDULES
 from .random_cases import Random
 
 pytestmark = needs_nvcc()

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from .kernels import CSRC, DEVICES, Emulator, needs_nvcc
+from ..ptx_emulator.testing import failure, needs_nvcc
+from .build import CSRC
+from .kernels import DEVICES, Emulator
 from .mutations import MUTATIONS, PROBLEMS, Mutation
-from .ptx.kernel import SCHEDULES, EmulationError
 
 pytestmark = [needs_nvcc(), pytest.mark.full]
 
@@ -36,22 +37,14 @@ def copy_of_csrc(folder: Path, instances: tuple[str, ...]) -> Path:
     return folder
 
 
-def failure(problem: str, csrc: Path) -> str | None:
-    """How the case fails on the first schedule where it does."""
+def failure_of(problem: str, csrc: Path) -> str | None:
     case = PROBLEMS[problem][1]
-    for schedule in SCHEDULES:
-        try:
-            case.check(Emulator("sm_90", schedule, DEVICES[case.device], csrc))
-        except AssertionError:
-            return "wrong"
-        except EmulationError as error:
-            return error.kind
-    return None
+    return failure(lambda schedule: case.check(Emulator("sm_90", schedule, DEVICES[case.device], csrc)))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_without_a_mutation(tmp_path: Path, problem: str) -> None:
-    assert failure(problem, copy_of_csrc(tmp_path / "csrc", PROBLEMS[problem][0])) is None
+    assert failure_of(problem, copy_of_csrc(tmp_path / "csrc", PROBLEMS[problem][0])) is None
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file}: {m.name}")
@@ -61,4 +54,4 @@ def test_a_mutation_is_noticed(tmp_path: Path, mutation: Mutation) -> None:
     source = path.read_text()
     assert source.count(mutation.text) == 1, "the text to replace is not there once"
     path.write_text(source.replace(mutation.text, mutation.becomes))
-    assert failure(mutation.problem, csrc) == mutation.shown_as, "not noticed, or not as what it is"
+    assert failure_of(mutation.problem, csrc) == mutation.shown_as, "not noticed, or not as what it is"

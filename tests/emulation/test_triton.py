@@ -17,11 +17,12 @@ from reformer_kernels._calls import HashCall, OrderCall
 from reformer_kernels._dispatch import BACKENDS
 from reformer_kernels.backends import triton as backend
 
+from ..ptx_emulator.kernel import SCHEDULES
+from ..ptx_emulator.testing import needs_nvcc
 from . import attention, lists, select
 from .attention import BUCKET, PAPER, Attention
 from .cases import Case
-from .kernels import ARCHITECTURES, Emulator, needs_nvcc
-from .ptx.kernel import SCHEDULES
+from .kernels import ARCHITECTURES, Emulator
 from .random_cases import Random
 from .triton_budgets import resources
 from .triton_cases import OF_EACH_KERNEL, ONCE, OTHERS, SAMPLED

@@ -12,11 +12,11 @@ from torch import Tensor
 from reformer_kernels import testing
 from reformer_kernels._dispatch import BACKENDS
 
+from ..ptx_emulator.kernel import VirtualRegion
 from .attention import Attention
 from .cases import Hash
 from .kernels import ARCHITECTURES, as_array
 from .lists import Lists
-from .ptx.kernel import VirtualRegion
 from .select import MANY, Select
 from .triton_kernels import EmulatedTriton, needs_triton
 

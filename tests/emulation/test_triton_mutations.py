@@ -11,7 +11,7 @@ import pytest
 from reformer_kernels import backends
 from reformer_kernels.backends import triton
 
-from .ptx.kernel import SCHEDULES, EmulationError
+from ..ptx_emulator.testing import failure
 from .triton_kernels import EmulatedTriton, needs_triton
 from .triton_mutations import MUTATIONS, PROBLEMS, Mutation
 
@@ -20,16 +20,8 @@ pytestmark = [needs_triton(), pytest.mark.full]
 SOURCES = Path(triton.__file__).parent
 
 
-def failure(problem: str, package: str = triton.__name__) -> str | None:
-    """How the case fails on the first schedule where it does."""
-    for schedule in SCHEDULES:
-        try:
-            PROBLEMS[problem].check(EmulatedTriton("sm_80", schedule, package=package))
-        except AssertionError:
-            return "wrong"
-        except EmulationError as error:
-            return error.kind
-    return None
+def failure_of(problem: str, package: str = triton.__name__) -> str | None:
+    return failure(lambda schedule: PROBLEMS[problem].check(EmulatedTriton("sm_80", schedule, package=package)))
 
 
 @pytest.fixture
@@ -52,9 +44,9 @@ def mutated(tmp_path: Path) -> Iterator[Callable[[Mutation], str]]:
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_without_a_mutation(problem: str) -> None:
-    assert failure(problem) is None
+    assert failure_of(problem) is None
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file}: {m.name}")
 def test_a_mutation_is_noticed(mutation: Mutation, mutated: Callable[[Mutation], str]) -> None:
-    assert failure(mutation.problem, mutated(mutation)), "not noticed"
+    assert failure_of(mutation.problem, mutated(mutation)), "not noticed"

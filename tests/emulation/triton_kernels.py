@@ -23,11 +23,11 @@ from torch import Tensor
 from reformer_kernels._dispatch import BACKENDS
 from reformer_kernels.backends import triton as backend
 
-from . import build
+from ..ptx_emulator.build import CACHE
+from ..ptx_emulator.kernel import Kernel, VirtualRegion
 from .kernels import Emulator, Launched, storage
-from .ptx.kernel import Kernel, VirtualRegion
 
-os.environ.setdefault("TRITON_CACHE_DIR", str(build.CACHE / "triton"))
+os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
 
 
 class Driver:

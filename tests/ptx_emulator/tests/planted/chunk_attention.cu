@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kThreads) chunk_attention(const __grid_constan
     for (int k = 0; k < 4; ++k) {
       uint32_t keys[4];
       load_matrices(keys, shared.k + place(n * 8 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
-      multiply_add<bf16>(s[n], q[k], keys[0], keys[1]);
-      multiply_add<bf16>(s[n + 1], q[k], keys[2], keys[3]);
+      multiply_add(s[n], q[k], keys[0], keys[1]);
+      multiply_add(s[n + 1], q[k], keys[2], keys[3]);
     }
   }
 
@@ -130,15 +130,15 @@ __global__ void __launch_bounds__(kThreads) chunk_attention(const __grid_constan
 #pragma unroll
   for (int k = 0; k < kKeys / 16; ++k) {
     const float (&even)[4] = s[2 * k], (&odd)[4] = s[2 * k + 1];
-    const uint32_t weights[4] = {pack<bf16>(even[0], even[1]), pack<bf16>(even[2], even[3]), pack<bf16>(odd[0], odd[1]),
-                                 pack<bf16>(odd[2], odd[3])};
+    const uint32_t weights[4] = {pack(even[0], even[1]), pack(even[2], even[3]), pack(odd[0], odd[1]),
+                                 pack(odd[2], odd[3])};
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; n += 2) {
       uint32_t values[4];
       const int misalignment = kBug == 14 ? 8 : 0;
       load_matrices_transposed(values, shared.v + place(k * 16 + lane % 16, n + lane / 16) + misalignment);
-      multiply_add<bf16>(out[n], weights, values[0], values[1]);
-      multiply_add<bf16>(out[n + 1], weights, values[2], values[3]);
+      multiply_add(out[n], weights, values[0], values[1]);
+      multiply_add(out[n + 1], weights, values[2], values[3]);
     }
   }
 #pragma unroll
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) chunk_attention(const __grid_constan
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
       const float low = out[n][2 * half] / sum[half], high = out[n][2 * half + 1] / sum[half];
-      *reinterpret_cast<uint32_t*>(p.out + row * kHeadDim + n * 8 + lane % 4 * 2) = pack<bf16>(low, high);
+      *reinterpret_cast<uint32_t*>(p.out + row * kHeadDim + n * 8 + lane % 4 * 2) = pack(low, high);
     }
     // 4 threads hold the same value: bug 15 has them all store it.
     if (lane % 4 == 0 || kBug == 15) p.lse[row] = peak[half] + log2f(sum[half]);

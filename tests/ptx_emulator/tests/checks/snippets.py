@@ -6,7 +6,7 @@ from types import ModuleType
 
 import numpy as np
 
-from ..ptx import EmulationError, Kernel
+from ...kernel import EmulationError, Kernel
 
 LANES = 32
 HEADER = ".version 9.0\n.target sm_90a\n.address_size 64\n"
@@ -34,8 +34,10 @@ ret;
 """
 
 
-def kernel(machine: ModuleType, body: str, *args, **kwargs) -> Kernel:
-    return Kernel(kernel_text(body, *args, **kwargs), machine_module=machine)
+def kernel(
+    machine: ModuleType, body: str, parameters: Sequence[str] = ("u64",), shared_bytes: int = 0, registers: str = ""
+) -> Kernel:
+    return Kernel(kernel_text(body, parameters, shared_bytes, registers), machine_module=machine)
 
 
 _REGISTERS = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
@@ -64,14 +66,18 @@ def lanes(machine: ModuleType, body: str, inputs: Sequence[np.ndarray], out: np.
 
 
 def error_of(
-    machine: ModuleType, body: str, threads: int = 32, grid: int = 1, size: int = 1024, **kwargs
+    machine: ModuleType,
+    body: str,
+    threads: int = 32,
+    grid: int = 1,
+    shared_bytes: int = 0,
+    instruction_limit: int = 10**9,
 ) -> str | None:
-    """The kind of error that a kernel with one array of `size` bytes raises, or None."""
-    launch_options = kwargs.pop("launch", {})
-    array = np.zeros(size, np.uint8)
-    k = kernel(machine, body, **kwargs)
+    """The kind of error that a kernel with one array of 1,024 bytes raises, or None."""
+    array = np.zeros(1024, np.uint8)
+    k = kernel(machine, body, shared_bytes=shared_bytes)
     try:
-        k.launch((grid, 1, 1), threads, [array], [array], **launch_options)
+        k.launch((grid, 1, 1), threads, [array], [array], instruction_limit=instruction_limit)
     except EmulationError as error:
         # Every error says where: the line of the text, the block, the thread.
         assert re.search(r"\(line \d+: .+\) in block \(\d+, \d+, \d+\), thread \d+ of k$", str(error)), str(error)

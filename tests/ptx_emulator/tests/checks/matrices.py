@@ -4,6 +4,7 @@ from types import ModuleType
 
 import numpy as np
 
+from ...kernel import Kernel
 from .snippets import bfloat16_bits, from_bfloat16, kernel
 
 LANE = np.arange(32)
@@ -26,8 +27,11 @@ def _fragments_of_mma(a: np.ndarray, b: np.ndarray, words: type) -> tuple[np.nda
         columns = block * 4 * per + MEMBER[:, None] * per + np.arange(per)
         a_words += [a[GROUP[:, None], columns], a[GROUP[:, None] + 8, columns]]
         b_words.append(b[columns, GROUP[:, None]])
-    as_words = [[np.ascontiguousarray(w).view(words)[:, 0] for w in group] for group in (a_words, b_words)]
-    return np.stack(as_words[0], 1), np.stack(as_words[1], 1)
+
+    def registers(parts: list[np.ndarray]) -> np.ndarray:
+        return np.stack([np.ascontiguousarray(part).view(words)[:, 0] for part in parts], 1)
+
+    return registers(a_words), registers(b_words)
 
 
 def assert_is_product(
@@ -72,7 +76,7 @@ def check_mma(machine: ModuleType) -> None:
         assert_is_product(out, a, b, c, rows, columns)
 
 
-def _matrix_kernel(machine: ModuleType, code: str):
+def _matrix_kernel(machine: ModuleType, code: str) -> Kernel:
     """Four 8 x 8 matrices, [4, 8, 8] of 2 bytes, in shared memory; %r1: the address of the lane's row."""
     fill = """
         shl.b32 %r2, %r0, 4; mov.u32 %r1, data; add.u32 %r1, %r1, %r2;

@@ -116,7 +116,7 @@ def entry(ptx: str, name: str | None) -> Entry:
         matching[0],
         _parameters(kernel.header),
         max_threads,
-        bool(threads) and threads.group(1) == "reqntid",
+        threads is not None and threads.group(1) == "reqntid",
         list(_statements(kernel.body, kernel.line)),
         found.shared,
     )
@@ -198,10 +198,12 @@ def _statements(body: str, line: int) -> Iterator[Statement]:
     """`line`: of the first one."""
     position = 0
     while match := _STATEMENT.match(body, position):
-        start = match.start(match.lastgroup)
+        kind = match.lastgroup
+        assert kind is not None
+        start = match.start(kind)
         line += body.count("\n", position, start)
-        if match.lastgroup != "line_directive":
-            yield Statement(" ".join(match.group(match.lastgroup).split()), line)
+        if kind != "line_directive":
+            yield Statement(" ".join(match.group(kind).split()), line)
         line += body.count("\n", start, match.end())
         position = match.end()
     if rest := body[position:].strip():

@@ -7,18 +7,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from .. import build
+from . import build
 from .parser import parse
 from .syntax import Parameter, RefusedError
 
 MACHINE_SOURCES = Path(__file__).parent / "machine"
 MACHINE_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Werror")
 
+
+class Schedule(TypedDict, total=False):
+    """What a GPU leaves open of a launch: arguments of ``Kernel.launch``."""
+
+    schedule: str
+    seed: int
+    early_copies: bool
+    blocks: Sequence[int]
+
+
 # What a right kernel gives the same result under: the order of warps and blocks, and when asynchronous copies land.
-SCHEDULES: tuple[dict, ...] = (
+SCHEDULES: tuple[Schedule, ...] = (
     {"schedule": "fifo"},
     {"schedule": "rev"},
     {"schedule": "rand", "seed": 1},
@@ -27,6 +39,9 @@ SCHEDULES: tuple[dict, ...] = (
 
 _ORDERS = {"fifo": "forward", "rev": "backward", "rand": "random"}
 _SCALAR_FORMATS = {"f32": "<f", "f64": "<d"}
+
+_Real = tuple[int, int, bool]  # address, bytes, whether it is writeable
+_Sparse = tuple[Any, bool]  # memory of the machine, whether it is writeable
 
 
 class EmulationError(RuntimeError):
@@ -37,7 +52,7 @@ class EmulationError(RuntimeError):
     text), bad launch.
     """
 
-    def __init__(self, kind: str, message: str):
+    def __init__(self, kind: str, message: str) -> None:
         super().__init__(f"{kind}: {message}")
         self.kind = kind
 
@@ -76,13 +91,13 @@ class VirtualRegion:
         fill: bytes = b"\0",
         writeable: bool = True,
         machine_module: ModuleType | None = None,
-    ):
+    ) -> None:
         self.base = base
         self.size = size
         self.writeable = writeable
         self.memory = (machine_module or machine()).SparseMemory(base, size, fill)
 
-    def read(self, offset: int, dtype: np.typing.DTypeLike, count: int) -> np.ndarray:
+    def read(self, offset: int, dtype: DTypeLike, count: int) -> np.ndarray:
         """`count` elements from byte `offset` on."""
         dtype = np.dtype(dtype)
         return np.frombuffer(self.memory.read(offset, count * dtype.itemsize), dtype).copy()
@@ -92,13 +107,13 @@ class VirtualRegion:
 
     @property
     def touched_bytes(self) -> int:
-        return self.memory.touched_bytes
+        return int(self.memory.touched_bytes)
 
 
 class Kernel:
     """`name`: the mangled name of an entry, or a part that only one has; None if there is but one entry."""
 
-    def __init__(self, ptx: str, name: str | None = None, machine_module: ModuleType | None = None):
+    def __init__(self, ptx: str, name: str | None = None, machine_module: ModuleType | None = None) -> None:
         self._machine = machine_module or machine()
         self._ptx = ptx
         try:
@@ -137,12 +152,12 @@ class Kernel:
         dynamic shared memory. `instruction_limit` bounds the warp instructions of a block, for kernels that never end.
         Raises EmulationError.
         """
-        threads = (threads, 1, 1) if isinstance(threads, int) else tuple(threads)
-        self._check_shape(grid, threads, shared_bytes)
+        shape = (threads, 1, 1) if isinstance(threads, int) else tuple(threads)
+        self._check_shape(grid, shape, shared_bytes)
         real, sparse = self._regions(memory)
         launch = self._machine.Launch(
             tuple(grid),
-            threads,
+            shape,
             shared_bytes,
             getattr(self._machine.Order, _ORDERS[schedule]),
             instruction_limit,
@@ -183,8 +198,9 @@ class Kernel:
             raise EmulationError("bad launch", f"blocks {list(blocks)} of {count}")
         return list(blocks)
 
-    def _regions(self, memory: Sequence[np.ndarray | VirtualRegion]) -> tuple[list, list]:
-        real, sparse = [], []
+    def _regions(self, memory: Sequence[np.ndarray | VirtualRegion]) -> tuple[list[_Real], list[_Sparse]]:
+        real: list[_Real] = []
+        sparse: list[_Sparse] = []
         for item in memory:
             if isinstance(item, VirtualRegion):
                 sparse.append((item.memory, item.writeable))
@@ -210,12 +226,12 @@ class Kernel:
             packed[parameter.offset : parameter.offset + parameter.size] = data
         return bytes(packed)
 
-    def _describe(self, fault: object) -> str:
+    def _describe(self, fault: Any) -> str:
         text = " ".join(self._ptx.split("\n")[fault.line - 1].split()) if fault.line > 0 else ""
         block = ", ".join(map(str, fault.block))
         return f"{fault.detail} (line {fault.line}: {text}) in block ({block}), thread {fault.thread} of {self.name}"
 
-    def _counters(self, counters: object) -> Counters:
+    def _counters(self, counters: Any) -> Counters:
         opcodes: Counter[str] = Counter()
         for opcode, count in zip(self._parsed.opcodes, counters.executed, strict=True):
             if count:
@@ -224,7 +240,7 @@ class Kernel:
         return Counters(**{name: getattr(counters, name) for name in names}, opcodes=dict(opcodes))
 
 
-def _pack(parameter: Parameter, value: object) -> bytes:
+def _pack(parameter: Parameter, value: Any) -> bytes:
     if isinstance(value, np.ndarray):
         value = value.ctypes.data
     elif isinstance(value, VirtualRegion):

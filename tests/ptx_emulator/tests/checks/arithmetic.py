@@ -1,6 +1,7 @@
 """Integer and float arithmetic, comparisons, selection."""
 
 import operator
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -19,16 +20,19 @@ def _quotient(a: int, b: int) -> int:
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
+def _upper_half(bits: int) -> Callable[[int, int, int], int]:
+    return lambda x, y, z: x * y >> bits
+
+
 def check_integers(machine: ModuleType) -> None:
     for type_, dtype in INTEGERS.items():
         a, b, c = (random_words(seed, dtype, 64) for seed in range(3))
         b[b == 0] = 3
-        bits = 8 * np.dtype(dtype).itemsize
-        exact = {
+        exact: dict[str, Callable[[int, int, int], int]] = {
             f"add.{type_} d, a0, a1;": lambda x, y, z: x + y,
             f"sub.{type_} d, a0, a1;": lambda x, y, z: x - y,
             f"mul.lo.{type_} d, a0, a1;": lambda x, y, z: x * y,
-            f"mul.hi.{type_} d, a0, a1;": lambda x, y, z, bits=bits: x * y >> bits,
+            f"mul.hi.{type_} d, a0, a1;": _upper_half(8 * np.dtype(dtype).itemsize),
             f"mad.lo.{type_} d, a0, a1, a2;": lambda x, y, z: x * y + z,
             f"min.{type_} d, a0, a1;": lambda x, y, z: min(x, y),
             f"max.{type_} d, a0, a1;": lambda x, y, z: max(x, y),

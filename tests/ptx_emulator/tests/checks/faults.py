@@ -4,7 +4,7 @@ from types import ModuleType
 
 import numpy as np
 
-from ..ptx import Kernel
+from ...kernel import EmulationError, Kernel
 from .snippets import error_of, kernel_text
 
 WORD = "mad.wide.u32 %rd1, %r0, 4, %rd90;"  # the address of the lane's word of the array
@@ -35,8 +35,8 @@ def check_read_only_memory(machine: ModuleType) -> None:
     kernel = Kernel(kernel_text(f"{WORD} st.global.u32 [%rd1], %r0;"), machine_module=machine)
     try:
         kernel.launch((1, 1, 1), 32, [array], [array])
-    except RuntimeError as error:
-        assert error.kind == "read-only"  # type: ignore[attr-defined]
+    except EmulationError as error:
+        assert error.kind == "read-only"
     else:
         raise AssertionError("a store to read-only memory went through")
 
@@ -65,8 +65,8 @@ def check_some_blocks_run_alone(machine: ModuleType) -> None:
         assert array.tolist() == [99, 99, 99, 3, 99, 99, 6, 99]
     try:
         launch((8, 1, 1), 1, [array], [array], blocks=[8])
-    except RuntimeError as error:
-        assert error.kind == "bad launch"  # type: ignore[attr-defined]
+    except EmulationError as error:
+        assert error.kind == "bad launch"
     else:
         raise AssertionError("a block ran that the grid does not have")
 
@@ -102,4 +102,4 @@ def check_barriers(machine: ModuleType) -> None:
     assert error_of(machine, half, threads=64) == "deadlock"
     lanes = "setp.lt.u32 %p1, %r0, 16; @%p1 shfl.sync.idx.b32 %r1, %r0, 0, 31, 0xffffffff;"
     assert error_of(machine, lanes) == "divergent collective"
-    assert error_of(machine, "LOOP: bra LOOP;", launch={"instruction_limit": 1000}) == "no progress"
+    assert error_of(machine, "LOOP: bra LOOP;", instruction_limit=1000) == "no progress"
