@@ -11,7 +11,7 @@ from reformer_kernels.backends import triton
 
 from .emulation import attention, select
 from .emulation.lists import Lists
-from .emulation.triton_cases import CHOSEN, LISTS, SELECTIONS, WIDE
+from .emulation.triton.cases import CHOSEN, LISTS, SELECTIONS, WIDE
 from .kernel_oracles import assert_best, assert_hashes, stable_order
 from .test_cuda import on_gpu
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import reformer_kernels as rk
 from reformer_kernels.backends import triton
 
-from .emulation.triton_kernels import needs_triton
+from .emulation.triton.kernels import needs_triton
 from .test_cuda_backend import attention_call, hash_call, list_call, order_call, select_call
 
 WIDE = "the head size is 257; the kernels take up to 256"

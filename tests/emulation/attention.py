@@ -14,7 +14,7 @@ from reformer_kernels import testing
 from reformer_kernels._calls import AttentionCall
 
 from ..layouts import LAYOUTS
-from .kernels import Emulator
+from .emulator import Emulator
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -13,6 +13,7 @@ from ..ptx_emulator.build import cached, linked, nvcc, ptx_path, run
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+HOST = Path(__file__).parent / "host"  # what compiles kernels for a CPU
 
 
 def program(
@@ -37,3 +38,9 @@ def cuda_include() -> Path:
     said = subprocess.run([compiler, "--dryrun", "any.cu"], capture_output=True, text=True).stderr
     folders = [Path(folder) for folder in re.findall(r'-I"?([^"\s]+)', said)]
     return next(folder for folder in folders if (folder / "vector_types.h").exists())
+
+
+@functools.cache
+def host_include_dirs(csrc: Path = CSRC) -> tuple[Path, ...]:
+    """Of kernels that are compiled for a CPU."""
+    return csrc, HOST.parent, cuda_include()

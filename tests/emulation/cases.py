@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import reformer_kernels as rk
-from reformer_kernels._calls import longest_sequence, n_sequences
 
 from ..kernel_oracles import assert_hashes, stable_order
-from .kernels import DEVICES, SOURCES, Emulator, Launched, Recorder, entries, host
+from .emulator import Emulator
 
 
 @dataclass(frozen=True)
@@ -47,10 +43,6 @@ class Hash:
         padding = torch.rand(self.batch, self.length, generator=generator) < 0.4 if self.padded else None
         return x, rotations, padding
 
-    def plan(self, device: tuple[int, int, int]) -> dict[str, int]:
-        shape = [self.batch, self.heads, self.length, self.head_dim]
-        return host().hash_plan(shape, self.rounds, str(self.dtype)[6:], list(self.factors), device)
-
     def check(self, emulator: Emulator) -> Tensor:
         x, rotations, padding = self.inputs()
         buckets = emulator.hash_buckets(x, rotations, self.factors, padding)
@@ -67,12 +59,6 @@ class Order:
     rounds: int = 1
     bounds: tuple[Any, ...] | None = None  # of packed sequences, or of those of each batch row
     device: str = "H100"
-
-    def plan(self, device: tuple[int, int, int]) -> dict[str, int]:
-        shape, bounds = [self.batch, self.heads, self.rounds, self.length], self.bounds or (0, self.length)
-        cu_seqlens = torch.tensor(bounds)
-        longest = longest_sequence(self.length, cu_seqlens)
-        return host().order_plan(shape, n_sequences(cu_seqlens), longest, self.n_buckets, device)
 
     def check(self, emulator: Emulator) -> Tensor:
         generator = torch.Generator().manual_seed(self.length)
@@ -154,48 +140,10 @@ class OutOfRange:
         assert emulator.bucket_order(buckets, 4).flatten().tolist() == [5, 2, 0, 1, 3, 4]
 
 
-@dataclass(frozen=True)
-class Gather:
-    device: str = "H100"
-
-    def check(self, emulator: Emulator) -> None:
-        generator = np.random.default_rng(0)
-        rows = generator.integers(0, 255, (50, 1040), np.uint8)
-        index = generator.integers(-3, 60, 77).astype(np.int32)
-        index[:4] = -1, 0, 49, 50
-        inside = (index >= 0) & (index < 50)
-        expected = np.where(inside[:, None], rows[np.where(inside, index, 0)], 0)
-        assert np.array_equal(emulator.gather_rows(rows, index), expected)
-
-
 class Case(Protocol):
     """A problem; ``check`` raises what is wrong, or returns the result if it has one."""
 
-    device: str
+    @property
+    def device(self) -> str: ...
 
     def check(self, emulator: Emulator) -> Tensor | None: ...
-
-
-def emulator(architecture: str, schedule: dict[str, Any], case: Case) -> Emulator:
-    return Emulator(architecture, schedule, DEVICES[case.device])
-
-
-def launches_of_all(
-    source: str, cases: Iterable[Case], architecture: str, device: tuple[int, int, int] | None = None
-) -> list[Launched]:
-    """What cases launch, which are all kernels of a source; none is run.
-
-    Args:
-        device: of the plans. None: that of each case.
-
-    Raises:
-        AssertionError: some kernel is launched by no case.
-    """
-    recorder, rest = Recorder(architecture), iter(cases)
-    while missing := entries(SOURCES[source], architecture) - {x.name for x in recorder.launched}:
-        case = next(rest, None)
-        assert case, f"no case launches {missing}"
-        recorder.device = device or DEVICES[case.device]
-        with suppress(AssertionError):  # of results, which are zeros
-            case.check(recorder)
-    return recorder.launched

@@ -14,7 +14,7 @@ from reformer_kernels.backends.reference_lists import EXACT_KEYS
 
 from ..kernel_oracles import assert_best
 from .attention import DTYPES, describe
-from .kernels import Emulator
+from .emulator import Emulator
 from .lists import Clustered
 
 

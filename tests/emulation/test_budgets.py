@@ -9,28 +9,30 @@ from typing import Any
 import pytest
 
 from ..ptx_emulator.testing import needs_nvcc
-from . import triton_budgets
-from .budgets import COMPILED, FILE, PROBLEMS, Problem, Resources, measure, nvcc_release, occupancy, readable
-from .kernels import ARCHITECTURES, DEVICES, SOURCES, entries
-from .triton_kernels import needs_triton
+from .budgets import FILE, Problem, Resources, occupancy
+from .cuda import budgets as cuda
+from .cuda.kernels import DEVICES, SOURCES, entries
+from .emulator import ARCHITECTURES
+from .triton import budgets as triton
+from .triton.kernels import needs_triton
 
 
 @pytest.mark.full
 @needs_nvcc()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_costs(architecture: str) -> None:
-    now = measure(architecture)
-    compiled = {readable(name) for source in COMPILED for name in entries(SOURCES[source], architecture)}
+    now = cuda.measure(architecture)
+    compiled = {cuda.readable(name) for source in cuda.COMPILED for name in entries(SOURCES[source], architecture)}
     assert set(now["kernels"]) == compiled
-    assert_kept("cuda", architecture, now, PROBLEMS, nvcc_release())
+    assert_kept("cuda", architecture, now, cuda.PROBLEMS, cuda.release())
 
 
 @pytest.mark.full
 @needs_triton()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_costs_of_triton_kernels(architecture: str) -> None:
-    now = triton_budgets.measure(architecture)
-    assert_kept("triton", architecture, now, triton_budgets.PROBLEMS, triton_budgets.release())
+    now = triton.measure(architecture)
+    assert_kept("triton", architecture, now, triton.PROBLEMS, triton.release())
 
 
 def assert_kept(

@@ -1,10 +1,10 @@
 // What kernels use besides plain CUDA C++: asynchronous copies, matrix fragments, launches.
 //
-// With RK_HOST defined the same names come from the tests (host_device.h), which compile the kernels for a CPU. Kernels
+// With RK_HOST defined the same names come from the tests (host/device.h), which compile the kernels for a CPU. Kernels
 // use only CUDA C++ that g++ understands with those macros, and what is here.
 #pragma once
 #ifdef RK_HOST
-#include "host_device.h"
+#include "host/device.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -1,0 +1,1 @@
+"""The CUDA kernels, executed from nvcc's PTX."""

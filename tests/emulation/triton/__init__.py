@@ -1,0 +1,1 @@
+"""The Triton kernels, compiled by Triton and executed from its PTX."""
