@@ -82,8 +82,10 @@ class Attention(OracleCase):
         generator = torch.Generator().manual_seed(self.length)
         width, own, heads = self.value_dim or self.head_dim, self.heads, self.key_heads or self.heads
         batch = len(self.ends) if self.ends else self.batch
-        normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-        rows = lambda heads, width: LAYOUTS[self.layout](normal(batch, heads, self.length, width))  # noqa: E731
+
+        def rows(heads: int, width: int) -> Tensor:
+            return LAYOUTS[self.layout](torch.randn(batch, heads, self.length, width, generator=generator))
+
         options: dict[str, Any] = {
             "chunk_length": self.chunk_length, "chunks_before": self.before, "chunks_after": self.after,
             "causal": self.causal, "dropout_p": self.dropout, "dropout_seed": torch.tensor([2**33 + 5]),
@@ -94,6 +96,7 @@ class Attention(OracleCase):
             behind = torch.arange(self.length) >= torch.tensor(self.ends)[:, None]
             options["key_padding_mask"] = behind | options.get("key_padding_mask", False)
         cu_seqlens = None if self.bounds is None else torch.tensor(self.bounds, dtype=torch.int32)
+        call: AttentionCall
         if self.key_heads:  # its function has no rules, which may hold all the same
             call = testing.capture(
                 rk.local_attention, rows(own, self.head_dim), rows(heads, self.head_dim), rows(heads, width), **options
@@ -104,7 +107,8 @@ class Attention(OracleCase):
             "n_hashes": self.rounds, "n_buckets": self.n_buckets, "hash_seed": 3, "rules": self.rules,
             "alignment": self.alignment, "num_queries": self.num_queries, "cu_seqlens": cu_seqlens,
         }  # fmt: skip
-        return testing.capture(rk.lsh_attention, rows(own, self.head_dim), rows(own, width), **options)
+        call = testing.capture(rk.lsh_attention, rows(own, self.head_dim), rows(own, width), **options)
+        return call
 
     def check_padding_is_unseen(self, emulator: Emulator) -> None:
         """What the padding behind the ``ends`` holds, NaN even, comes to no other row."""
@@ -125,7 +129,7 @@ class Attention(OracleCase):
 L2 = rk.AttentionRules(key_norm="l2", scale=None)
 PAPER, WITHIN = rk.AttentionRules.paper(), rk.AttentionRules(within_bucket=True)
 ONCE, BLIND = rk.AttentionRules(dedup="log_count"), rk.AttentionRules(mask_padded_queries=True)
-BUCKET = {"alignment": "bucket", "n_buckets": 4}
+BUCKET: dict[str, Any] = {"alignment": "bucket", "n_buckets": 4}
 UNSEEN = [
     Attention(150, ends=(150, 70, 0), chunk_length=32, after=1, dropout=0.2),
     Attention(90, dtype=torch.float32, heads=2, ends=(5, 90, 41), rules=PAPER, chunk_length=16, n_buckets=4),

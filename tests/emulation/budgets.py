@@ -106,7 +106,10 @@ def compiled_costs(uses: Resources, launch: Launched, architecture: str) -> dict
 
 def executed_costs(problem: Problem, emulator: Emulator) -> dict[str, Any]:
     counted = [launch.counters for launch in emulator.launched if re.search(problem.kernels, launch.name)]
-    total = lambda name: sum(getattr(counters, name) for counters in counted)  # noqa: E731
+
+    def total(name: str) -> int:
+        return sum(getattr(counters, name) for counters in counted)
+
     return {
         "unit": problem.unit,
         "warp_instructions": round(total("warp_instructions") / problem.units, 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -147,3 +148,9 @@ class Case(Protocol):
     def device(self) -> str: ...
 
     def check(self, emulator: Emulator) -> Tensor | None: ...
+
+
+def assert_all_the_same(results: Sequence[Tensor | None]) -> None:
+    """What a case gave on several schedules: nothing each time, or the same bits."""
+    found = [x for x in results if x is not None]
+    assert len(found) in (0, len(results)) and all(torch.equal(x, found[0]) for x in found)

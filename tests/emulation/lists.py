@@ -77,10 +77,11 @@ class Lists(Clustered, OracleCase):
     backends: tuple[str, str] | None = None  # of the forward and the backward; None: the emulated one
 
     def call(self) -> ListCall:
-        return self.capture(
+        call: ListCall = self.capture(
             "list_attention", self.value_dim or self.head_dim, rest_term=self.rest, dropout_p=self.dropout,
             dropout_seed=torch.tensor([2**33 + 5]),
         )  # fmt: skip
+        return call
 
 
 CASES = [

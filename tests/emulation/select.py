@@ -33,7 +33,7 @@ class Select(Clustered):
         if self.padded_queries:
             generator = torch.Generator().manual_seed(self.length)
             padding = torch.rand(self.batch, self.length, generator=generator) < self.padded_queries
-        call = self.capture("select_keys", 4, self.spread, self.distinct, query_padding_mask=padding)
+        call: SelectCall = self.capture("select_keys", 4, self.spread, self.distinct, query_padding_mask=padding)
         if self.not_finite:
             call.query[:, :, 40:43] = torch.nan
             call.key[:, :, 70] = torch.inf

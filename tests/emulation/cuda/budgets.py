@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,10 +67,15 @@ def resources(source: str, architecture: str) -> dict[str, Resources]:
     report = ptxas_report(SOURCES[source], architecture, [CSRC])
     found = {}
     for part in report.split("Compiling entry function '")[1:]:
-        number = lambda pattern, part=part: int(m[1]) if (m := re.search(pattern, part)) else 0  # noqa: E731
-        spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-        found[part.split("'")[0]] = Resources(number(r"Used (\d+) registers"), spilled, number(r"(\d+) bytes smem"))
+        spilled = _number(r"(\d+) bytes spill stores", part) + _number(r"(\d+) bytes spill loads", part)
+        registers, shared = _number(r"Used (\d+) registers", part), _number(r"(\d+) bytes smem", part)
+        found[part.split("'")[0]] = Resources(registers, spilled, shared)
     return found
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
 
 
 def readable(mangled: str) -> str:
@@ -96,8 +101,9 @@ def measure(architecture: str) -> dict[str, dict[str, Any]]:
             problem.case.check(emulators[problem.case])
         problems[problem.name] = executed_costs(problem, emulators[problem.case])
     # Of kernels that no problem has, what a case launches.
-    for source, cases in {"attention": attention.CASES, "lists": lists.CASES, "select": select.CASES}.items():
-        others = launches_of_all(source, cases, architecture, DEVICES[architecture])
+    cases: dict[str, Sequence[Case]] = {"attention": attention.CASES, "lists": lists.CASES, "select": select.CASES}
+    for source, of_source in cases.items():
+        others = launches_of_all(source, of_source, architecture, DEVICES[architecture])
         launched |= {launch.name: launch for launch in others}
     for emulator in emulators.values():
         launched |= {launch.name: launch for launch in emulator.launched}

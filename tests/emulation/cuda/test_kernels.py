@@ -11,7 +11,7 @@ from ...ptx_emulator import SCHEDULES, Schedule
 from ...ptx_emulator.testing import needs_nvcc
 from .. import attention, lists, select
 from ..attention import DTYPES, PAPER, Attention
-from ..cases import Case, Hash, Order
+from ..cases import Case, Hash, Order, assert_all_the_same
 from ..emulator import ARCHITECTURES, on_each_architecture
 from ..lists import Lists
 from ..random_cases import Random
@@ -62,7 +62,7 @@ def test_on_one_schedule(case: Case, schedule: Schedule) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_on_every_schedule(architecture: str, case: Case) -> None:
     results = [case.check(emulator(architecture, schedule, case)) for schedule in SCHEDULES]
-    assert all(result is None or torch.equal(result, results[0]) for result in results)
+    assert_all_the_same(results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,10 +18,10 @@ pytestmark = [needs_nvcc(), pytest.mark.full]
 # An instance that is asked for is compiled like one that a launcher takes, but nvcc has less to do.
 INSTANCE = "template __global__ void rk::cuda::{}(const __grid_constant__ rk::cuda::{}Arguments);\n"
 # Of each source with templates: the first words of their names, and the headers that have them.
-TEMPLATES = {
-    "hash": ("hash", ("hash",)),
-    "order": ("order", ("order",)),
-    "attention": ("attention", ("attention_forward", "attention_backward")),
+TEMPLATES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "hash": (("hash",), ("hash",)),
+    "order": (("order",), ("order",)),
+    "attention": (("attention",), ("attention_forward", "attention_backward")),
     "lists": (("list", "rest"), ("lists",)),
     "select": (("select",), ("select_take",)),
 }

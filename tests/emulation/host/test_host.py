@@ -73,14 +73,14 @@ def rng() -> np.random.Generator:
 
 
 @every_schedule
-def test_a_barrier_orders_shared_memory(host, rng, order, copies):
+def test_a_barrier_orders_shared_memory(host: ModuleType, rng: np.random.Generator, order: str, copies: str) -> None:
     x = rng.integers(-1000, 1000, (5, 64), dtype=np.int32)
     host.set_schedule(order, copies=copies)
     np.testing.assert_array_equal(host.block_sums(x), x.sum(1))
 
 
 @every_schedule
-def test_lanes_exchange_values(host, rng, order, copies):
+def test_lanes_exchange_values(host: ModuleType, rng: np.random.Generator, order: str, copies: str) -> None:
     keys = rng.integers(0, 6, 64, dtype=np.int32)
     host.set_schedule(order, copies=copies)
     ranks, odd, sums, following = host.warp_ranks(keys)
@@ -93,7 +93,9 @@ def test_lanes_exchange_values(host, rng, order, copies):
 
 @pytest.mark.parametrize("n", [1, 127, 128, 1000])
 @every_schedule
-def test_copies_arrive_in_two_buffers(host, rng, order, copies, n):
+def test_copies_arrive_in_two_buffers(
+    host: ModuleType, rng: np.random.Generator, order: str, copies: str, n: int
+) -> None:
     x = rng.standard_normal(n, dtype=np.float32)
     host.set_schedule(order, copies=copies)
     np.testing.assert_array_equal(host.doubled(x), 2 * x)
@@ -101,7 +103,9 @@ def test_copies_arrive_in_two_buffers(host, rng, order, copies, n):
 
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float16", "bfloat16"])
 @every_schedule
-def test_fragments_make_a_product(host, rng, order, copies, bfloat16):
+def test_fragments_make_a_product(
+    host: ModuleType, rng: np.random.Generator, order: str, copies: str, bfloat16: bool
+) -> None:
     a, b = (rng.standard_normal(shape, dtype=np.float32) for shape in ((32, 64), (64, 24)))
     a_bits, b_bits = (bits_of(m, bfloat16) for m in (a, b))
     a, b = (values_of(m, bfloat16) for m in (a_bits, b_bits))
@@ -111,17 +115,17 @@ def test_fragments_make_a_product(host, rng, order, copies, bfloat16):
     assert (abs(product - a @ b) <= 64 * 2**-24 * (abs(a) @ abs(b))).all()
 
 
-def bits_of(x, bfloat16):
+def bits_of(x: np.ndarray, bfloat16: bool) -> np.ndarray:
     return (x.view(np.uint32) >> 16).astype(np.uint16) if bfloat16 else x.astype(np.float16).view(np.uint16)
 
 
-def values_of(bits, bfloat16):
+def values_of(bits: np.ndarray, bfloat16: bool) -> np.ndarray:
     x = (bits.astype(np.uint32) << 16).view(np.float32) if bfloat16 else bits.view(np.float16)
     return x.astype(np.float64)
 
 
 @pytest.mark.parametrize("seed", range(1, 6))
-def test_random_order_depends_on_its_seed_only(host, rng, seed):
+def test_random_order_depends_on_its_seed_only(host: ModuleType, rng: np.random.Generator, seed: int) -> None:
     x = rng.integers(0, 10, (2, 64), dtype=np.int32)
     host.set_schedule("rand", seed)
     without_barriers = host.block_sums(x, fault="no_barrier")
@@ -133,7 +137,7 @@ def test_random_order_depends_on_its_seed_only(host, rng, seed):
 
 @pytest.mark.parametrize("width", [32, 8])
 @pytest.mark.parametrize("amount", [0, 1, 5])
-def test_shuffles(host, rng, amount, width):
+def test_shuffles(host: ModuleType, rng: np.random.Generator, amount: int, width: int) -> None:
     x = rng.integers(-(2**31), 2**31, 32, dtype=np.int32)
     shuffled, _, _ = host.warp_words(x, amount, width)
     lane = np.arange(32)
@@ -145,7 +149,7 @@ def test_shuffles(host, rng, amount, width):
     np.testing.assert_array_equal(shuffled[4, ::2], x[2 * amount])
 
 
-def test_words(host, rng):
+def test_words(host: ModuleType, rng: np.random.Generator) -> None:
     x = rng.integers(-(2**31), 2**31, 32, dtype=np.int32)
     x[:4] = 0, 1, -1, -(2**31)
     _, words, counters = host.warp_words(x, 1, 32)
@@ -183,7 +187,7 @@ ARGUMENTS = {
         ("product", "misaligned_row", "load_matrices: the shared address is no multiple of 16"),
     ],
 )
-def test_a_fault_is_an_error(host, order, copies, sample, fault, message):
+def test_a_fault_is_an_error(host: ModuleType, order: str, copies: str, sample: str, fault: str, message: str) -> None:
     host.set_schedule(order, copies=copies)
     run = getattr(host, sample)
     expected = rf"{sample}_kernel.*: .*{message}.*\(block \d+,\d+,\d+ thread \d+\)"
@@ -192,7 +196,7 @@ def test_a_fault_is_an_error(host, order, copies, sample, fault, message):
     run(*ARGUMENTS[sample])  # an error leaves nothing behind
 
 
-def test_only_late_copies_show_that_a_wait_is_missing(host):
+def test_only_late_copies_show_that_a_wait_is_missing(host: ModuleType) -> None:
     (x,) = ARGUMENTS["doubled"]
     host.set_schedule(copies="early")
     np.testing.assert_array_equal(host.doubled(x, fault="no_wait"), 2 * x)
@@ -201,7 +205,7 @@ def test_only_late_copies_show_that_a_wait_is_missing(host):
         host.doubled(x, fault="no_wait")
 
 
-def test_some_order_shows_that_a_barrier_is_missing(host):
+def test_some_order_shows_that_a_barrier_is_missing(host: ModuleType) -> None:
     x = np.ones((2, 64), np.int32)
     host.set_schedule("fifo")
     assert (host.block_sums(x, fault="no_barrier") != 64).all()
@@ -209,7 +213,7 @@ def test_some_order_shows_that_a_barrier_is_missing(host):
     assert (host.block_sums(x, fault="no_barrier") == 64).all()
 
 
-def test_shared_memory_is_limited(host):
+def test_shared_memory_is_limited(host: ModuleType) -> None:
     host.set_shared_limit(256)
     assert host.block_sums(np.ones((1, 64), np.int32)) == 64
     host.set_shared_limit(255)
@@ -219,12 +223,12 @@ def test_shared_memory_is_limited(host):
             host.block_sums(np.ones((1, 64), np.int32))
 
 
-def test_an_empty_grid_is_an_invalid_configuration(host):
+def test_an_empty_grid_is_an_invalid_configuration(host: ModuleType) -> None:
     with pytest.raises(RuntimeError, match="error 9"):
         host.block_sums(np.empty((0, 64), np.int32))
 
 
-def test_a_setting_must_be_known(host):
+def test_a_setting_must_be_known(host: ModuleType) -> None:
     with pytest.raises(ValueError, match="mode must be one of record, run, got both"):
         host.set_mode("both")
     with pytest.raises(ValueError, match="order must be one of fifo, lifo, rand, rev, got best"):
@@ -236,7 +240,7 @@ def test_a_setting_must_be_known(host):
 # ---- recorded launches
 
 
-def test_a_recorded_launch_is_not_executed(host):
+def test_a_recorded_launch_is_not_executed(host: ModuleType) -> None:
     x = np.ones((7, 64), np.int32)
     host.set_mode("record")
     sums = host.block_sums(x)
@@ -249,7 +253,7 @@ def test_a_recorded_launch_is_not_executed(host):
     assert struct.unpack("PPii", params) == (x.ctypes.data, sums.ctypes.data, 7, 0)
 
 
-def test_recorded_names_are_those_of_nvcc(host, tmp_path):
+def test_recorded_names_are_those_of_nvcc(host: ModuleType, tmp_path: Path) -> None:
     source = tmp_path / "samples.cu"
     source.write_text(f'#include "host/{SAMPLES.name}"\n')
     entries = re.findall(r"\.entry (\w+)\(", build.ptx(source, include_dirs=[CSRC, HOST.parent]))
@@ -261,7 +265,7 @@ def test_recorded_names_are_those_of_nvcc(host, tmp_path):
     assert sorted(launch["name"] for launch in host.take_recorded()) == sorted(entries)
 
 
-def test_settings_belong_to_a_thread(host):
+def test_settings_belong_to_a_thread(host: ModuleType) -> None:
     x, results = np.ones((1, 64), np.int32), []
     host.set_mode("record")
     thread = threading.Thread(target=lambda: results.append(host.block_sums(x)))
@@ -297,19 +301,19 @@ def is_reported(report: str, place: str, output: str) -> bool:
 
 @full
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_sanitizers_find_nothing_in_right_kernels(sanitizer):
+def test_sanitizers_find_nothing_in_right_kernels(sanitizer: str) -> None:
     assert run_driver(sanitizer, "samples_main", "none") == (0, "")
 
 
 @full
-def test_addresses_of_frames_are_known_on_every_stack():
+def test_addresses_of_frames_are_known_on_every_stack() -> None:
     assert run_driver("address", "samples_main", "none", ASAN_OPTIONS="detect_stack_use_after_return=1") == (0, "")
 
 
 @full
 @pytest.mark.parametrize("fault", ["divergent", "lane_missing", "no_wait", "misaligned_row"])
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_sanitizers_find_nothing_in_the_end_of_a_failed_block(sanitizer, fault):
+def test_sanitizers_find_nothing_in_the_end_of_a_failed_block(sanitizer: str, fault: str) -> None:
     code, output = run_driver(sanitizer, "samples_main", fault)
     assert code == 2
     assert re.fullmatch(r"KernelError: .*\n", output)
@@ -327,7 +331,7 @@ def test_sanitizers_find_nothing_in_the_end_of_a_failed_block(sanitizer, fault):
         ("thread", "blocks_collide", "data race", "block_sums_kernel"),
     ],
 )
-def test_sanitizers_report_a_fault(sanitizer, fault, report, place):
+def test_sanitizers_report_a_fault(sanitizer: str, fault: str, report: str, place: str) -> None:
     code, output = run_driver(sanitizer, "samples_main", fault)
     assert code != 0
     assert is_reported(report, place, output), output
@@ -349,7 +353,7 @@ def kernels_run() -> Iterator[ModuleType]:
 class Host(kernels.EmulatedCuda):
     """Where a launcher has run its kernels itself."""
 
-    def run(self, source: str, memory: Memory) -> None:
+    def run(self, sources: str, memory: Memory) -> None:
         assert kernels.host().take_recorded() == []
 
 

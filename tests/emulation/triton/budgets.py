@@ -31,7 +31,8 @@ from .kernels import EmulatedTriton
 
 # Of the ideal, at most: products of float32 read what they multiply from shared memory with conflicts, and those of
 # half types read transposed tiles of gradients so on sm_80, which costs less than what L2 takes.
-HALF, FLOAT = {"sectors": 1.3, "wavefronts": 1.7}, {"sectors": 1.4, "wavefronts": 3.0}
+HALF: dict[str, Any] = {"sectors": 1.3, "wavefronts": 1.7}
+FLOAT: dict[str, Any] = {"sectors": 1.4, "wavefronts": 3.0}
 # As in the CUDA kernels' budgets, of which some shapes are left out: compiling takes seconds for each.
 PROBLEMS = [
     replace(problem, **limits)

@@ -21,7 +21,7 @@ from ...ptx_emulator import SCHEDULES, Schedule
 from ...ptx_emulator.testing import needs_nvcc
 from .. import attention, lists, select
 from ..attention import BUCKET, PAPER, Attention
-from ..cases import Case
+from ..cases import Case, assert_all_the_same
 from ..cuda.kernels import EmulatedCuda
 from ..emulator import ARCHITECTURES
 from ..random_cases import Random
@@ -34,7 +34,7 @@ pytestmark = needs_triton()
 
 def check(architecture: str, case: Case, schedules: tuple[Schedule, ...] = SCHEDULES) -> None:
     results = [case.check(EmulatedTriton(architecture, schedule)) for schedule in schedules]
-    assert all(result is None or torch.equal(result, results[0]) for result in results)
+    assert_all_the_same(results)
 
 
 @pytest.mark.parametrize(("case", "schedule"), list(zip(QUICK, cycle(SCHEDULES))), ids=str)
@@ -98,11 +98,12 @@ class AheadOfTime(EmulatedTriton):
 
     def __init__(self, other: str) -> None:
         super().__init__()
-        self.other, self.binaries = other, dict[str, bytes]()
+        self.other = other
+        self.made: dict[str, bytes] = {}
 
     def launch(self, kernel: Any, programs: int, device: torch.device, args: tuple[Any, ...], options: Any) -> None:
         compiled = self.compile(kernel, args, options, self.other)
-        self.binaries[kernel.__name__] = compiled.asm["hsaco" if self.other.startswith("gfx") else "cubin"]
+        self.made[kernel.__name__] = compiled.asm["hsaco" if self.other.startswith("gfx") else "cubin"]
         super().launch(kernel, programs, device, args, options)
 
 
@@ -115,13 +116,16 @@ def test_compiles_for_architectures_that_are_not_emulated(architecture: str, mon
     for case in OF_EACH_KERNEL:
         case.check(machine)
     kernels = kernel_names()
-    assert set(machine.binaries) == kernels and all(machine.binaries.values())
+    assert set(machine.made) == kernels and all(machine.made.values())
     if architecture == "sm_100":
-        assert {name: resources(x).spilled_bytes for name, x in machine.binaries.items()} == dict.fromkeys(kernels, 0)
+        assert {name: resources(x).spilled_bytes for name, x in machine.made.items()} == dict.fromkeys(kernels, 0)
 
 
 class NoWaiting(TorchDispatchMode):
     """A number of a tensor is not to be asked for: of one on a GPU the host would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func

@@ -12,8 +12,9 @@ from reformer_kernels import backends
 from reformer_kernels.backends import triton
 
 from ...ptx_emulator.testing import failure
+from ..mutation import Mutation
 from .kernels import EmulatedTriton, needs_triton
-from .mutations import MUTATIONS, PROBLEMS, Mutation
+from .mutations import MUTATIONS, PROBLEMS
 
 pytestmark = [needs_triton(), pytest.mark.full]
 
