@@ -68,7 +68,7 @@ class Attention(OracleCase):
     after: int = 0
     causal: bool = False
     padded: float = 0.0  # of all tokens
-    ends: tuple[int, ...] | None = None  # of each batch row, behind which all is padding
+    ends: tuple[int, ...] | None = None  # where the padding of each batch row begins
     dropout: float = 0.0
     bounds: tuple[int, ...] | None = None  # of packed sequences
     num_queries: int | None = None
@@ -93,8 +93,8 @@ class Attention(OracleCase):
         if self.padded:
             options["key_padding_mask"] = torch.rand(batch, self.length, generator=generator) < self.padded
         if self.ends:
-            behind = torch.arange(self.length) >= torch.tensor(self.ends)[:, None]
-            options["key_padding_mask"] = behind | options.get("key_padding_mask", False)
+            padding = torch.arange(self.length) >= torch.tensor(self.ends)[:, None]
+            options["key_padding_mask"] = padding | options.get("key_padding_mask", False)
         cu_seqlens = None if self.bounds is None else torch.tensor(self.bounds, dtype=torch.int32)
         call: AttentionCall
         if self.key_heads:  # its function has no rules, which may hold all the same
@@ -111,12 +111,12 @@ class Attention(OracleCase):
         return call
 
     def check_padding_is_unseen(self, emulator: Emulator) -> None:
-        """What the padding behind the ``ends`` holds, NaN even, comes to no other row."""
+        """What padding from the ``ends`` on holds, NaN even, comes to no other row."""
         call, name = testing.convert(self.call(), self.dtype), emulator.backend
         assert call.key_padding_mask is not None
         padding = call.key_padding_mask[:, None, :, None]
-        hidden = {x: getattr(call, x) for x in ("query", "key", "value") if getattr(call, x) is not None}
-        poisoned = call._replace(**{x: rows.masked_fill(padding, torch.nan) for x, rows in hidden.items()})
+        tensors = {x: getattr(call, x) for x in ("query", "key", "value") if getattr(call, x) is not None}
+        poisoned = call._replace(**{x: rows.masked_fill(padding, torch.nan) for x, rows in tensors.items()})
         grad_out = torch.randn(*call.query.shape[:2], call.n_queries, call.value.shape[3])
         with emulator.serving():
             clean, other = (testing.results(x, name, name, grad_out) for x in (call, poisoned))
@@ -171,7 +171,7 @@ CASES = [
     Attention(150, num_queries=60, causal=True, chunk_length=32),
     Attention(150, dtype=torch.float32, num_queries=60, chunk_length=32),
     Attention(150, num_queries=0),
-    # rules of pairs, in windows that hold a key more than once, too
+    # with a score_mod, in windows that hold a key more than once, too
     Attention(150, rules=WITHIN, chunk_length=32, n_buckets=4),
     Attention(150, rules=ONCE, chunk_length=32),
     Attention(150, dtype=torch.float32, rules=ONCE, chunk_length=16, n_buckets=4, causal=True, rounds=4, after=1),
@@ -195,7 +195,7 @@ CASES = [
     *(Attention(100, 48, layout=layout, heads=2, batch=2) for layout in LAYOUTS if layout != "one head expanded"),
     Attention(100, 48, layout="one head expanded", heads=2, batch=2, key_heads=2),
     Attention(100, 48, torch.float32, layout="wider rows", heads=2),
-    # owned tiles among those visited; few and long walks; few places
+    # owned tiles among those visited; few and long walks; few stages
     *(Attention(256, causal=True, device=device) for device in ("A100", "H100", "one")),
     Attention(256, 128, torch.float32, causal=True, device="RTX"),
 ]

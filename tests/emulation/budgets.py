@@ -48,7 +48,7 @@ def hash_problem(
 
 
 def order_problem(length: int, n_buckets: int, bytes: float, passes: int = 1, sectors: float = SECTORS) -> Problem:
-    # Counters and places are wherever the keys say, so banks conflict.
+    # Counters and slots are wherever the keys say, so banks conflict.
     return Problem(
         f"order, L {length}, {n_buckets} buckets", Order(length, n_buckets), "key and digit", length * passes, length,
         bytes, sectors, wavefronts=2,

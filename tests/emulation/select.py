@@ -44,14 +44,14 @@ class Select(Clustered):
         with emulator.serving():
             backend = BACKENDS[emulator.backend]
             assert not backend.not_supported_reasons(call)
-            lists = backend.select_keys(call)
+            key_indices = backend.select_keys(call)
         if self.not_finite:
-            assert torch.equal(lists, BACKENDS["cpu"].select_keys(call))
-            return lists
-        assert_best(call, lists)
+            assert torch.equal(key_indices, BACKENDS["cpu"].select_keys(call))
+            return key_indices
+        assert_best(call, key_indices)
         if self.spread == 0:  # of equal weights the first keys
-            assert torch.equal(lists, reference.select_keys(call))
-        return lists
+            assert torch.equal(key_indices, reference.select_keys(call))
+        return key_indices
 
 
 MANY = EXACT_KEYS + 700

@@ -193,17 +193,17 @@ class EmulatedOps:
         grads = {"grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
         given = arguments_of(LIST, inputs, **others, **grads)
         scratch = torch.empty(host().list_scratch(given, self._emulator.device), dtype=torch.uint8)
-        # The pseudo-key has begun the gradient of the query.
+        # The rest key has begun the gradient of the query.
         outputs = unwritten(*([] if key_grads is not None else [grad_query]), grad_key, grad_value, scratch)
         begun = [] if key_grads is None else [storage(grad_query, writeable=True)]
         host().list_attention_backward(given, as_array(scratch), self._emulator.device)
         self._emulator.run("attention order lists", memory_of(*inputs, *others.values()) + outputs + begun)
 
     def select_keys(self, *arguments: Any) -> None:
-        *inputs, lists = arguments
-        given = arguments_of(SELECT, inputs, lists=lists)
+        *inputs, key_indices = arguments
+        given = arguments_of(SELECT, inputs, lists=key_indices)
         scratch = torch.empty(host().select_scratch(given), dtype=torch.uint8)
-        outputs = unwritten(lists, scratch)
+        outputs = unwritten(key_indices, scratch)
         host().select_keys(given, as_array(scratch))
         self._emulator.run("select", memory_of(*inputs) + outputs)
 

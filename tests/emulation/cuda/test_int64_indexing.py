@@ -152,13 +152,13 @@ def test_keys_of_rows_that_are_2_to_the_31_elements_apart(keys: int, strides: tu
     with machine.serving():
         expected = cuda.select_keys(call)
     far = {"query": spread(call.query, BASE, strides), "key": spread(call.key, BASE << 6, strides)}
-    lists = torch.full_like(expected, -9)
-    given = arguments_of(SELECT, cpu.select_arguments(call), lists=lists)
+    key_indices = torch.full_like(expected, -9)
+    given = arguments_of(SELECT, cpu.select_arguments(call), lists=key_indices)
     given |= {name: x.array for name, x in far.items()}
     scratch = np.zeros(host().select_scratch(given), np.uint8)
     host().select_keys(given, scratch)
     machine.run("select", [*(x.region for x in far.values()), given["windows"], given["lists"], scratch])
-    assert torch.equal(lists, expected)
+    assert torch.equal(key_indices, expected)
 
 
 @on_each_architecture

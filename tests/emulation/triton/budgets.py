@@ -52,7 +52,7 @@ PROBLEMS = [
             ],
         ),
         (FLOAT, [hash_problem(torch.float32, 64, length=256), *attention_problems(256, 64, 64, torch.float32)]),
-        # Places and lists are wherever keys say.
+        # Slots and key indices are wherever keys say.
         ({"sectors": 2.5}, [order_problem(16384, 512, bytes=50), order_problem(98304, 8192, bytes=100, passes=2)]),
         ({"sectors": 2.5}, [select_problem(1024, 1024, torch.bfloat16)]),
     )

@@ -29,14 +29,14 @@ if missing() is None:
 CPU = torch.device("cpu")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 KERNELS = "forward", "grad_query", "grad_keys"
-# Element size, width, rules of pairs, long chunks, where they matter.
+# Element size, width, whether there is a score_mod, long chunks, where they matter.
 PROBLEMS = [*product((2, 4), (64, 128, 256), (False, True), (False,)), (2, 64, False, True), (2, 128, False, True)]
 # Of a device: its name and its architecture.
 DEVICES = {"h100.json": ("NVIDIA H100 80GB HBM3", "sm_90"), "a100.json": ("NVIDIA A100-SXM4-40GB", "sm_80")}
 
 
-def attention_case(element_size: int, width: int, pairs: bool, long: bool) -> Attention:
-    options: dict[str, Any] = {"rules": PAPER, "n_buckets": 2, "dropout": 0.1} if pairs else {}
+def attention_case(element_size: int, width: int, has_score_mod: bool, long: bool) -> Attention:
+    options: dict[str, Any] = {"rules": PAPER, "n_buckets": 2, "dropout": 0.1} if has_score_mod else {}
     return Attention(
         200 if long else 100, width, DTYPES[element_size], causal=True, chunk_length=128 if long else 32, **options
     )

@@ -75,7 +75,7 @@ CROSSED = [
     Attention(100, 32, torch.float32, rules=PAPER, n_buckets=4, chunk_length=24),
     Attention(100, 32, torch.float16, chunk_length=24, **BUCKET),
     Attention(100, 32, key_heads=1, heads=2, after=1, chunk_length=24, bounds=(0, 30, 100)),
-    Attention(100, 32, torch.float32, chunk_length=4, before=0, causal=True),  # rows that see only themselves
+    Attention(100, 32, torch.float32, chunk_length=4, before=0, causal=True),  # self_only queries
     lists.Lists(100, 32, torch.float32, causal=True, grouping="hash", heads=2, key_heads=1),
 ]
 
