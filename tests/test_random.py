@@ -5,11 +5,13 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import reformer_kernels as rk
 from reformer_kernels import testing
