@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ class SelectCall(NamedTuple):
         width = context + most
         if rounds == 2:
             width = torch.sym_max(context + torch.sym_min(self.local, keys), most)
-        width = torch.sym_max(1, width)  # a list without keys has its -1
+        width = at_least_one(width)  # a list without keys has its -1
         return batch, heads, rounds * (-(-length // self.chunk_length)), width
 
     @property
@@ -207,6 +207,11 @@ class ListCall(NamedTuple):
 
 
 Call = HashCall | OrderCall | AttentionCall | SelectCall | ListCall
+
+
+def at_least_one(size: int | torch.SymInt) -> int:
+    """max(1, size) without a branch, for a size that may be symbolic: torch, too, says int of the sizes of a tensor."""
+    return cast(int, torch.sym_max(1, size))
 
 
 def length_without_padding(mask: Tensor) -> Tensor:

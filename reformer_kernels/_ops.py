@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,32 +16,43 @@ from ._calls import AttentionCall, HashCall, ListCall, OrderCall, SelectCall, em
 NAMESPACE = "reformer_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
 
-_ATTENTION_ARGUMENTS = (
-    "Tensor query, Tensor? key, Tensor value, Tensor? order, Tensor? buckets, Tensor? key_padding_mask, "
-    "Tensor? attn_mask, Tensor? cu_seqlens, Tensor? dropout_seed, SymInt chunk_length, SymInt chunks_before, "
-    "SymInt chunks_after, bool causal, SymInt? num_queries, float scale, float dropout_p, str alignment, str rules, "
-    "str backend"
-)
-_LIST_ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? order, Tensor key_indices, Tensor? key_padding_mask, "
-    "Tensor? attn_mask, Tensor? dropout_seed, SymInt chunk_length, SymInt context_keys, bool causal, bool rest_term, "
-    "float scale, float dropout_p, str backend"
-)
-_GRADIENTS = "(Tensor grad_query, Tensor grad_key, Tensor grad_value)"
-SCHEMAS = {
-    "hash_buckets": "(Tensor x, Tensor? rotations, Tensor? key_padding_mask, Tensor? hash_seed, SymInt[]? n_buckets, "
-    "SymInt n_hashes, SymInt chunk_length, str backend) -> Tensor",
-    "bucket_order": "(Tensor buckets, Tensor? cu_seqlens, SymInt n_buckets, str backend) -> Tensor",
-    "select_keys": "(Tensor query, Tensor key, Tensor? order, Tensor? query_padding_mask, "
-    "Tensor? key_padding_mask, Tensor? attn_mask, SymInt chunk_length, SymInt budget, SymInt local, "
-    "SymInt context_keys, bool causal, float scale, str backend)"
-    " -> Tensor",
-    "chunk_attention": f"({_ATTENTION_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor self_only)",
-    "chunk_attention_backward": f"(Tensor grad_out, Tensor out, Tensor lse, Tensor self_only, {_ATTENTION_ARGUMENTS})"
-    f" -> {_GRADIENTS}",
-    "list_attention": f"({_LIST_ARGUMENTS}) -> (Tensor out, Tensor lse)",
-    "list_attention_backward": f"(Tensor grad_out, Tensor out, Tensor lse, {_LIST_ARGUMENTS}) -> {_GRADIENTS}",
+_TYPES: dict[Any, str] = {  # of a call's fields, in a schema
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[int] | None: "SymInt[]?",
+    int: "SymInt",
+    int | None: "SymInt?",
+    float: "float",
+    bool: "bool",
+    str: "str",
 }
+
+
+class _Op(NamedTuple):
+    call: type[Any]  # the record whose fields are the op's arguments
+    before: tuple[str, ...] = ()  # tensors in front of them
+    results: tuple[str, ...] = ()  # tensors; none: a single one
+
+    @property
+    def schema(self) -> str:
+        fields = get_type_hints(self.call).items()
+        arguments = [*(f"Tensor {name}" for name in self.before), *(f"{_TYPES[kind]} {name}" for name, kind in fields)]
+        results = ", ".join(f"Tensor {name}" for name in self.results)
+        return f"({', '.join(arguments)}) -> {f'({results})' if results else 'Tensor'}"
+
+
+_GRADIENTS = ("grad_query", "grad_key", "grad_value")
+_CHUNK_RESULTS, _LIST_RESULTS = ("out", "lse", "self_only"), ("out", "lse")
+_OPS = {
+    "hash_buckets": _Op(HashCall),
+    "bucket_order": _Op(OrderCall),
+    "select_keys": _Op(SelectCall),
+    "chunk_attention": _Op(AttentionCall, results=_CHUNK_RESULTS),
+    "chunk_attention_backward": _Op(AttentionCall, ("grad_out", *_CHUNK_RESULTS), _GRADIENTS),
+    "list_attention": _Op(ListCall, results=_LIST_RESULTS),
+    "list_attention_backward": _Op(ListCall, ("grad_out", *_LIST_RESULTS), _GRADIENTS),
+}
+SCHEMAS = {name: op.schema for name, op in _OPS.items()}
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 _packet = getattr(torch.ops, NAMESPACE)
@@ -65,28 +76,21 @@ def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:
     return implementation
 
 
-def _implementation(name: str, kind: Callable[..., Any], n_residuals: int = 0) -> Callable[..., Any]:
-    """Calls the backend that serves a call; gradients and residuals come before the call's own arguments."""
+def _implementation(name: str, op: _Op) -> Callable[..., Any]:
+    """Calls the backend that serves a call."""
+    n_before = len(op.before)
 
     def implementation(*args: Any) -> Any:
-        call = kind(*args[n_residuals:])
-        return getattr(_dispatch.select(call), name)(call, *args[:n_residuals])
+        call = op.call(*args[n_before:])
+        return getattr(_dispatch.select(call), name)(call, *args[:n_before])
 
     if name in ("hash_buckets", "select_keys"):
         return _as_given(_choices.kept(name, implementation))
     return _as_given(implementation)
 
 
-for _name, _kind, _n_residuals in (
-    ("hash_buckets", HashCall, 0),
-    ("bucket_order", OrderCall, 0),
-    ("select_keys", SelectCall, 0),
-    ("chunk_attention", AttentionCall, 0),
-    ("chunk_attention_backward", AttentionCall, 4),
-    ("list_attention", ListCall, 0),
-    ("list_attention_backward", ListCall, 3),
-):
-    library.impl(_name, _implementation(_name, _kind, _n_residuals), "CompositeExplicitAutograd")
+for _name, _op in _OPS.items():
+    library.impl(_name, _implementation(_name, _op), "CompositeExplicitAutograd")
 
 
 # ---- shapes and dtypes
@@ -167,8 +171,8 @@ def _loop_over_slices(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-for _name, _op in (("hash_buckets", _hash_op), ("bucket_order", _order_op), ("select_keys", _select_op)):
-    torch.library.register_vmap(f"{NAMESPACE}::{_name}", _loop_over_slices(_op), lib=library)
+for _packed in (_hash_op, _order_op, _select_op):
+    torch.library.register_vmap(_packed.name(), _loop_over_slices(_packed), lib=library)
 
 
 def _has_tangent(x: Any) -> bool:
@@ -205,7 +209,7 @@ def _no_forward_mode(ctx: Any, *_: Any) -> Any:
 
 
 def _differentiable(name: str) -> Callable[..., Any]:
-    """Registers autograd for the op, and returns what the layer above calls."""
+    """Registers autograd for the op, and returns the op as it is called, with the fields of a call."""
     op, backward_op = getattr(_packet, name).default, getattr(_packet, f"{name}_backward").default
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -307,18 +311,41 @@ def _register_autocast(name: str, function: Callable[..., Any], device_type: str
     library.impl(name, autocast, key.name)
 
 
-# ---- what the layer above calls
+# ---- what the layer above calls, by records whose fields have names
 
-hash_buckets: Callable[..., Tensor] = _choices.noted("hash_buckets", _hash_op)
-bucket_order: Callable[..., Tensor] = _order_op
-select_keys: Callable[..., Tensor] = _choices.noted("select_keys", _select_op)
-chunk_attention = _differentiable("chunk_attention")
-"""out [B, H, L, E], lse [B, H, L] and self_only [B, H, L] of an ``AttentionCall``'s arguments."""
-list_attention = _differentiable("list_attention")
-"""out [B, H, L, E] and lse [B, H, L] of a ``ListCall``'s arguments."""
+_hash = _choices.noted("hash_buckets", _hash_op)
+_select = _choices.noted("select_keys", _select_op)
+_chunk_attention = _differentiable("chunk_attention")
+_list_attention = _differentiable("list_attention")
+
+
+def hash_buckets(call: HashCall) -> Tensor:
+    """int32 [B, H, R, L]"""
+    return _hash(*call)
+
+
+def bucket_order(call: OrderCall) -> Tensor:
+    """int32 [B, H, R, L]"""
+    return cast(Tensor, _order_op(*call))
+
+
+def select_keys(call: SelectCall) -> Tensor:
+    """``ListCall.key_indices``"""
+    return _select(*call)
+
+
+def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, H, L, E], lse [B, H, L] and self_only [B, H, L]"""
+    return cast(tuple[Tensor, Tensor, Tensor], _chunk_attention(*call))
+
+
+def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
+    """out [B, H, L, E] and lse [B, H, L]"""
+    return cast(tuple[Tensor, Tensor], _list_attention(*call))
+
 
 for _name, _function in {
-    "select_keys": _select_op, "chunk_attention": chunk_attention, "list_attention": list_attention,
+    "select_keys": _select_op, "chunk_attention": _chunk_attention, "list_attention": _list_attention,
 }.items():  # fmt: skip
     _register_autocast(_name, _function, "cpu", DispatchKey.AutocastCPU)
     _register_autocast(_name, _function, "cuda", DispatchKey.AutocastCUDA)

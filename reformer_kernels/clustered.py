@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks as check
 from . import _ops
-from ._calls import ListCall
+from ._calls import HashCall, ListCall, OrderCall, SelectCall, at_least_one
 from ._dispatch import check_backend
 from .backends import reference_lists
 from .functional import seed_tensor
@@ -163,16 +163,42 @@ def attend(
     order = None
     if grouping == "hash":
         order = _hash_order(query[..., :hash_width], query_padding_mask, seed, backend)
-    lists = _ops.select_keys(
-        query.detach(), key.detach(), order, query_padding_mask, key_padding_mask, attn_mask, chunk, budget,
-        local, context_keys, causal, factor, backend or "",
-    )  # fmt: skip
-    arguments = (
-        query, key, value, order, lists, key_padding_mask, attn_mask, dropout_seed, chunk, context_keys, causal,
-        rest_term and attn_mask is None, factor, float(dropout_p), backend or "",
-    )  # fmt: skip
-    out, _ = _ops.list_attention(*arguments)
-    return out, reference_lists.dense_weights(ListCall(*arguments)) if need_weights else None
+    key_indices = _ops.select_keys(
+        SelectCall(
+            query=query.detach(),
+            key=key.detach(),
+            order=order,
+            query_padding_mask=query_padding_mask,
+            key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask,
+            chunk_length=chunk,
+            budget=budget,
+            local=local,
+            context_keys=context_keys,
+            causal=causal,
+            scale=factor,
+            backend=backend or "",
+        )
+    )
+    call = ListCall(
+        query=query,
+        key=key,
+        value=value,
+        order=order,
+        key_indices=key_indices,
+        key_padding_mask=key_padding_mask,
+        attn_mask=attn_mask,
+        dropout_seed=dropout_seed,
+        chunk_length=chunk,
+        context_keys=context_keys,
+        causal=causal,
+        rest_term=rest_term and attn_mask is None,
+        scale=factor,
+        dropout_p=float(dropout_p),
+        backend=backend or "",
+    )
+    out, _ = _ops.list_attention(call)
+    return out, reference_lists.dense_weights(call) if need_weights else None
 
 
 def _default_chunk_length(size: int) -> int:
@@ -208,13 +234,26 @@ def _hash_order(query: Tensor, padding: Tensor | None, seed: Tensor, backend: st
         padded = padding[:, None, :, None]
         total = query.masked_fill(padded, 0.0).sum(dim=2, keepdim=True)
         centred = query - total / (~padded).sum(dim=2, keepdim=True).clamp(min=1)
-    buckets = _ops.hash_buckets(centred, None, padding, seed, [BUCKETS], 1, SEGMENT, backend or "")
+    buckets = _ops.hash_buckets(
+        HashCall(
+            x=centred,
+            rotations=None,
+            key_padding_mask=padding,
+            hash_seed=seed,
+            n_buckets=[BUCKETS],
+            n_hashes=1,
+            chunk_length=SEGMENT,
+            backend=backend or "",
+        )
+    )
     positions = torch.ones_like(buckets).cumsum(-1, dtype=torch.int32) - 1  # not by arange: buckets may be sharded
     segments = -(-length // SEGMENT)
     order = _ops.bucket_order(
-        buckets + positions // SEGMENT * (BUCKETS + 1),
-        None,
-        (BUCKETS + 1) * torch.sym_max(1, segments),
-        backend or "",
+        OrderCall(
+            buckets=buckets + positions // SEGMENT * (BUCKETS + 1),
+            cu_seqlens=None,
+            n_buckets=(BUCKETS + 1) * at_least_one(segments),
+            backend=backend or "",
+        )
     )
     return torch.cat([positions.expand(batch, heads, 1, length), order], dim=2)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks as check
 from . import _ops
-from ._calls import length_without_padding
+from ._calls import AttentionCall, HashCall, OrderCall, at_least_one, length_without_padding
 from ._dispatch import check_backend
 from .hashing import bucket_factors
 from .rules import AttentionRules
@@ -43,7 +43,18 @@ def hash_buckets(x: Tensor, rotations: Tensor, n_buckets: int | Sequence[int], *
         raise TypeError("n_buckets must be a positive even integer or a sequence of them, got None")
     factors = bucket_factors(n_buckets, 1, 1)
     _check_rotations(rotations, "x", x, sum(factors) // 2)
-    return _ops.hash_buckets(x, rotations, None, None, factors, rotations.shape[3], 1, backend or "")
+    return _ops.hash_buckets(
+        HashCall(
+            x=x,
+            rotations=rotations,
+            key_padding_mask=None,
+            hash_seed=None,
+            n_buckets=list(factors),
+            n_hashes=rotations.shape[3],
+            chunk_length=1,
+            backend=backend or "",
+        )
+    )
 
 
 def bucket_order(buckets: Tensor, n_buckets: int | Sequence[int], *, backend: str | None = None) -> Tensor:
@@ -65,7 +76,8 @@ def bucket_order(buckets: Tensor, n_buckets: int | Sequence[int], *, backend: st
     sizes = tuple(n_buckets) if isinstance(n_buckets, (tuple, list)) else (n_buckets,)
     for size in sizes:
         check.check_int("n_buckets", size, 1)
-    return _ops.bucket_order(buckets, None, math.prod(sizes), backend or "")
+    call = OrderCall(buckets=buckets, cu_seqlens=None, n_buckets=math.prod(sizes), backend=backend or "")
+    return _ops.bucket_order(call)
 
 
 def lsh_attention(
@@ -159,7 +171,7 @@ def lsh_attention(
     check.check_cu_seqlens(cu_seqlens, query_key)
 
     factors = None
-    total: int | torch.SymInt
+    total: int
     if n_buckets is not None:
         factors = bucket_factors(n_buckets, length, chunk_length)
         total = math.prod(factors)
@@ -167,7 +179,7 @@ def lsh_attention(
         needed_by = 'alignment="bucket"' if alignment == "bucket" else "cu_seqlens"
         raise ValueError(f"n_buckets must be given with {needed_by} (the default depends on the length), got None")
     else:
-        total = 2 * torch.sym_max(1, length // chunk_length)
+        total = 2 * at_least_one(length // chunk_length)
     if rotations is not None:
         columns = sum(bucket_factors(n_buckets, length, chunk_length)) // 2
         _check_rotations(rotations, "query_key", query_key, columns, n_hashes)
@@ -189,32 +201,45 @@ def lsh_attention(
             pad_bucket = key_padding_mask if rules.padding_bucket else None
             seed = seed_tensor(hash_seed) if rotations is None else None
             buckets = _ops.hash_buckets(
-                query_key.detach(), rotations, pad_bucket, seed, factors, n_hashes, chunk_length, backend or ""
+                HashCall(
+                    x=query_key.detach(),
+                    rotations=rotations,
+                    key_padding_mask=pad_bucket,
+                    hash_seed=seed,
+                    n_buckets=None if factors is None else list(factors),
+                    n_hashes=n_hashes,
+                    chunk_length=chunk_length,
+                    backend=backend or "",
+                )
             )
-        order = _ops.bucket_order(buckets, bounds, total + 1, backend or "")
+        order = _ops.bucket_order(
+            OrderCall(buckets=buckets, cu_seqlens=bounds, n_buckets=total + 1, backend=backend or "")
+        )
     needs_buckets = order is not None and (alignment == "bucket" or rules.within_bucket)
     scale = head_dim**-0.5 if rules.scale is None else rules.scale
-    out = _ops.chunk_attention(
-        query_key,
-        None,
-        value,
-        order,
-        buckets if needs_buckets else None,
-        key_padding_mask,
-        attn_mask,
-        bounds,
-        dropout_seed,
-        chunk_length,
-        chunks_before,
-        chunks_after,
-        causal,
-        num_queries,
-        float(scale),
-        float(dropout_p),
-        alignment,
-        rules.key,
-        backend or "",
-    )[0]
+    out, _, _ = _ops.chunk_attention(
+        AttentionCall(
+            query=query_key,
+            key=None,
+            value=value,
+            order=order,
+            buckets=buckets if needs_buckets else None,
+            key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask,
+            cu_seqlens=bounds,
+            dropout_seed=dropout_seed,
+            chunk_length=chunk_length,
+            chunks_before=chunks_before,
+            chunks_after=chunks_after,
+            causal=causal,
+            num_queries=num_queries,
+            scale=float(scale),
+            dropout_p=float(dropout_p),
+            alignment=alignment,
+            rules_key=rules.key,
+            backend=backend or "",
+        )
+    )
     return (out, buckets) if return_buckets else out
 
 
@@ -262,27 +287,30 @@ def local_attention(
     check.check_padding_mask(key_padding_mask, "query", query)
     check.check_attn_mask(attn_mask, "query", query, query.shape[2])
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    return _ops.chunk_attention(
-        query,
-        key,
-        value,
-        None,
-        None,
-        key_padding_mask,
-        attn_mask,
-        None if key_padding_mask is None else _cut_padding(key_padding_mask),
-        dropout_seed,
-        chunk_length,
-        chunks_before,
-        chunks_after,
-        causal,
-        None,
-        float(scale),
-        float(dropout_p),
-        "ring",
-        _DEFAULT_RULES.key,
-        backend or "",
-    )[0]
+    out, _, _ = _ops.chunk_attention(
+        AttentionCall(
+            query=query,
+            key=key,
+            value=value,
+            order=None,
+            buckets=None,
+            key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask,
+            cu_seqlens=None if key_padding_mask is None else _cut_padding(key_padding_mask),
+            dropout_seed=dropout_seed,
+            chunk_length=chunk_length,
+            chunks_before=chunks_before,
+            chunks_after=chunks_after,
+            causal=causal,
+            num_queries=None,
+            scale=float(scale),
+            dropout_p=float(dropout_p),
+            alignment="ring",
+            rules_key=_DEFAULT_RULES.key,
+            backend=backend or "",
+        )
+    )
+    return out
 
 
 def _cut_padding(mask: Tensor) -> Tensor:

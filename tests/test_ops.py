@@ -31,7 +31,7 @@ def attention_arguments(**changes: Any) -> tuple[Any, ...]:
         "scale": 1.0,
         "dropout_p": 0.0,
         "alignment": "ring",
-        "rules": rk.AttentionRules().key,
+        "rules_key": rk.AttentionRules().key,
         "backend": "",
     }
     return tuple((arguments | changes).values())
