@@ -125,19 +125,18 @@ class EmulatedOps:
     def __init__(self, emulator: EmulatedCuda) -> None:
         self._emulator = emulator
 
-    def hash_buckets(
-        self, x: Tensor, rotations: Tensor, padding: Tensor | None, factors: Sequence[int], buckets: Tensor
-    ) -> None:
+    def hash_buckets(self, arguments: dict[str, Any]) -> None:
+        x, buckets = arguments["x"], arguments["buckets"]
         outputs = unwritten(buckets)
         host().hash_buckets(
-            as_array(x), str(x.dtype)[6:], as_array(rotations), as_array(padding), list(factors), as_array(buckets),
-            self._emulator.device,
+            as_array(x), str(x.dtype)[6:], as_array(arguments["rotations"]), as_array(arguments["key_padding_mask"]),
+            list(arguments["n_buckets"]), as_array(buckets), self._emulator.device,
         )  # fmt: skip
-        self._emulator.run("hash", memory_of(x, rotations, padding) + outputs)
+        self._emulator.run("hash", read_by(arguments, ["buckets"]) + outputs)
 
-    def bucket_order(
-        self, buckets: Tensor, cu_seqlens: Tensor | None, longest: int, n_buckets: int, order: Tensor
-    ) -> None:
+    def bucket_order(self, arguments: dict[str, Any]) -> None:
+        names = "buckets", "cu_seqlens", "longest", "n_buckets", "order"
+        buckets, cu_seqlens, longest, n_buckets, order = (arguments[name] for name in names)
         device, sequences = self._emulator.device, n_sequences(cu_seqlens)
         plan = host().order_plan(list(buckets.shape), sequences, longest, n_buckets, device)
         sizes = buckets.numel() if plan["passes"] > 1 else 0, plan["counts"]
@@ -146,89 +145,67 @@ class EmulatedOps:
         host().bucket_order(
             as_array(buckets), as_array(cu_seqlens), longest, n_buckets, *map(as_array, (order, *scratch)), device
         )
-        self._emulator.run("order", memory_of(buckets, cu_seqlens) + outputs)
+        self._emulator.run("order", read_by(arguments, ["order"]) + outputs)
 
-    def chunk_attention_forward(self, *arguments: Any) -> None:
-        *inputs, longest, out, lse, self_only = arguments
-        results = {"out": out, "lse": lse, "self_only": self_only}
-        self._chunk_attention(False, inputs, longest, {}, results)
-        assert (self_only.view(torch.uint8) < 2).all(), "a row of self_only was not written"
+    def chunk_attention_forward(self, arguments: dict[str, Any]) -> None:
+        self._chunk_attention(False, arguments, ["out", "lse", "self_only"])
+        assert (arguments["self_only"].view(torch.uint8) < 2).all(), "a row of self_only was not written"
 
-    def chunk_attention_backward(self, *arguments: Any) -> None:
-        *inputs, longest, grad_out, out, lse, self_only, grad_query, grad_key, grad_value = arguments
-        others = {"grad_out": grad_out, "out": out, "lse": lse, "self_only": self_only}
-        results = {"grad_query": grad_query, "grad_value": grad_value}
-        if inputs[1] is not None:
-            results["grad_key"] = grad_key
-        self._chunk_attention(True, inputs, longest, others, results)
+    def chunk_attention_backward(self, arguments: dict[str, Any]) -> None:
+        if arguments["key"] is None:
+            del arguments["grad_key"]
+        self._chunk_attention(True, arguments, [name for name in GRADIENTS if name in arguments])
 
-    def _chunk_attention(
-        self, backward: bool, inputs: list[Any], longest: int, others: dict[str, Tensor], results: dict[str, Tensor]
-    ) -> None:
-        given = arguments_of(CHUNK, inputs, **others, **results)
+    def _chunk_attention(self, backward: bool, arguments: dict[str, Any], written: list[str]) -> None:
+        given = arguments_of(arguments)
         scratch = torch.empty(host().attention_scratch(given, backward), dtype=torch.uint8)
-        outputs = unwritten(*results.values(), scratch)
-        host().attention(given, backward, longest, as_array(scratch), self._emulator.device)
-        self._emulator.run("attention", memory_of(*inputs, *others.values()) + outputs)
+        outputs = unwritten(*(arguments[name] for name in written), scratch)
+        host().attention(given, backward, arguments["longest"], as_array(scratch), self._emulator.device)
+        self._emulator.run("attention", read_by(arguments, written) + outputs)
 
-    def list_attention_forward(self, *arguments: Any) -> None:
-        *inputs, out, lse, key_sums, value_sums, counts = arguments
-        given = arguments_of(LIST, inputs, out=out, lse=lse, key_sums=key_sums, value_sums=value_sums, counts=counts)
-        outputs = unwritten(out, lse)
-        host().list_attention_forward(given, self._emulator.device)
-        self._emulator.run("attention lists", memory_of(*inputs, key_sums, value_sums, counts) + outputs)
+    def list_attention_forward(self, arguments: dict[str, Any]) -> None:
+        outputs = unwritten(arguments["out"], arguments["lse"])
+        host().list_attention_forward(arguments_of(arguments), self._emulator.device)
+        self._emulator.run("attention lists", read_by(arguments, ["out", "lse"]) + outputs)
 
-    def list_rest_backward(self, *arguments: Any) -> None:
-        *inputs, out, lse, key_sums, value_sums, counts, grad_out, grad_query, query_terms, value_terms = arguments
-        others = {"out": out, "lse": lse, "key_sums": key_sums, "value_sums": value_sums, "counts": counts}
-        results = {"grad_query": grad_query, "query_terms": query_terms, "value_terms": value_terms}
-        given = arguments_of(LIST, inputs, **others, grad_out=grad_out, **results)
-        outputs = unwritten(*results.values())
-        host().list_rest_backward(given)
-        self._emulator.run("lists", memory_of(*inputs, *others.values(), grad_out) + outputs)
+    def list_rest_backward(self, arguments: dict[str, Any]) -> None:
+        written = ["grad_query", "query_terms", "value_terms"]
+        outputs = unwritten(*(arguments[name] for name in written))
+        host().list_rest_backward(arguments_of(arguments))
+        self._emulator.run("lists", read_by(arguments, written) + outputs)
 
-    def list_attention_backward(self, *arguments: Any) -> None:
-        *inputs, out, lse, grad_out, key_grads, value_grads, grad_query, grad_key, grad_value = arguments
-        others = {"out": out, "lse": lse, "grad_out": grad_out, "key_grads": key_grads, "value_grads": value_grads}
-        grads = {"grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
-        given = arguments_of(LIST, inputs, **others, **grads)
+    def list_attention_backward(self, arguments: dict[str, Any]) -> None:
+        given = arguments_of(arguments)
         scratch = torch.empty(host().list_scratch(given, self._emulator.device), dtype=torch.uint8)
         # The rest key has begun the gradient of the query.
-        outputs = unwritten(*([] if key_grads is not None else [grad_query]), grad_key, grad_value, scratch)
-        begun = [] if key_grads is None else [storage(grad_query, writeable=True)]
+        begun = arguments["key_grads"] is not None
+        fresh = [arguments[name] for name in GRADIENTS if not (begun and name == "grad_query")]
+        outputs = unwritten(*fresh, scratch)
+        if begun:
+            outputs.append(storage(arguments["grad_query"], writeable=True))
         host().list_attention_backward(given, as_array(scratch), self._emulator.device)
-        self._emulator.run("attention order lists", memory_of(*inputs, *others.values()) + outputs + begun)
+        self._emulator.run("attention order lists", read_by(arguments, GRADIENTS) + outputs)
 
-    def select_keys(self, *arguments: Any) -> None:
-        *inputs, key_indices = arguments
-        given = arguments_of(SELECT, inputs, lists=key_indices)
+    def select_keys(self, arguments: dict[str, Any]) -> None:
+        given = arguments_of(arguments)
         scratch = torch.empty(host().select_scratch(given), dtype=torch.uint8)
-        outputs = unwritten(key_indices, scratch)
+        outputs = unwritten(arguments["lists"], scratch)
         host().select_keys(given, as_array(scratch))
-        self._emulator.run("select", memory_of(*inputs) + outputs)
+        self._emulator.run("select", read_by(arguments, ["lists"]) + outputs)
 
 
-CHUNK = (
-    "query", "key", "value", "order", "buckets", "padding", "cu_seqlens", "dropout_seed", "chunk_length",
-    "chunks_before", "chunks_after", "n_queries", "scale", "drop_threshold", "keep_factor", "flags",
-)  # fmt: skip
-LIST = (
-    "query", "key", "value", "order", "key_indices", "padding", "dropout_seed", "chunk_length", "context_keys", "scale",
-    "drop_threshold", "keep_factor", "flags",
-)  # fmt: skip
-
-SELECT = (
-    "query", "key", "order", "query_padding", "padding", "windows", "chunk_length", "budget", "context_keys", "scale",
-    "flags",
-)  # fmt: skip
+GRADIENTS = ("grad_query", "grad_key", "grad_value")
+FIELDS = {"key_padding_mask": "padding", "query_padding_mask": "query_padding"}  # that have other names than arguments
 
 
-def arguments_of(names: Sequence[str], inputs: Sequence[Any], **others: Tensor | None) -> dict[str, Any]:
-    """Fields of AttentionParams and RestParams by name, with arrays for tensors."""
-    fields = dict(zip(names, inputs, strict=True)) | others
-    return {"element": str(inputs[0].dtype)[6:]} | {
-        name: as_array(x) if isinstance(x, Tensor) else x for name, x in fields.items()
-    }
+def arguments_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the kernels' parameters by name, with arrays for tensors, of a native op's arguments."""
+    fields = {FIELDS.get(name, name): as_array(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    return {"element": str(arguments["query"].dtype)[6:]} | fields
+
+
+def read_by(arguments: dict[str, Any], written: Sequence[str]) -> list[np.ndarray]:
+    return memory_of(*(x for name, x in arguments.items() if name not in written))
 
 
 def unwritten(*outputs: Tensor) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ import torch
 
 import reformer_kernels as rk
 from reformer_kernels import testing
-from reformer_kernels.backends import cpu, cuda
+from reformer_kernels.backends import _native, cuda
 
 from ...kernel_oracles import assert_hashes, stable_order
 from ...ptx_emulator import VirtualRegion
@@ -18,7 +18,7 @@ from ...ptx_emulator.testing import needs_nvcc
 from ..attention import Attention
 from ..emulator import as_array, on_each_architecture, read_only
 from ..select import MANY, Select
-from .kernels import CHUNK, DEVICES, SELECT, EmulatedCuda, arguments_of, host, memory_of
+from .kernels import DEVICES, EmulatedCuda, arguments_of, host, memory_of
 
 pytestmark = needs_nvcc()
 
@@ -122,19 +122,20 @@ def test_attention_of_rows_that_are_2_to_the_31_elements_apart(dtype: torch.dtyp
     with machine.serving():
         results = cuda.chunk_attention(call)
         expected = results[0], *cuda.chunk_attention_backward(call, grad_out, *results)[::2]
-        *inputs, longest = cuda._inputs(call)
+        arguments = cuda.chunk_arguments(call)
     names = ("query", "value", "grad_out", "out", "grad_query", "grad_value")
     tensors = call.query, call.value, grad_out, *expected
     far = {
         name: spread(x, BASE << i, strides, writeable=i > 2)
         for i, (name, x) in enumerate(zip(names, tensors, strict=True))
     }
-    given = arguments_of(CHUNK, inputs, lse=torch.empty_like(results[1]), self_only=torch.empty_like(results[2]))
+    residuals = {"lse": torch.empty_like(results[1]), "self_only": torch.empty_like(results[2])}
+    given = arguments_of(arguments | residuals)
     given |= {name: x.array for name, x in far.items()}
-    others = memory_of(*inputs[3:])
+    others = memory_of(*(x for name, x in arguments.items() if name not in far))
     for backward in (False, True):
         scratch = np.zeros(host().attention_scratch(given, backward), np.uint8)
-        host().attention(given, backward, longest, scratch, machine.device)
+        host().attention(given, backward, arguments["longest"], scratch, machine.device)
         memory = [*others, *(x.region for x in far.values()), given["lse"], given["self_only"], scratch]
         machine.run("attention", memory)
     for name, x in zip(names[3:], expected, strict=True):
@@ -152,8 +153,8 @@ def test_keys_of_rows_that_are_2_to_the_31_elements_apart(keys: int, strides: tu
     with machine.serving():
         expected = cuda.select_keys(call)
     far = {"query": spread(call.query, BASE, strides), "key": spread(call.key, BASE << 6, strides)}
-    key_indices = torch.full_like(expected, -9)
-    given = arguments_of(SELECT, cpu.select_arguments(call), lists=key_indices)
+    lists = torch.full_like(expected, -9)
+    given = arguments_of(_native.select_arguments(call) | {"lists": lists})
     given |= {name: x.array for name, x in far.items()}
     scratch = np.zeros(host().select_scratch(given), np.uint8)
     host().select_keys(given, scratch)
@@ -172,7 +173,7 @@ def test_attention_of_more_than_2_to_the_31_tokens(architecture: str) -> None:
     machine = EmulatedCuda(architecture)
     with machine.serving():
         expected = cuda.chunk_attention(call)
-        *inputs, longest = cuda._inputs(call)
+        arguments = cuda.chunk_arguments(call)
     shapes = {"order": ("<i4", 4), "out": ("<u2", 2 * head_dim), "lse": ("<f4", 4), "self_only": ("|b1", 1)}
     regions = {
         name: VirtualRegion(BASE << i, heads * length * size) for i, (name, (_, size)) in enumerate(shapes.items())
@@ -185,13 +186,13 @@ def test_attention_of_more_than_2_to_the_31_tokens(architecture: str) -> None:
         name: x.expand(1, heads, length, head_dim)
         for name, x in (("query", call.query[:, :1]), ("value", call.value[:, :1]))
     }
-    given = arguments_of(CHUNK, inputs) | {name: as_array(x[:, :1]) for name, x in wide.items()}
+    given = arguments_of(arguments) | {name: as_array(x[:, :1]) for name, x in wide.items()}
     for name, x in wide.items():
         given[name] = np.broadcast_to(given[name], x.shape)
     dims = {"order": (1, heads, 1, length), "out": (1, heads, length, head_dim)}
     for name, (kind, _) in shapes.items():
         given[name] = array_at(regions[name].base, kind, dims.get(name, (1, heads, length)))
-    host().attention(given, False, longest, np.zeros(0, np.uint8), machine.device)
+    host().attention(given, False, arguments["longest"], np.zeros(0, np.uint8), machine.device)
     machine = EmulatedCuda(architecture, {"blocks": [0, heads - 1]})
     machine.run("attention", [*memory_of(call.query, call.value), *regions.values()])
     for head, at in ((0, 0), (1, heads - 1)):
