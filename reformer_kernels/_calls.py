@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,6 +98,29 @@ class AttentionCall(NamedTuple):
         return AttentionRules.from_key(self.rules_key)
 
     @property
+    def is_ring(self) -> bool:
+        return self.alignment == "ring"
+
+    def is_single_window(self, length: int) -> bool:
+        """Whether a sequence of this length is one window, in which each query sees each key once."""
+        return is_single_window(length, self.chunk_length, self.is_ring)
+
+    # What the rules add to the score of a query and a key, except in a single window.
+
+    @property
+    def masks_other_buckets(self) -> bool:
+        return self.rules.within_bucket and self.key is None and self.buckets is not None
+
+    @property
+    def counts_meetings(self) -> bool:
+        """Whether a key that a query meets several times, over all rounds, counts once."""
+        return self.rules.dedup == "log_count"
+
+    @property
+    def has_score_mod(self) -> bool:
+        return self.masks_other_buckets or self.counts_meetings
+
+    @property
     def n_queries(self) -> int:
         return self.query.shape[2] if self.num_queries is None else self.num_queries
 
@@ -142,7 +165,7 @@ class SelectCall(NamedTuple):
         width = context + most
         if rounds == 2:
             width = torch.sym_max(context + torch.sym_min(self.local, keys), most)
-        width = at_least_one(width)  # a list without keys has its -1
+        width = torch.sym_max(1, width)  # a list without keys has its -1
         return batch, heads, rounds * (-(-length // self.chunk_length)), width
 
     @property
@@ -209,9 +232,14 @@ class ListCall(NamedTuple):
 Call = HashCall | OrderCall | AttentionCall | SelectCall | ListCall
 
 
-def at_least_one(size: int | torch.SymInt) -> int:
-    """max(1, size) without a branch, for a size that may be symbolic: torch, too, says int of the sizes of a tensor."""
-    return cast(int, torch.sym_max(1, size))
+def is_single_window(length: int, chunk_length: int, ring: bool) -> bool:
+    """As in csrc/kernels/params.h: all rounds of a sequence that fits one chunk of a ring would only repeat it."""
+    return ring and length <= chunk_length
+
+
+def at_least_one(size: int) -> int:
+    """max(1, size) of a size that may be symbolic: without a branch."""
+    return size + 1 // (1 + size)
 
 
 def length_without_padding(mask: Tensor) -> Tensor:

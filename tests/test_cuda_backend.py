@@ -94,8 +94,8 @@ def attention_call(
         (
             {"rules": rk.AttentionRules.lucidrains()},
             [
-                f"the kernels have no rules.{rule}"
-                for rule in ("own_position='sentinel'", "combine_rounds='exp_lse'", "window_order='self_first'")
+                f"rules.{rule} is served by the reference only"
+                for rule in ('own_position="sentinel"', 'combine_rounds="exp_lse"', 'window_order="self_first"')
             ],
         ),
     ],

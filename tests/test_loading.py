@@ -15,7 +15,7 @@ from torch import Tensor
 import reformer_kernels as rk
 from reformer_kernels import _requires
 from reformer_kernels._calls import HashCall
-from reformer_kernels.backends import cpu, cuda, missing
+from reformer_kernels.backends import _native, cpu, cuda, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,7 +169,7 @@ def test_cuda_library_that_does_not_load_names_both_versions(cuda_file: Path, mo
 
 def test_no_cuda_library_tells_what_the_build_said(cuda_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_file.unlink()
-    monkeypatch.setattr(cpu, "build_info", lambda: {"no_cuda_because": "the build was told so"})
+    monkeypatch.setattr(_native, "reason_against_cuda", lambda: "the build was told so")
     assert cuda.library() == {"error": "the build was told so"}
 
 

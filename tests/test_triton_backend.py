@@ -48,7 +48,8 @@ def test_what_is_served(dtype: torch.dtype) -> None:
         (attention_call, {"chunks_before": 10000}, [
             "the windows of all rounds have 40004 chunks; the kernels take up to 32767"]),
         (attention_call, {"rules": rk.AttentionRules.huggingface()}, [
-            "the kernels have no rules.own_position='sentinel'", "the kernels have no rules.combine_rounds='exp_lse'"]),
+            'rules.own_position="sentinel" is served by the reference only',
+            'rules.combine_rounds="exp_lse" is served by the reference only']),
         (attention_call, {"length": 2**29}, [
             "a head has 2147483648 tokens in all rounds; the kernels take up to 1073741824"]),
         (hash_call, {"head_dim": 257}, [WIDE]),
@@ -64,7 +65,7 @@ def test_it_refuses_with_reasons(make: Any, options: dict[str, Any], reasons: li
 @needs_triton()
 def test_it_refuses_lists_of_too_many_places() -> None:
     key_indices = torch.empty(2, 8, 2**20, 2**11, dtype=torch.int32, device="cuda")
-    reason = "a head has 2147483648 places in its lists; the kernels take up to 1073741824"
+    reason = "a head has 2147483648 entries in its lists; the kernels take up to 1073741824"
     assert triton.not_supported_reasons(list_call(key_indices=key_indices)) == [reason]
 
 

@@ -1,5 +1,4 @@
 // The CPU kernels as torch ops, on torch's stable ABI. Outputs are allocated by the caller.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #ifdef __linux__
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "binding/attention.h"
+#include "binding/hashing.h"
 #include "build_facts.h"  // by setup.py
 #include "kernels/cpu/kernels.h"
 
@@ -70,20 +70,25 @@ void with_kernels(ScalarType type, F&& f) {
   }
 }
 
-void hash_buckets(Tensor x, Tensor rotations, OptionalTensor padding, std::vector<int64_t> factors, Tensor buckets) {
-  const rk::HashParams p = hash_params(x, rotations, padding, factors, buckets);
-  with_kernels(compute_type(x), [&](const auto& k) { k.hash(p, threads()); });
+void hash_buckets(const HashInputs& in) {
+  const rk::HashParams p = hash_params(in);
+  with_kernels(compute_type(in.x), [&](const auto& k) { k.hash(p, threads()); });
 }
 
 // Returns how many rows have a bucket out of range; then the order is not to be used.
-int64_t bucket_order(Tensor buckets, OptionalTensor cu_seqlens, int64_t n_buckets, Tensor order) {
-  rk::OrderParams p = order_params(buckets, n_buckets, order);
-  set_sequences(p, cu_seqlens, buckets.size(0));
-  check_bounds(cu_seqlens, p.L);
+int64_t bucket_order(const OrderInputs& in) {
+  const rk::OrderParams p = order_params(in);
+  check_bounds(in.cu_seqlens, p.L);
   int64_t invalid = 0;
   with_kernels(ScalarType::Float, [&](const auto&) { invalid = rk::cpu::bucket_order(p, threads()); });
   return invalid;
 }
+
+// Beside the arguments of the CUDA library.
+struct Mask {
+  Arguments& next;
+  OptionalTensor attn_mask = next.optional_tensor("attn_mask");
+};
 
 void set_mask(Attention& a, const OptionalTensor& mask) {
   if (!mask) return;
@@ -110,36 +115,40 @@ void check_order(const rk::AttentionParams& p) {
     }
 }
 
-Attention chunk_attention(OptionalTensor mask, RK_ATTENTION_PARAMETERS) {
-  Attention a = attention(RK_ATTENTION_ARGUMENTS);
-  check_bounds(cu_seqlens, a.p.L);
+Attention chunk_attention(const AttentionInputs& in, const Mask& mask) {
+  Attention a = attention(in);
+  check_bounds(in.cu_seqlens, a.p.L);
   check_order(a.p);
-  set_mask(a, mask);
+  set_mask(a, mask.attn_mask);
   return a;
 }
 
-void chunk_attention_forward(OptionalTensor mask, RK_ATTENTION_PARAMETERS, Tensor out, Tensor lse, Tensor self_only) {
-  Attention a = chunk_attention(mask, RK_ATTENTION_ARGUMENTS);
-  set_residuals(a, out, lse, self_only);
-  use_large_pages(out);
+void chunk_attention_forward(const AttentionInputs& in, const Mask& mask, const AttentionResults<true>& results) {
+  Attention a = chunk_attention(in, mask);
+  set_results(a, results);
+  use_large_pages(results.out);
   with_kernels(a.type, [&](const auto& k) { k.forward(a.p, threads()); });
 }
 
-void chunk_attention_backward(OptionalTensor mask, RK_ATTENTION_PARAMETERS, Tensor grad_out, Tensor out, Tensor lse,
-                              Tensor self_only, Tensor grad_query, Tensor grad_key, Tensor grad_value) {
-  Attention a = chunk_attention(mask, RK_ATTENTION_ARGUMENTS);
-  set_residuals(a, out, lse, self_only);
-  set_gradients(a, grad_out, grad_query, grad_key, grad_value);
-  for (const Tensor* t : {&grad_query, &grad_key, &grad_value}) use_large_pages(*t);
+void set_new_gradients(Attention& a, const Gradients& grads) {
+  set_gradients(a, grads);
+  for (const Tensor* t : {&grads.grad_query, &grads.grad_key, &grads.grad_value}) use_large_pages(*t);
+}
+
+void chunk_attention_backward(const AttentionInputs& in, const Mask& mask, const AttentionResults<false>& residuals,
+                              const Gradients& grads) {
+  Attention a = chunk_attention(in, mask);
+  set_results(a, residuals);
+  set_new_gradients(a, grads);
   with_kernels(a.type, [&](const auto& k) { k.backward(a.p, threads()); });
 }
 
-void select_keys(OptionalTensor mask, RK_SELECT_PARAMETERS) {
-  Selection s = selection(RK_SELECT_ARGUMENTS);
+void select_keys(const SelectInputs& in, const Mask& mask) {
+  Selection s = selection(in);
   check_order(s.a.p);
-  set_mask(s.a, mask);
+  set_mask(s.a, mask.attn_mask);
   const int64_t keys = s.a.p.S - s.a.p.context_keys, room = s.a.p.list_length - s.a.p.context_keys;
-  for (int64_t i = 0; i < windows.numel() / 3; ++i) {
+  for (int64_t i = 0; i < in.windows.numel() / 3; ++i) {
     const rk::LocalWindow& w = s.p.windows[i];
     require(0 <= w.begin && w.begin <= w.end && w.end <= keys && w.end - w.begin <= room && w.most <= s.a.p.list_length,
             "windows must lie in the ", keys, " keys and fit into the lists, got ", w.begin, " to ", w.end, ", ",
@@ -150,32 +159,37 @@ void select_keys(OptionalTensor mask, RK_SELECT_PARAMETERS) {
   with_kernels(s.a.type, [&](const auto& k) { k.select(s.p, threads()); });
 }
 
-Attention list_attention(OptionalTensor mask, RK_LIST_PARAMETERS) {
-  Attention a = with_lists(RK_LIST_ARGUMENTS);
+template <bool kWritten>
+Attention list_attention(const ListInputs& in, const Mask& mask, const ListResults<kWritten>& results) {
+  Attention a = with_lists(in, results);
   check_order(a.p);
-  check_index("key_indices", a.p.key_indices, key_indices.numel(), a.p.S, -1);
-  require(!mask || !a.p.has(rk::kRestKey), "the rest term does not go with attn_mask");
-  set_mask(a, mask);
+  check_index("key_indices", a.p.key_indices, in.key_indices.numel(), a.p.S, -1);
+  require(!mask.attn_mask || !a.p.has(rk::kRestKey), "the rest term does not go with attn_mask");
+  set_mask(a, mask.attn_mask);
   return a;
 }
 
-void list_attention_forward(OptionalTensor mask, RK_LIST_PARAMETERS) {
-  const Attention a = list_attention(mask, RK_LIST_ARGUMENTS);
-  use_large_pages(out);
+void list_attention_forward(const ListInputs& in, const Mask& mask, const ListResults<true>& results) {
+  const Attention a = list_attention(in, mask, results);
+  use_large_pages(results.out);
   with_kernels(a.type, [&](const auto& k) { k.list_forward(a.p, threads()); });
 }
 
-void list_attention_backward(OptionalTensor mask, RK_LIST_PARAMETERS, Tensor grad_out, Tensor grad_query,
-                             Tensor grad_key, Tensor grad_value) {
-  Attention a = list_attention(mask, RK_LIST_ARGUMENTS);
-  set_gradients(a, grad_out, grad_query, grad_key, grad_value);
-  for (const Tensor* t : {&grad_query, &grad_key, &grad_value}) use_large_pages(*t);
+void list_attention_backward(const ListInputs& in, const Mask& mask, const ListResults<false>& residuals,
+                             const Gradients& grads) {
+  Attention a = list_attention(in, mask, residuals);
+  set_new_gradients(a, grads);
   with_kernels(a.type, [&](const auto& k) { k.list_backward(a.p, threads()); });
 }
 
-std::string select_isa(std::string name) {
+struct Isa {
+  Arguments& next;
+  std::string name = next.word("name");
+};
+
+std::string select_isa(const Isa& isa) {
   const std::string previous = rk::cpu::kernels().isa;
-  require(rk::cpu::select(name.c_str()), "isa must be one that this processor and build have, got ", name);
+  require(rk::cpu::select(isa.name.c_str()), "isa must be one that this processor and build have, got ", isa.name);
   return previous;
 }
 
@@ -187,39 +201,19 @@ std::string build_info() {
          "], \"isa_in_use\": \"" + rk::cpu::kernels().isa + "\"}";
 }
 
+const Op kOps[] = {
+    op<hash_buckets>("hash_buckets"),
+    op<bucket_order>("bucket_order"),
+    op<chunk_attention_forward>("chunk_attention_forward"),
+    op<chunk_attention_backward>("chunk_attention_backward"),
+    op<select_keys>("select_keys"),
+    op<list_attention_forward>("list_attention_forward"),
+    op<list_attention_backward>("list_attention_backward"),
+    op<select_isa>("select_isa"),
+    op<build_info>("build_info"),
+};
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY(reformer_kernels_cpu, m) {
-  // The mask comes first: the other arguments are those of the CUDA library, too.
-  const std::string attention = "Tensor? attn_mask, Tensor query, Tensor? key, Tensor value, " RK_ATTENTION_SCHEMA;
-  m.def(
-      "hash_buckets(Tensor x, Tensor rotations, Tensor? key_padding_mask, int[] n_buckets, Tensor(a!) buckets) -> ()");
-  m.def("bucket_order(Tensor buckets, Tensor? cu_seqlens, int n_buckets, Tensor(a!) order) -> int");
-  m.def(
-      ("chunk_attention_forward(" + attention + "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) self_only) -> ()").c_str());
-  m.def(("chunk_attention_backward(" + attention +
-         "Tensor grad_out, Tensor out, Tensor lse, Tensor self_only, Tensor(a!) grad_query, Tensor(b!) grad_key, "
-         "Tensor(c!) grad_value) -> ()")
-            .c_str());
-  m.def("select_keys(Tensor? attn_mask, " RK_SELECT_SCHEMA "Tensor(a!) lists) -> ()");
-  const std::string lists = "Tensor? attn_mask, " RK_LIST_SCHEMA;
-  m.def(("list_attention_forward(" + lists + "Tensor(a!) out, Tensor(b!) lse) -> ()").c_str());
-  m.def(("list_attention_backward(" + lists +
-         "Tensor out, Tensor lse, Tensor grad_out, Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value) "
-         "-> ()")
-            .c_str());
-  m.def("select_isa(str name) -> str");
-  m.def("build_info() -> str");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(reformer_kernels_cpu, CompositeExplicitAutograd, m) {
-  m.impl("hash_buckets", TORCH_BOX(&hash_buckets));
-  m.impl("bucket_order", TORCH_BOX(&bucket_order));
-  m.impl("chunk_attention_forward", TORCH_BOX(&chunk_attention_forward));
-  m.impl("chunk_attention_backward", TORCH_BOX(&chunk_attention_backward));
-  m.impl("select_keys", TORCH_BOX(&select_keys));
-  m.impl("list_attention_forward", TORCH_BOX(&list_attention_forward));
-  m.impl("list_attention_backward", TORCH_BOX(&list_attention_backward));
-  m.impl("select_isa", TORCH_BOX(&select_isa));
-  m.impl("build_info", TORCH_BOX(&build_info));
-}
+STABLE_TORCH_LIBRARY(reformer_kernels_cpu, m) { define(m, kOps); }
+STABLE_TORCH_LIBRARY_IMPL(reformer_kernels_cpu, CompositeExplicitAutograd, m) { implement(m, kOps); }

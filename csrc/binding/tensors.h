@@ -44,7 +44,7 @@ inline bool is_here(const Tensor& t) { return t.is_cpu(); }
 #endif
 
 inline void check_type(const char* name, const Tensor& t, ScalarType type) {
-  require(is_here(t) && t.scalar_type() == type, name, ": wrong dtype or not on ", kPlace);
+  require(t.scalar_type() == type, name, " has a wrong dtype");
 }
 
 // The kernels trust shapes, so each is checked; the strides are those of a torch tensor, inside its memory.
@@ -94,47 +94,6 @@ void set_sequences(Params& p, const OptionalTensor& bounds, int64_t B) {
     p.cu_seqlens = contiguous<int32_t>("cu_seqlens", bounds, ScalarType::Int, {B, size});
     p.bounds_stride = size;
   }
-}
-
-// hash_buckets of x [B, H, L, D], rotations [B|1, H|1, D, R, columns], padding [B, L] into buckets [B, H, R, L]. The
-// result points to factors.
-inline HashParams hash_params(const Tensor& x, const Tensor& rotations, const OptionalTensor& padding,
-                              const std::vector<int64_t>& factors, const Tensor& buckets) {
-  const ScalarType type = compute_type(x);
-  require(rotations.dim() == 5 && x.dim() == 4, "x must have 4 and rotations 5 dimensions");
-  HashParams p{};
-  p.B = x.size(0), p.H = x.size(1), p.L = x.size(2), p.D = x.size(3), p.R = rotations.size(3);
-  p.element = element_of(x);
-  p.x = rows("x", x, x.scalar_type(), p.B, p.H, p.L, p.D);
-  int64_t columns = 0, total = 1;
-  for (int64_t f : factors) {
-    require(f >= 2 && f % 2 == 0 && total <= INT32_MAX / f,
-            "n_buckets must be even factors with a product below 2**31");
-    columns += f / 2, total *= f;
-  }
-  const int64_t b = rotations.size(0), h = rotations.size(1);
-  require((b == 1 || b == p.B) && (h == 1 || h == p.H) && p.R >= 1,
-          "rotations must have shape [B|1, H|1, D, R, columns]");
-  p.rotations = contiguous<char>("rotations", rotations, type, {b, h, p.D, p.R, columns});
-  p.rotations_stride_h = h == 1 ? 0 : p.D * p.R * columns;
-  p.rotations_stride_b = b == 1 ? 0 : h * p.D * p.R * columns;
-  p.n_factors = static_cast<int64_t>(factors.size()), p.factors = factors.data();
-  p.padding = contiguous<bool>("key_padding_mask", padding, ScalarType::Bool, {p.B, p.L});
-  p.buckets = const_cast<int32_t*>(contiguous<int32_t>("buckets", buckets, ScalarType::Int, {p.B, p.H, p.R, p.L}));
-  return p;
-}
-
-// bucket_order of buckets [B, H, R, L] into order, without sequences.
-inline OrderParams order_params(const Tensor& buckets, int64_t n_buckets, const Tensor& order) {
-  require(buckets.dim() == 4, "buckets must have 4 dimensions");
-  require(n_buckets >= 1, "n_buckets must be at least 1, got ", n_buckets);
-  OrderParams p{};
-  const int64_t B = buckets.size(0), H = buckets.size(1), R = buckets.size(2), L = buckets.size(3);
-  require(L <= INT32_MAX, "L must be below 2**31, got ", L);
-  p.rows = B * H, p.heads = H, p.rounds = R, p.L = L, p.n_buckets = n_buckets, p.n_sequences = 1, p.longest = L;
-  p.buckets = contiguous<int32_t>("buckets", buckets, ScalarType::Int, {B, H, R, L});
-  p.order = const_cast<int32_t*>(contiguous<int32_t>("order", order, ScalarType::Int, {B, H, R, L}));
-  return p;
 }
 
 }  // namespace rk::binding

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import shutil
-from typing import Any
 
-from ..._calls import AttentionCall, Call, HashCall, OrderCall
-from .. import cuda
+from torch import Tensor
+
+from ..._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall
+from .._common import chunk_reasons, clustered_reasons, row_reasons, wrong_device
 
 MAX_HEAD_DIM, MAX_CHUNKS = 256, 2**15 - 1  # chunks of all windows of a query: see attention.KEPT_BITS
 LEAST_VERSION = (3, 6)
-_MODULES = {
-    "hash_buckets": "hash",
-    "bucket_order": "order",
-    "chunk_attention": "attention",
-    "chunk_attention_backward": "attention_backward",
-    "select_keys": "select",
-    "describe": "explain",
-    "list_attention": "lists",
-    "list_attention_backward": "lists",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 @functools.cache
@@ -47,9 +31,7 @@ def missing() -> str | None:
 
 
 def not_supported_reasons(call: Call) -> list[str]:
-    if call.device.type != "cuda":
-        return [f"tensors are on {call.device}, not on a GPU"]
-    return [*filter(None, [missing()]), *kernel_reasons(call)]
+    return wrong_device(call, "cuda") or [*filter(None, [missing()]), *kernel_reasons(call)]
 
 
 def kernel_reasons(call: Call) -> list[str]:
@@ -57,10 +39,62 @@ def kernel_reasons(call: Call) -> list[str]:
     if isinstance(call, OrderCall):
         return []
     if isinstance(call, HashCall):
-        return cuda.row_reasons(MAX_HEAD_DIM, call.x)
+        return row_reasons(MAX_HEAD_DIM, call.x)
     if isinstance(call, AttentionCall):
-        return [
-            *cuda.row_reasons(MAX_HEAD_DIM, call.query, call.value), *cuda.chunk_reasons(MAX_CHUNKS, call),
-            *cuda.rule_reasons(call),
-        ]  # fmt: skip
-    return cuda.clustered_reasons(MAX_HEAD_DIM, call)
+        return chunk_reasons(MAX_HEAD_DIM, MAX_CHUNKS, call)
+    return clustered_reasons(MAX_HEAD_DIM, call)
+
+
+# ---- the ops, whose modules need Triton
+
+
+def hash_buckets(call: HashCall) -> Tensor:
+    from . import hash
+
+    return hash.hash_buckets(call)
+
+
+def bucket_order(call: OrderCall) -> Tensor:
+    from . import order
+
+    return order.bucket_order(call)
+
+
+def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    from . import attention
+
+    return attention.chunk_attention(call)
+
+
+def chunk_attention_backward(
+    call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import attention_backward
+
+    return attention_backward.chunk_attention_backward(call, grad_out, out, lse, self_only)
+
+
+def select_keys(call: SelectCall) -> Tensor:
+    from . import select
+
+    return select.select_keys(call)
+
+
+def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
+    from . import lists
+
+    return lists.list_attention(call)
+
+
+def list_attention_backward(
+    call: ListCall, grad_out: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import lists
+
+    return lists.list_attention_backward(call, grad_out, out, lse)
+
+
+def describe(call: Call) -> str:
+    from . import explain
+
+    return explain.describe(call)

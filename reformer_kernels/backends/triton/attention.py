@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._calls import AttentionCall, ListCall, empty_results, n_sequences
-from .. import cpu
+from .. import _common
 from ..philox import drop_threshold, keep_factor
 from ._launch import Config, block_width, launch, rows
 from ._pairs import across, kept_factor, keys_along, queries_along, score_mod, sees
@@ -230,12 +230,6 @@ def forward_kernel(
     add_rows(out, s.b, s.h, s.offset + q.position, q.valid, adds, before[:, None], result, E, BLOCK_E)
 
 
-def pair_rules(call: AttentionCall) -> tuple[bool, bool]:
-    """Whether pairs of different buckets, and pairs that meet more than once, are to be found."""
-    within = call.rules.within_bucket and call.key is None and call.buckets is not None
-    return within, call.rules.dedup == "log_count"
-
-
 def kind_of(kernel: str, call: AttentionCall | ListCall) -> Kind:
     kind = Kind(
         kernel, call.query.element_size(), block_width(max(call.query.shape[3], call.value.shape[3])),
@@ -243,7 +237,7 @@ def kind_of(kernel: str, call: AttentionCall | ListCall) -> Kind:
     )  # fmt: skip
     if isinstance(call, ListCall):
         return kind
-    pairs = kind.pairs or any(pair_rules(call)) or call.alignment != "ring"
+    pairs = kind.pairs or call.has_score_mod or not call.is_ring
     return kind._replace(pairs=pairs, long=call.chunk_length >= LONG_CHUNK)
 
 
@@ -257,10 +251,10 @@ def of_chunks(p: Problem, plan: Config) -> Config:
 def problem(call: AttentionCall | ListCall) -> Problem:
     """All but what windows of buckets and rules of pairs need, or lists."""
     to_device = lambda x: None if x is None else x.to(call.device, non_blocking=True)  # noqa: E731
-    order = cpu.contiguous(call.order)
+    order = _common.contiguous(call.order)
     heads, length = call.query.shape[1:3]
     return Problem(
-        order=order, padding=cpu.contiguous(call.key_padding_mask), cu_seqlens=None, slot_of_position=None,
+        order=order, padding=_common.contiguous(call.key_padding_mask), cu_seqlens=None, slot_of_position=None,
         bucket_begin=None, bucket_end=None, lists=None, excluded_begin=None, excluded_end=None,
         dropout_seed=to_device(call.dropout_seed) if call.dropout_p > 0 else None, sequences=1,
         bounds_stride=0, batch=len(call.query), heads=heads,
@@ -274,17 +268,16 @@ def problem(call: AttentionCall | ListCall) -> Problem:
 
 
 def window_problem(call: AttentionCall) -> Problem:
-    rules, buckets, ring = call.rules, cpu.contiguous(call.buckets), call.alignment == "ring"
-    within, dedup = pair_rules(call)
+    rules, buckets = call.rules, _common.contiguous(call.buckets)
     p = problem(call)._replace(
         n_queries=call.n_queries, before=call.chunks_before, after=call.chunks_after, l2=rules.key_norm == "l2",
-        mask_padded_queries=rules.mask_padded_queries, bucket_aligned=tl.constexpr(not ring),
-        within_bucket=tl.constexpr(within), dedup=tl.constexpr(dedup),
+        mask_padded_queries=rules.mask_padded_queries, bucket_aligned=tl.constexpr(not call.is_ring),
+        within_bucket=tl.constexpr(call.masks_other_buckets), dedup=tl.constexpr(call.counts_meetings),
     )  # fmt: skip
     if call.cu_seqlens is not None:
         bounds = bounds_of(call)
         p = p._replace(cu_seqlens=bounds, sequences=n_sequences(bounds), bounds_stride=row_stride(bounds))
-    if not (within or dedup) and ring:
+    if not call.has_score_mod and call.is_ring:
         return p
     tables = [
         torch.empty((*call.query.shape[:2], p.rounds, p.length), dtype=torch.int32, device=call.device)
@@ -320,8 +313,8 @@ def factors_of(p: Problem, query: Tensor, widths: dict[str, int]) -> Tensor | No
 
 def inputs_of(p: Problem, call: AttentionCall | ListCall) -> tuple[tuple[Any, ...], dict[str, int]]:
     """What kernels of attention take first, and the widths of their rows."""
-    query, value = cpu.rows(call.query), cpu.rows(call.value)
-    key = query if call.key is None else cpu.rows(call.key)
+    query, value = _common.rows(call.query), _common.rows(call.value)
+    key = query if call.key is None else _common.rows(call.key)
     widths = {"D": query.shape[3], "E": value.shape[3]}
     widths |= {"BLOCK_D": block_width(widths["D"]), "BLOCK_E": block_width(widths["E"])}
     return (p, rows(query), rows(key), rows(value), factors_of(p, query, widths)), widths

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._calls import AttentionCall, ListCall
-from .. import cpu
+from .. import _common
 from ._launch import Config, launch, rows
 from ._pairs import across, kept_factor, keys_along, queries_along, score_mod, sees
 from ._windows import (
@@ -209,7 +209,7 @@ def residuals(
     exponent, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
     launch(
         residual_kernel, lse.shape[0] * p.heads * tiles_of(p.n_queries, RESIDUALS), lse.device, p, query,
-        rows(cpu.rows(out)), rows(grad_out), lse.contiguous(), self_only, exponent, delta, p.n_queries,
+        rows(_common.rows(out)), rows(grad_out), lse.contiguous(), self_only, exponent, delta, p.n_queries,
         config=RESIDUALS, **widths,
     )  # fmt: skip
     return *inputs, rows(grad_out), exponent, delta, self_only
@@ -263,12 +263,12 @@ def grad_keys(
 def chunk_attention_backward(
     call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = cpu.new_gradients(call)
+    grads = _common.new_gradients(call)
     if 0 in call.query.shape[:3]:
         return grads
     inputs, widths = inputs_of(window_problem(call), call)
     is_self_only = self_only.contiguous() if call.key is None else None
-    given = residuals(inputs, widths, cpu.rows(grad_out), out, lse, is_self_only)
+    given = residuals(inputs, widths, _common.rows(grad_out), out, lse, is_self_only)
     grad_queries(given, call, call.longest, widths, grads[0])
     of_keys = grads[0] if call.key is None else grads[1]
     grad_keys(given, call, call.longest, inputs[0].rounds, widths, (of_keys, grads[2]))

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._calls import HashCall
-from .. import cpu
+from .. import _common
 from ._launch import block_width, launch, rows
 from .configs import Kind, choose
 
@@ -78,7 +78,7 @@ def hash_kernel(
 
 def hash_buckets(call: HashCall) -> Tensor:
     rotations, factors = call.resolve()
-    x = cpu.rows(call.x)
+    x = _common.rows(call.x)
     batch, heads, length, head_dim = x.shape
     rotations = rotations.float().contiguous()
     rounds, columns = rotations.shape[3:]
@@ -92,7 +92,7 @@ def hash_buckets(call: HashCall) -> Tensor:
         padded_bucket *= factor
     launch(
         hash_kernel, batch * heads * triton.cdiv(length, plan.block_m), x.device,
-        rows(x), rotations, cpu.contiguous(call.key_padding_mask), buckets, factors, *strides, heads, length, rounds,
-        columns, padded_bucket, config=plan, D=head_dim, BLOCK_D=width,
+        rows(x), rotations, _common.contiguous(call.key_padding_mask), buckets, factors, *strides, heads, length,
+        rounds, columns, padded_bucket, config=plan, D=head_dim, BLOCK_D=width,
     )  # fmt: skip
     return buckets

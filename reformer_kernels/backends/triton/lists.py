@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._calls import ListCall, empty_results
-from .. import cpu, cuda
+from .. import _common
 from . import attention, attention_backward
 from ._launch import Config, Rows, launch, rows
 from ._windows import Problem, Range, list_rows, position_of, take_sequence
@@ -166,7 +166,7 @@ def list_problem(call: ListCall) -> Problem:
 
 
 def _rest(call: ListCall) -> RestKey | None:
-    sums = cuda.rest_sums(call)
+    sums = _common.rest_sums(call)
     return sums and RestKey(rows(sums[0]), rows(sums[1]), sums[2], sums[2].shape[1])
 
 
@@ -186,12 +186,12 @@ def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
 def list_attention_backward(
     call: ListCall, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = cpu.new_gradients(call)
+    grads = _common.new_gradients(call)
     if 0 in call.query.shape[:3]:
         return grads
     inputs, widths = attention.inputs_of(list_problem(call), call)
     p, query = inputs[:2]
-    grad_out, out, lse = cpu.rows(grad_out), cpu.rows(out), lse.contiguous()
+    grad_out, out, lse = _common.rows(grad_out), _common.rows(out), lse.contiguous()
     given = attention_backward.residuals(inputs, widths, grad_out, out, lse, None)
     attention_backward.grad_queries(given, call, p.length, widths, grads[0])
     rest = _rest(call)
@@ -202,7 +202,7 @@ def list_attention_backward(
             rest_backward_kernel, len(out) * p.heads * attention.tiles_of(p.length, QUERIES), call.device, p, rest,
             query, rows(out), rows(grad_out), lse, rows(grads[0]), *map(rows, terms), config=QUERIES, **widths,
         )  # fmt: skip
-        rest_grads = [cuda.per_key(call, x).contiguous() for x in terms]
+        rest_grads = [_common.per_key(call, x).contiguous() for x in terms]
 
     lists = call.key_indices
     entries = lists.shape[2] * lists.shape[3]

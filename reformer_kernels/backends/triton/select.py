@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._calls import SelectCall
-from .. import cpu
+from .. import _common
 from ..reference_lists import CHOSEN_BLOCKS, EXACT_KEYS, KEY_BLOCK, SUBGROUPS
 from ._launch import Config, Rows, block_width, launch, rows
 from ._windows import Range
@@ -389,10 +389,10 @@ def take_chunks(call: SelectCall, query: Tensor, widths: dict[str, int]) -> Chun
     chunk_length, size = min(call.chunk_length, length), call.key.shape[2]
     chunks = triton.cdiv(length, chunk_length)
     numbers = lambda *shape: torch.empty((batch, heads, *shape), dtype=torch.int32, device=query.device)  # noqa: E731
-    order = cpu.contiguous(call.order)
+    order = _common.contiguous(call.order)
     p = Chunks(
-        order=order, query_padding=cpu.contiguous(call.query_padding_mask),
-        padding=cpu.contiguous(call.key_padding_mask), windows=call.windows, members=numbers(length),
+        order=order, query_padding=_common.contiguous(call.query_padding_mask),
+        padding=_common.contiguous(call.key_padding_mask), windows=call.windows, members=numbers(length),
         counts=numbers(chunks, SUBGROUPS),
         smallest=numbers(chunks, SUBGROUPS), largest=numbers(chunks, SUBGROUPS),
         means=query.new_empty((batch * heads * chunks * SUBGROUPS, head_dim), dtype=torch.float32), heads=heads,
@@ -427,7 +427,7 @@ def select_keys(call: SelectCall) -> Tensor:
     lists = torch.empty(call.lists_shape, dtype=torch.int32, device=call.device)
     if 0 in lists.shape[:3]:
         return lists
-    query, key = cpu.rows(call.query), cpu.rows(call.key)
+    query, key = _common.rows(call.query), _common.rows(call.key)
     widths = {"D": query.shape[3], "BLOCK_D": block_width(query.shape[3])}
     p, batch = take_chunks(call, query, widths), len(query)
     keys = Candidates(rows(key), p.keys, 1, None, None, 0, None)
