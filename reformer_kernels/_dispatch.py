@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from threading import get_ident
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ from .backends.missing import warn_of_missing_library
 
 
 class Backend(Protocol):
-    """What a backend offers; one that refuses an op need not have it.
-
-    Residuals are the same for all, so any forward pairs with any backward.
-    """
+    """What the module of a backend offers. Residuals are the same for all, so any forward pairs with any backward."""
 
     def not_supported_reasons(self, call: Call) -> list[str]: ...
+    def describe(self, call: Call) -> str:
+        """What ``explain`` adds of a call that is served: how it is launched, or nothing."""
+
     def hash_buckets(self, call: HashCall) -> Tensor: ...
     def bucket_order(self, call: OrderCall) -> Tensor: ...
     def chunk_attention(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -38,12 +38,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-BACKENDS: dict[str, Backend] = {
-    "cpu": cast(Backend, cpu),
-    "cuda": cast(Backend, cuda),
-    "triton": cast(Backend, triton),
-    "reference": cast(Backend, reference),
-}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
 # Blocks of use_backend with their backends, innermost last; the first entry holds outside of blocks.
 _Forced = tuple[tuple["use_backend | None", str | None], ...]
 _NOT_FORCED: _Forced = ((None, None),)
@@ -221,8 +216,8 @@ def _verdicts(call: Call, asked: str | None) -> list[str]:
             verdict = "could, but comes later in the order of preference"
         else:
             verdict, served = "serves it", True
-            if describe := getattr(BACKENDS[name], "describe", None):
-                verdict += f": {describe(call)}"
+            if description := BACKENDS[name].describe(call):
+                verdict += f": {description}"
         lines.append(f"  {name:<10} {verdict}")
     return lines
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -315,8 +315,9 @@ def _register_autocast(name: str, function: Callable[..., Any], device_type: str
 
 _hash = _choices.noted("hash_buckets", _hash_op)
 _select = _choices.noted("select_keys", _select_op)
-_chunk_attention = _differentiable("chunk_attention")
-_list_attention = _differentiable("list_attention")
+_order: Callable[..., Tensor] = _order_op
+_chunk_attention: Callable[..., tuple[Tensor, Tensor, Tensor]] = _differentiable("chunk_attention")
+_list_attention: Callable[..., tuple[Tensor, Tensor]] = _differentiable("list_attention")
 
 
 def hash_buckets(call: HashCall) -> Tensor:
@@ -326,7 +327,7 @@ def hash_buckets(call: HashCall) -> Tensor:
 
 def bucket_order(call: OrderCall) -> Tensor:
     """int32 [B, H, R, L]"""
-    return cast(Tensor, _order_op(*call))
+    return _order(*call)
 
 
 def select_keys(call: SelectCall) -> Tensor:
@@ -336,12 +337,12 @@ def select_keys(call: SelectCall) -> Tensor:
 
 def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, H, L, E], lse [B, H, L] and self_only [B, H, L]"""
-    return cast(tuple[Tensor, Tensor, Tensor], _chunk_attention(*call))
+    return _chunk_attention(*call)
 
 
 def list_attention(call: ListCall) -> tuple[Tensor, Tensor]:
     """out [B, H, L, E] and lse [B, H, L]"""
-    return cast(tuple[Tensor, Tensor], _list_attention(*call))
+    return _list_attention(*call)
 
 
 for _name, _function in {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks as check
 from . import _ops
-from ._calls import AttentionCall, HashCall, OrderCall, at_least_one, length_without_padding
+from ._calls import AttentionCall, HashCall, OrderCall, at_least_one, is_single_window, length_without_padding
 from ._dispatch import check_backend
 from .hashing import bucket_factors
 from .rules import AttentionRules
@@ -189,7 +189,7 @@ def lsh_attention(
         check.check_shape("buckets", buckets, (batch, heads, n_hashes, length))
 
     order = None
-    single_window = alignment == "ring" and cu_seqlens is None and length <= chunk_length
+    single_window = cu_seqlens is None and is_single_window(length, chunk_length, alignment == "ring")
     bounds = cu_seqlens
     if key_padding_mask is not None and rules.cut_padding and cu_seqlens is None:
         bounds = _cut_padding(key_padding_mask)

@@ -26,13 +26,17 @@ from .reference_lists import (
 )
 
 __all__ = [
-    "bucket_order", "chunk_attention", "chunk_attention_backward", "hash_buckets", "list_attention",
+    "bucket_order", "chunk_attention", "chunk_attention_backward", "describe", "hash_buckets", "list_attention",
     "list_attention_backward", "not_supported_reasons", "select_keys",
 ]  # fmt: skip
 
 
 def not_supported_reasons(call: Call) -> list[str]:
     return []
+
+
+def describe(call: Call) -> str:
+    return ""
 
 
 # ---- hashing and sorting
@@ -119,8 +123,7 @@ def _bucket_chunks(sorted_buckets: Tensor, chunk_length: int) -> tuple[Tensor, T
 
 def _windows(call: AttentionCall, order: Tensor) -> _Windows:
     rounds, length = order.shape[2:]
-    ring = call.alignment == "ring"
-    single = ring and length <= call.chunk_length  # one window, not hashed: the rounds would only repeat it
+    ring, single = call.is_ring, call.is_single_window(length)
     before, after = (0, 0) if single else (call.chunks_before, call.chunks_after)
     if ring:
         slots, segments = _ring_chunks(1 if single else rounds, length, call.chunk_length, order.device)
@@ -229,8 +232,7 @@ def _score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, numbe
             allowed = allowed & ~(mask <= MASKED)  # NaN is not masked
             scores = scores + mask.clamp(min=MASKED)
     same_bucket = torch.ones_like(exists)
-    hashed = call.buckets is not None and not (call.alignment == "ring" and length <= call.chunk_length)
-    if rules.within_bucket and shared and hashed:
+    if call.masks_other_buckets and not call.is_single_window(length):
         assert call.buckets is not None
         bucket = call.buckets.reshape(batch, heads, -1)
 
@@ -256,7 +258,7 @@ def _score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, numbe
         self_only = _any_per_query(call, q_pos, (allowed & own).any(-1)) & ~has_other
         lone = self_only.gather(2, q_pos.flatten(2)).view(q_pos.shape)[..., :, None]
         live = included = allowed & (~own | lone)
-    if rules.dedup == "log_count":
+    if call.counts_meetings and not call.is_single_window(length):
         met = torch.zeros(batch, heads, length * length, dtype=scores.dtype, device=scores.device)
         pair = (q_pair * length + k_pair).flatten(2)
         met = met.scatter_add(2, pair, (exists & same_bucket).flatten(2).to(scores.dtype))
