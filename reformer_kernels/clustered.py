@@ -11,7 +11,7 @@ from . import _checks as check
 from . import _ops
 from ._calls import HashCall, ListCall, OrderCall, SelectCall, at_least_one
 from ._dispatch import check_backend
-from .backends import reference_lists
+from .backends import reference
 from .functional import seed_tensor
 
 GROUPINGS = ("position", "hash")
@@ -198,7 +198,7 @@ def attend(
         backend=backend or "",
     )
     out, _ = _ops.list_attention(call)
-    return out, reference_lists.dense_weights(call) if need_weights else None
+    return out, reference.dense_weights(call) if need_weights else None
 
 
 def _default_chunk_length(size: int) -> int:

@@ -98,36 +98,38 @@ def _list_terms(call: ListCall, grad_out: Tensor) -> dict[str, float]:
 
 def _chunk_terms(call: AttentionCall, grad_out: Tensor) -> dict[str, float]:
     largest = dict.fromkeys(NAMES, 0.0)
-    parts = [(batch, x) for batch, sequences in reference._split(call) for x in sequences if not x.empty]
+    parts = [(batch, x) for batch, sequences in reference.parts_of(call) for x in sequences if not x.empty]
     for batch, (part, order, number, rows) in parts:
         query, key, value = reference.tensors(part, torch.float64)
-        s = reference._score(part, order, query, key, number)
-        _, lse = reference._attend(part, s, value)
-        weight = torch.exp(s.scores - reference_lists.finite(reference._of_query(s, lse)))
+        s = reference.score(part, order, query, key, number)
+        _, lse = reference.attend(part, s, value)
+        weight = torch.exp(s.scores - reference_lists.finite(reference.of_query(s, lse)))
         dropped = weight * (1.0 if s.dropout is None else s.dropout)
         scores = s.scores.masked_fill(~s.included, 0.0).abs()
         score_rounding = 1 + float(scores.max())
         query, key, value = query.abs(), key.abs(), value.abs()
         rest = part.query.shape[2] - part.n_queries
         grad = torch.nn.functional.pad(grad_out[batch, :, rows].abs(), (0, 0, 0, rest))
-        value_rows, grad_rows = reference._rows(value, s.key_position), reference._rows(grad, s.query_position)
-        out = reference._per_query_sum(part, s, dropped @ value_rows)
-        delta = reference._of_query(s, (grad * out).sum(-1))
+        value_rows, grad_rows = reference.rows_at(value, s.key_position), reference.rows_at(grad, s.query_position)
+        out = reference.per_query_sum(part, s, dropped @ value_rows)
+        delta = reference.of_query(s, (grad * out).sum(-1))
         grad_scores = (dropped * (grad_rows @ value_rows.mT) + weight * delta) * s.live * abs(part.scale)
         everything = torch.ones_like(s.query_position), torch.ones_like(s.key_position)
         grads = [torch.zeros_like(x) for x in (query, key, value)]
-        reference._add_rows(
-            grads[0], s.query_position, everything[0], grad_scores @ reference._rows(key, s.key_position)
+        reference.add_rows_at(
+            grads[0], s.query_position, everything[0], grad_scores @ reference.rows_at(key, s.key_position)
         )
-        reference._add_rows(
-            grads[1], s.key_position, everything[1], grad_scores.mT @ reference._rows(query, s.query_position)
+        reference.add_rows_at(
+            grads[1], s.key_position, everything[1], grad_scores.mT @ reference.rows_at(query, s.query_position)
         )
-        reference._add_rows(grads[2], s.key_position, everything[1], dropped.mT @ grad_rows)
+        reference.add_rows_at(grads[2], s.key_position, everything[1], dropped.mT @ grad_rows)
         if part.key is None:  # the Jacobian of the unit key, in absolute values
             norm = part.query.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             grads[0] = grads[0] + (grads[1] + query * (grads[1] * query).sum(-1, keepdim=True) / norm**2) / norm
         else:
-            grads[1:] = [reference.per_key_head(g, x) for g, x in zip(grads[1:], (part.key, part.value), strict=True)]
+            grads[1:] = [
+                reference_lists.per_key_head(g, x) for g, x in zip(grads[1:], (part.key, part.value), strict=True)
+            ]
         sums = {"out": out, "grad_query": grads[0], "grad_key": grads[1], "grad_value": grads[2]}
         for name, x in sums.items():
             largest[name] = max(largest[name], float(x.max()) * score_rounding)

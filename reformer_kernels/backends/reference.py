@@ -16,6 +16,7 @@ from .._calls import AttentionCall, Call, HashCall, OrderCall, out_of_range
 from .philox import drop_threshold, keep_factor, philox
 from .reference_lists import (
     MASKED,
+    dense_weights,
     finite,
     like,
     list_attention,
@@ -25,9 +26,10 @@ from .reference_lists import (
     select_keys,
 )
 
-__all__ = [
-    "bucket_order", "chunk_attention", "chunk_attention_backward", "describe", "hash_buckets", "list_attention",
-    "list_attention_backward", "not_supported_reasons", "select_keys",
+__all__ = [  # a backend, what only it has, and what ``testing`` is made of
+    "add_rows_at", "attend", "bucket_order", "chunk_attention", "chunk_attention_backward", "dense_weights", "describe",
+    "hash_buckets", "list_attention", "list_attention_backward", "not_supported_reasons", "of_query", "order_of",
+    "parts_of", "per_query_sum", "rows_at", "score", "select_keys", "tensors", "unit_key",
 ]  # fmt: skip
 
 
@@ -147,7 +149,7 @@ def _windows(call: AttentionCall, order: Tensor) -> _Windows:
 # ---- attention over the windows of one sequence
 
 
-class _Scores(NamedTuple):
+class Scores(NamedTuple):
     query_position: Tensor  # [B, H, N, C], also the slots below clamped to valid indices
     key_position: Tensor  # [B, H, N, W]
     query_slot: Tensor  # [B, H, N, C]
@@ -158,7 +160,7 @@ class _Scores(NamedTuple):
     self_only: Tensor  # bool [B, H, L]
 
 
-def _unit_key(query: Tensor, norm: str) -> Tensor:
+def unit_key(query: Tensor, norm: str) -> Tensor:
     if norm == "l2":
         return query / query.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return query * torch.rsqrt((query * query).mean(dim=-1, keepdim=True) + 1e-6) / query.shape[-1] ** 0.5
@@ -175,14 +177,14 @@ def _unit_key_backward(query: Tensor, norm: str, grad_key: Tensor) -> Tensor:
     return a * grad_key - along * query * (grad_key * query).sum(dim=-1, keepdim=True)
 
 
-def _rows(x: Tensor, position: Tensor) -> Tensor:
+def rows_at(x: Tensor, position: Tensor) -> Tensor:
     """x [B, H, L, D] at position [B, H, N, K] -> [B, H, N, K, D]."""
     batch, heads, _, width = x.shape
     index = position.reshape(batch, heads, -1, 1).expand(-1, -1, -1, width)
     return x.gather(2, index).view(*position.shape, width)
 
 
-def _add_rows(target: Tensor, position: Tensor, valid: Tensor, rows: Tensor) -> None:
+def add_rows_at(target: Tensor, position: Tensor, valid: Tensor, rows: Tensor) -> None:
     """target [B, H, L, D] += rows [B, H, N, K, D] at position [B, H, N, K] where valid."""
     batch, heads, _, width = target.shape
     index = position.reshape(batch, heads, -1, 1).expand(-1, -1, -1, width)
@@ -196,7 +198,7 @@ def _any_per_query(call: AttentionCall, position: Tensor, flags: Tensor) -> Tens
     return counts.scatter_add(2, position.flatten(2), flags.flatten(2).long()) > 0
 
 
-def _score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, number: Tensor) -> _Scores:
+def score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, number: Tensor) -> Scores:
     """Scores of every (query, key) pair of every window, and what the rules say of it."""
     rules, shared = call.rules, call.key is None
     batch, heads, length = call.query.shape[:3]
@@ -210,7 +212,7 @@ def _score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, numbe
     k_pos = flat_order.gather(2, k_slot.flatten(2)).view(k_slot.shape)
     q_pair, k_pair = q_pos[..., :, None], k_pos[..., None, :]
 
-    scores = call.scale * (_rows(query, q_pos) @ _rows(key, k_pos).mT)  # [B, H, N, C, W]
+    scores = call.scale * (rows_at(query, q_pos) @ rows_at(key, k_pos).mT)  # [B, H, N, C, W]
     exists = (query_slots >= 0)[..., :, None] & (key_slots >= 0)[..., None, :]
     exists = exists & (q_pair < call.n_queries)
     allowed = exists
@@ -276,10 +278,10 @@ def _score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, numbe
         words = words.gather(-1, word.expand(scores.shape)[..., None])[..., 0]
         kept = words >= drop_threshold(call.dropout_p)
         dropout = kept.to(scores.dtype) * keep_factor(call.dropout_p)
-    return _Scores(q_pos, k_pos, q_slot, scores, included, live, dropout, self_only)
+    return Scores(q_pos, k_pos, q_slot, scores, included, live, dropout, self_only)
 
 
-def _per_query_sum(call: AttentionCall, s: _Scores, rows: Tensor) -> Tensor:
+def per_query_sum(call: AttentionCall, s: Scores, rows: Tensor) -> Tensor:
     """Sums rows [B, H, N, C, K] of the same query over the rounds: [B, H, L, K]."""
     batch, heads, length = call.query.shape[:3]
     total = torch.zeros(batch, heads, length, rows.shape[-1], dtype=rows.dtype, device=rows.device)
@@ -287,32 +289,32 @@ def _per_query_sum(call: AttentionCall, s: _Scores, rows: Tensor) -> Tensor:
     return total.scatter_add(2, index, rows.flatten(2, 3))
 
 
-def _per_query_max(call: AttentionCall, s: _Scores, values: Tensor) -> Tensor:
+def _per_query_max(call: AttentionCall, s: Scores, values: Tensor) -> Tensor:
     """The maximum of values [B, H, N, C] of the same query over the rounds: [B, H, L]."""
     batch, heads, length = call.query.shape[:3]
     least = torch.full((batch, heads, length), float("-inf"), dtype=values.dtype, device=values.device)
     return least.scatter_reduce(2, s.query_position.flatten(2), values.flatten(2), "amax")
 
 
-def _of_query(s: _Scores, x: Tensor) -> Tensor:
+def of_query(s: Scores, x: Tensor) -> Tensor:
     """x [B, H, L] at the queries of every window: [B, H, N, C, 1]."""
     return x.gather(2, s.query_position.flatten(2)).view(s.query_position.shape)[..., None]
 
 
-def _attend(call: AttentionCall, s: _Scores, value: Tensor) -> tuple[Tensor, Tensor]:
+def attend(call: AttentionCall, s: Scores, value: Tensor) -> tuple[Tensor, Tensor]:
     """out [B, H, L, E] and lse [B, H, L]; zero and -inf where a query sees no key."""
-    value_rows = _rows(value, s.key_position)
+    value_rows = rows_at(value, s.key_position)
     drop = 1.0 if s.dropout is None else s.dropout
     if call.rules.combine_rounds == "exp_lse":
         probability, round_lse = _round_softmax(s)
         lse = _log_add(call, s, round_lse)
-        weight = torch.exp(round_lse - finite(_of_query(s, lse)))
-        return _per_query_sum(call, s, (probability * drop) @ value_rows * weight), lse
+        weight = torch.exp(round_lse - finite(of_query(s, lse)))
+        return per_query_sum(call, s, (probability * drop) @ value_rows * weight), lse
     # The softmax over the rounds' logsumexp of each round's softmax is one softmax over all (round, key) pairs.
     maximum = _per_query_max(call, s, s.scores.detach().amax(dim=-1))
-    weight = torch.exp(s.scores - finite(_of_query(s, maximum)))
-    weight_sum = _per_query_sum(call, s, weight.sum(dim=-1, keepdim=True))[..., 0]
-    out = _per_query_sum(call, s, (weight * drop) @ value_rows)
+    weight = torch.exp(s.scores - finite(of_query(s, maximum)))
+    weight_sum = per_query_sum(call, s, weight.sum(dim=-1, keepdim=True))[..., 0]
+    out = per_query_sum(call, s, (weight * drop) @ value_rows)
     some = weight_sum > 0
     total = torch.where(some, weight_sum, 1.0)
     lse = torch.where(some, finite(maximum) + total.log(), float("-inf"))
@@ -320,7 +322,7 @@ def _attend(call: AttentionCall, s: _Scores, value: Tensor) -> tuple[Tensor, Ten
     return (out / total[..., None]).masked_fill((weight_sum == 0)[..., None], 0.0), lse
 
 
-def _round_softmax(s: _Scores) -> tuple[Tensor, Tensor]:
+def _round_softmax(s: Scores) -> tuple[Tensor, Tensor]:
     """Probabilities [B, H, N, C, W] within each round and their lse [.., 1]; 0 and -inf for rows that see nothing."""
     some = s.included.any(dim=-1, keepdim=True)
     scores = torch.where(some, s.scores, 0.0)
@@ -328,24 +330,24 @@ def _round_softmax(s: _Scores) -> tuple[Tensor, Tensor]:
     return torch.where(some, torch.exp(scores - lse), 0.0), torch.where(some, lse, float("-inf"))
 
 
-def _log_add(call: AttentionCall, s: _Scores, round_lse: Tensor) -> Tensor:
+def _log_add(call: AttentionCall, s: Scores, round_lse: Tensor) -> Tensor:
     maximum = finite(_per_query_max(call, s, round_lse.detach()[..., 0]))
-    total = _per_query_sum(call, s, torch.exp(round_lse - _of_query(s, maximum)))[..., 0]
+    total = per_query_sum(call, s, torch.exp(round_lse - of_query(s, maximum)))[..., 0]
     return torch.where(total > 0, maximum + torch.where(total > 0, total, 1.0).log(), float("-inf"))
 
 
 def tensors(call: AttentionCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value, these for every query head."""
     query, heads = call.query.to(dtype), call.query.shape[1]
-    key = _unit_key(query, call.rules.key_norm) if call.key is None else per_query_head(call.key.to(dtype), heads)
+    key = unit_key(query, call.rules.key_norm) if call.key is None else per_query_head(call.key.to(dtype), heads)
     return query, key, per_query_head(call.value.to(dtype), heads)
 
 
 def _one_sequence(call: AttentionCall, order: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query, key, value = tensors(call, dtype)
-    s = _score(call, order, query, key, number)
-    out, lse = _attend(call, s, value)
+    s = score(call, order, query, key, number)
+    out, lse = attend(call, s, value)
     n = call.n_queries
     return out[:, :, :n].to(call.value.dtype), lse[:, :, :n], s.self_only[:, :, :n]
 
@@ -356,25 +358,25 @@ def _one_sequence_backward(
     """P = exp(s - lse), dV = (P drop)^T dO, dS = P (drop dO V^T - rowsum(dO O)): no state of a round is needed."""
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query, key, value = tensors(call, dtype)
-    s = _score(call, order, query, key, number)
+    s = score(call, order, query, key, number)
     rest = call.query.shape[2] - call.n_queries
     grad_out, out = (torch.nn.functional.pad(x.to(dtype), (0, 0, 0, rest)) for x in (grad_out, out))
     lse = torch.nn.functional.pad(lse.to(dtype), (0, rest))
     if call.rules.combine_rounds == "exp_lse":  # in two steps, as exp(s - lse) is inexact next to sentinels
         probability, round_lse = _round_softmax(s)
-        weight = probability * torch.exp(round_lse - finite(_of_query(s, lse)))
+        weight = probability * torch.exp(round_lse - finite(of_query(s, lse)))
     else:
-        weight = torch.exp(s.scores - finite(_of_query(s, lse)))
+        weight = torch.exp(s.scores - finite(of_query(s, lse)))
     drop = 1.0 if s.dropout is None else s.dropout
-    grad_rows, query_rows = _rows(grad_out, s.query_position), _rows(query, s.query_position)
-    delta = _of_query(s, (grad_out * out).sum(-1))
-    grad_weight = drop * (grad_rows @ _rows(value, s.key_position).mT)
+    grad_rows, query_rows = rows_at(grad_out, s.query_position), rows_at(query, s.query_position)
+    delta = of_query(s, (grad_out * out).sum(-1))
+    grad_weight = drop * (grad_rows @ rows_at(value, s.key_position).mT)
     grad_scores = torch.where(s.live, weight * (grad_weight - delta) * call.scale, 0.0)
     everywhere = torch.ones_like(s.query_position), torch.ones_like(s.key_position)
     grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    _add_rows(grad_query, s.query_position, everywhere[0], grad_scores @ _rows(key, s.key_position))
-    _add_rows(grad_key, s.key_position, everywhere[1], grad_scores.mT @ query_rows)
-    _add_rows(grad_value, s.key_position, everywhere[1], (weight * drop).mT @ grad_rows)
+    add_rows_at(grad_query, s.query_position, everywhere[0], grad_scores @ rows_at(key, s.key_position))
+    add_rows_at(grad_key, s.key_position, everywhere[1], grad_scores.mT @ query_rows)
+    add_rows_at(grad_value, s.key_position, everywhere[1], (weight * drop).mT @ grad_rows)
     if call.key is None:
         grad_query = grad_query + _unit_key_backward(query, call.rules.key_norm, grad_key)
         grad_key = grad_key.new_empty(0)
@@ -386,7 +388,7 @@ def _one_sequence_backward(
 # ---- the ops: one sequence, or those of each batch row after each other
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A sequence of some batch rows."""
 
     call: AttentionCall  # restricted to it
@@ -399,19 +401,19 @@ class _Part(NamedTuple):
         return 0 in (*self.call.query.shape[:3], self.call.n_queries)
 
 
-def _order(call: AttentionCall) -> Tensor:
+def order_of(call: AttentionCall) -> Tensor:
     if call.order is not None:
         return call.order.long()
     batch, heads, length = call.query.shape[:3]
     return torch.arange(length, device=call.query.device).expand(batch, heads, 1, length)
 
 
-def _split(call: AttentionCall) -> list[tuple[slice, list[_Part]]]:
+def parts_of(call: AttentionCall) -> list[tuple[slice, list[Part]]]:
     """Batch rows, and their sequences."""
-    order, (batch, heads) = _order(call), call.query.shape[:2]
+    order, (batch, heads) = order_of(call), call.query.shape[:2]
     numbers = torch.arange(batch * heads, device=call.query.device).view(batch, heads)
     if call.cu_seqlens is None or batch == 0:
-        return [(slice(None), [_Part(call, order, numbers, slice(None))])]
+        return [(slice(None), [Part(call, order, numbers, slice(None))])]
     rounds, split = order.shape[2], []
     for of, sequences in _sequences(call.cu_seqlens, batch):
         parts = []
@@ -432,7 +434,7 @@ def _split(call: AttentionCall) -> list[tuple[slice, list[_Part]]]:
             if call.order is not None:
                 slots = order[of].flatten(2)[..., rounds * start : rounds * end]
             slots = slots.reshape(*part.query.shape[:2], rounds, end - start)
-            parts.append(_Part(part, slots, number * batch * heads + numbers[of], rows))
+            parts.append(Part(part, slots, number * batch * heads + numbers[of], rows))
         split.append((of, parts))
     return split
 
@@ -460,7 +462,7 @@ def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, self_only = _joined(
         [
             [_nothing(x.call) if x.empty else _one_sequence(x.call, x.order, x.number) for x in parts]
-            for _, parts in _split(call)
+            for _, parts in parts_of(call)
         ]
     )
     return like(call.query, out), lse, self_only
@@ -471,10 +473,10 @@ def chunk_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key (empty when shared) and value, from the residuals alone."""
 
-    def of_part(batch: slice, x: _Part) -> tuple[Tensor, Tensor, Tensor]:
+    def of_part(batch: slice, x: Part) -> tuple[Tensor, Tensor, Tensor]:
         residuals = (y[batch, :, x.rows] for y in (grad_out, out, lse))
         return _no_gradients(x.call) if x.empty else _one_sequence_backward(x.call, x.order, x.number, *residuals)
 
-    grads = _joined([[of_part(batch, x) for x in parts] for batch, parts in _split(call)])
+    grads = _joined([[of_part(batch, x) for x in parts] for batch, parts in parts_of(call)])
     query, value = like(call.query, grads[0]), like(call.value, grads[2])
     return query, call.query.new_empty(0) if call.key is None else like(call.key, grads[1]), value
