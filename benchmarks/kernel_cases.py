@@ -85,9 +85,9 @@ def seen_keys(call: AttentionCall) -> float:
         name: x[:, :1] for name, x in call._asdict().items() if isinstance(x, Tensor) and x.dim() == 4
     }
     one = call._replace(**first, dropout_p=0.0)
-    order = reference._order(one)
-    key = reference._unit_key(one.query, one.rules.key_norm) if one.key is None else one.key
-    live = reference._score(one, order, one.query, key, torch.zeros(1, 1)).live
+    order = reference.order_of(one)
+    key = reference.unit_key(one.query, one.rules.key_norm) if one.key is None else one.key
+    live = reference.score(one, order, one.query, key, torch.zeros(1, 1)).live
     return float(live.sum()) / order.numel()
 
 
