@@ -121,12 +121,11 @@ inline Attention attention(const AttentionInputs& in) {
   constexpr int64_t kMaxNeighbours = 1024;
   require(in.chunks_before <= kMaxNeighbours && in.chunks_after <= kMaxNeighbours,
           "chunks_before and chunks_after must be at most ", kMaxNeighbours);
-  const bool ring = !(in.flags & kBucketAligned);
-  int64_t widest = kMaxNeighbours;
-  if (!ring) widest = (p.L + p.chunk_length - 1) / p.chunk_length;
-  if (is_single_window(p.L, p.chunk_length, ring)) widest = 0;
-  p.chunks_before = std::min(in.chunks_before, widest), p.chunks_after = std::min(in.chunks_after, widest);
   p.n_queries = in.n_queries, p.flags = in.flags, p.scale = in.scale;
+  int64_t widest = kMaxNeighbours;
+  if (!p.ring()) widest = (p.L + p.chunk_length - 1) / p.chunk_length;
+  if (is_single_window(p.L, p.chunk_length, p.ring())) widest = 0;
+  p.chunks_before = std::min(in.chunks_before, widest), p.chunks_after = std::min(in.chunks_after, widest);
   p.query = rows("query", query, a.rows_type, p.B, p.H, p.L, p.D);
   if (key) p.key = rows("key", *key, a.rows_type, p.B, p.key_heads, p.L, p.D);
   if (key && !p.key.data) p.key.data = const_cast<char*>(&kNoRows);

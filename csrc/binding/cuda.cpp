@@ -303,7 +303,7 @@ std::vector<int64_t> attention_plan(const AttentionProblem& of) {
   const rk::cuda::AttentionPlan plan =
       rk::cuda::plan_attention(p, static_cast<rk::cuda::AttentionPart>(of.part), of.longest, device_of(of.device));
   return {plan.launch.grid[0], plan.launch.threads, plan.launch.shared_bytes, plan.k_steps,
-          plan.stages,         plan.diagonal_first,           plan.tiles_per_block,     plan.rounds};
+          plan.stages,         plan.diagonal_first, plan.tiles_per_block,     plan.rounds};
 }
 
 struct SelectProblem {

@@ -25,12 +25,6 @@ enum Flag : int64_t {  // a test compares it with the Python backends
 // The type of tensors: that of the computation, or a half type where that is float.
 enum class Element { kSame, kBFloat16, kFloat16 };
 
-// Whether a sequence that fits one chunk of a ring is one window, in which each query sees each key once: all rounds
-// would only repeat it.
-inline constexpr bool is_single_window(int64_t length, int64_t chunk_length, bool ring) {
-  return ring && length <= chunk_length;
-}
-
 // Rows of [B, H, L, width], the last dimension contiguous; strides in elements.
 struct Rows {
   void* data = nullptr;
