@@ -179,11 +179,11 @@ inline void add_attention(std::vector<Check>& checks) {
 inline void add_lists(std::vector<Check>& checks) {
   add_attention<cuda::bf16>(
       checks, "lists bfloat16", Element::kBFloat16,
-      {.L = 32, .D = 32, .C = 32, .R = 1, .H = 1, .key_heads = 1, .flags = kRest, .list_length = 20});
+      {.L = 32, .D = 32, .C = 32, .R = 1, .H = 1, .key_heads = 1, .flags = kRestKey, .list_length = 20});
   if (kFew) return;
   const AttentionProblem problems[] = {
-      {.L = 70, .D = 32, .C = 16, .key_heads = 1, .flags = kRest, .list_length = 20},
-      {.L = 70, .D = 20, .C = 20, .R = 1, .key_heads = 2, .flags = kRest, .list_length = 70},
+      {.L = 70, .D = 32, .C = 16, .key_heads = 1, .flags = kRestKey, .list_length = 20},
+      {.L = 70, .D = 20, .C = 20, .R = 1, .key_heads = 2, .flags = kRestKey, .list_length = 70},
   };
   for (const AttentionProblem& problem : problems) {
     add_attention<cuda::bf16>(checks, "lists bfloat16", Element::kBFloat16, problem);
