@@ -153,8 +153,8 @@ def test_keys_of_rows_that_are_2_to_the_31_elements_apart(keys: int, strides: tu
     with machine.serving():
         expected = cuda.select_keys(call)
     far = {"query": spread(call.query, BASE, strides), "key": spread(call.key, BASE << 6, strides)}
-    lists = torch.full_like(expected, -9)
-    given = arguments_of(_native.select_arguments(call) | {"lists": lists})
+    key_indices = torch.full_like(expected, -9)
+    given = arguments_of(_native.select_arguments(call) | {"lists": key_indices})
     given |= {name: x.array for name, x in far.items()}
     scratch = np.zeros(host().select_scratch(given), np.uint8)
     host().select_keys(given, scratch)
