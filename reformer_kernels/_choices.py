@@ -92,7 +92,8 @@ def kept(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         choose = _current()
         if choose is None:
             return op(*args)
-        return choose((name, *map(_description, args)), lambda: op(*args))
+        chosen: Tensor = choose((name, *map(_description, args)), lambda: op(*args))
+        return chosen
 
     return choice
 

@@ -194,7 +194,7 @@ class _TorchAttention(TorchDispatchMode):
     """Notes the ops of torch that attend."""
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.names: dict[str, None] = {}  # an ordered set
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

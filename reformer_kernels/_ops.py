@@ -97,7 +97,9 @@ for _name, _op in _OPS.items():
 
 
 def _register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=library)
+    register: Callable[[Callable[..., Any]], Callable[..., Any]]
+    register = torch.library.register_fake(f"{NAMESPACE}::{name}", lib=library)
+    return register
 
 
 @_register_fake("hash_buckets")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -80,6 +80,42 @@ def bucket_order(buckets: Tensor, n_buckets: int | Sequence[int], *, backend: st
     return _ops.bucket_order(call)
 
 
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class _LSHOptions(TypedDict, total=False):
+        n_hashes: int
+        n_buckets: int | Sequence[int] | None
+        chunk_length: int
+        chunks_before: int
+        chunks_after: int
+        causal: bool
+        key_padding_mask: Tensor | None
+        attn_mask: Tensor | None
+        num_queries: int | None
+        dropout_p: float
+        dropout_seed: Tensor | None
+        rules: AttentionRules
+        rotations: Tensor | None
+        hash_seed: int | Tensor
+        buckets: Tensor | None
+        alignment: str
+        cu_seqlens: Tensor | None
+        backend: str | None
+
+
+@overload
+def lsh_attention(
+    query_key: Tensor, value: Tensor, *, return_buckets: Literal[False] = False, **options: Unpack[_LSHOptions]
+) -> Tensor: ...
+@overload
+def lsh_attention(
+    query_key: Tensor, value: Tensor, *, return_buckets: Literal[True], **options: Unpack[_LSHOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def lsh_attention(
+    query_key: Tensor, value: Tensor, *, return_buckets: bool, **options: Unpack[_LSHOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def lsh_attention(
     query_key: Tensor,
     value: Tensor,
@@ -103,7 +139,7 @@ def lsh_attention(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
     return_buckets: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """The Reformer's attention with shared queries and keys (arXiv 2001.04451, section 2).
 
     Tokens are hashed ``n_hashes`` times and sorted by bucket; the sorted rounds form one ring of chunks, and each query
@@ -240,7 +276,10 @@ def lsh_attention(
             backend=backend or "",
         )
     )
-    return (out, buckets) if return_buckets else out
+    if not return_buckets:
+        return out
+    assert buckets is not None
+    return out, buckets
 
 
 def local_attention(

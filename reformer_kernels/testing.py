@@ -8,7 +8,7 @@ too: the exponential turns it into a relative error of |score| roundings.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from . import _dispatch
 from ._calls import AttentionCall, ListCall
 from .backends import reference, reference_lists
 
+AnyCall = TypeVar("AnyCall", bound=AttentionCall | ListCall)
 NAMES = ("out", "lse", "grad_query", "grad_key", "grad_value")
 
 
@@ -37,11 +38,11 @@ def capture(function: Callable[..., Any], *args: Any, op: str = "chunk_attention
     return calls[0]
 
 
-def convert(call: Any, dtype: torch.dtype) -> Any:
+def convert(call: AnyCall, dtype: torch.dtype) -> AnyCall:
     """The call with query, key, value and a float mask in another dtype."""
-    cast = lambda x: x if x is None or not x.is_floating_point() else x.to(dtype)  # noqa: E731
-    fields = ("query", "key", "value", "attn_mask")
-    return call._replace(**{name: cast(getattr(call, name)) for name in fields})
+    tensors = {name: getattr(call, name) for name in ("query", "key", "value", "attn_mask")}
+    floating = {name: x.to(dtype) for name, x in tensors.items() if x is not None and x.is_floating_point()}
+    return cast(AnyCall, call._replace(**floating))
 
 
 def results(call: AttentionCall | ListCall, forward: str, backward: str, grad_out: Tensor) -> dict[str, Tensor]:

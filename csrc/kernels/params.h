@@ -12,7 +12,7 @@
 
 namespace rk {
 
-enum Flag : int64_t {  // a test compares it with the Python backends
+enum Flag : int64_t {  // as in backends/_native.py
   kCausal = 1,
   kL2Norm = 2,
   kMaskPaddedQueries = 4,

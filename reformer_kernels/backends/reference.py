@@ -161,9 +161,12 @@ class Scores(NamedTuple):
 
 
 def unit_key(query: Tensor, norm: str) -> Tensor:
+    key: Tensor
     if norm == "l2":
-        return query / query.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    return query * torch.rsqrt((query * query).mean(dim=-1, keepdim=True) + 1e-6) / query.shape[-1] ** 0.5
+        key = query / query.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    else:
+        key = query * torch.rsqrt((query * query).mean(dim=-1, keepdim=True) + 1e-6) / query.shape[-1] ** 0.5
+    return key
 
 
 def _unit_key_backward(query: Tensor, norm: str, grad_key: Tensor) -> Tensor:
@@ -174,7 +177,8 @@ def _unit_key_backward(query: Tensor, norm: str, grad_key: Tensor) -> Tensor:
     else:
         a = torch.rsqrt((query * query).sum(dim=-1, keepdim=True) + 1e-6 * query.shape[-1])
         along = a**3
-    return a * grad_key - along * query * (grad_key * query).sum(dim=-1, keepdim=True)
+    grad_query: Tensor = a * grad_key - along * query * (grad_key * query).sum(dim=-1, keepdim=True)
+    return grad_query
 
 
 def rows_at(x: Tensor, position: Tensor) -> Tensor:
@@ -382,7 +386,8 @@ def _one_sequence_backward(
         grad_key = grad_key.new_empty(0)
     else:
         grad_key, grad_value = per_key_head(grad_key, call.key), per_key_head(grad_value, call.value)
-    return tuple(g.to(call.query.dtype) for g in (grad_query, grad_key, grad_value))  # type: ignore[return-value]
+    dtype = call.query.dtype
+    return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype)
 
 
 # ---- the ops: one sequence, or those of each batch row after each other

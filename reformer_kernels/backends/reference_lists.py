@@ -151,7 +151,8 @@ def selection_scores(call: SelectCall) -> Tensor:
     else:
         own = inside[torch.arange(batch)[:, None, None, None, None], groups.clamp(min=0) // call.chunk_length]
         share = (new & ~own).sum(dim=-2) / members.clamp(min=1)  # own [B, H, n, M, size, S']
-    return (share * (weight + LEAST) * candidate).sum(dim=-2)
+    scores: Tensor = (share * (weight + LEAST) * candidate).sum(dim=-2)
+    return scores
 
 
 def _softmax(score: Tensor, where: Tensor) -> Tensor:
@@ -363,7 +364,8 @@ def list_attention_backward(
     length, size = call.query.shape[2], call.key.shape[2]
     query, key, value = call_tensors(call)
     if 0 in query.shape[:3] or call.key_indices.shape[3] == 0:
-        return tuple(like(x, torch.zeros_like(x)) for x in (call.query, call.key, call.value))  # type: ignore[return-value]
+        query, key, value = (like(x, torch.zeros_like(x)) for x in (call.query, call.key, call.value))
+        return query, key, value
     grad_out, lse = grad_out.to(query.dtype), lse.to(query.dtype)
     delta = (grad_out * out.to(query.dtype)).sum(dim=-1, keepdim=True)
     s = list_scores(call)
@@ -381,9 +383,9 @@ def list_attention_backward(
         grad_query = grad_query + slope * mean_key
         grad_key = grad_key + rest.share.mT @ (slope * query)
         grad_value = grad_value + rest.share.mT @ (rest_weight * grad_out)
-    grads = grad_query, per_key_head(grad_key, call.key), per_key_head(grad_value, call.value)
-    tensors = call.query, call.key, call.value
-    return tuple(like(x, g.to(x.dtype)) for x, g in zip(tensors, grads, strict=True))  # type: ignore[return-value]
+    dtype = call.query.dtype
+    grad_key, grad_value = per_key_head(grad_key, call.key).to(dtype), per_key_head(grad_value, call.value).to(dtype)
+    return like(call.query, grad_query.to(dtype)), like(call.key, grad_key), like(call.value, grad_value)
 
 
 def dense_weights(call: ListCall) -> Tensor:
@@ -407,4 +409,5 @@ def _scatter(s: ListScores, x: Tensor, length: int, size: int) -> Tensor:
     none = (s.position < 0)[..., :, None] | (s.key < 0)[..., None, :]
     dense = x.new_zeros((*x.shape[:2], length * size + 1))
     dense = dense.scatter_add(2, torch.where(none, length * size, pair).flatten(2), x.flatten(2))
-    return dense[..., :-1].unflatten(-1, (length, size))
+    pairs: Tensor = dense[..., :-1].unflatten(-1, (length, size))
+    return pairs

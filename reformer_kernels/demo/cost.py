@@ -115,7 +115,7 @@ class _Point:
         self.answers.append(json.loads(answer))
 
     def spent(self) -> float:
-        return sum(answer["seconds"] for answer in self.answers)
+        return float(sum(answer["seconds"] for answer in self.answers))
 
 
 def measure(lengths: list[int], repeats: int, point_seconds: float, progress: Any) -> Iterator[list[dict[str, Any]]]:

@@ -32,7 +32,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, width] to the same shape."""
         x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.mlp(self.mlp_norm(x))
+        return x
 
 
 class ByteLM(nn.Module):
@@ -85,7 +86,8 @@ class ByteLM(nn.Module):
         x = self.stem(self.embedding(recent).flatten(2)) + self.position(positions)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
     def train(self, mode: bool = True) -> ByteLM:
         """Also sets the hash rounds of the LSH layers: few are enough in training, more see more in evaluation."""

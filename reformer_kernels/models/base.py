@@ -169,7 +169,8 @@ def _whole(weight: Tensor) -> Tensor:
 
 def _is_first(weight: Tensor) -> bool:
     """Whether this process is the first of those that share a weight."""
-    return not hasattr(weight, "full_tensor") or not any(weight.device_mesh.get_coordinate())  # type: ignore[attr-defined]
+    mesh: Any = getattr(weight, "device_mesh", None)  # of a DTensor
+    return mesh is None or not any(mesh.get_coordinate())
 
 
 _Module = TypeVar("_Module", bound=nn.Module)

@@ -110,7 +110,8 @@ class Reformer(PretrainedModel):
         g_kwargs = [kwargs[kind] for kind in self._kinds[1::2]]
         if len(self._kinds) % 2:
             g_kwargs.append({})
-        return self.layers(x, [kwargs[kind] for kind in self._kinds[0::2]], g_kwargs)
+        streams: tuple[Tensor, Tensor] = self.layers(x, [kwargs[kind] for kind in self._kinds[0::2]], g_kwargs)
+        return streams
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -129,7 +130,8 @@ class Reformer(PretrainedModel):
             raise ValueError(f"the sequence must be at most max_length {longest} tokens long, got {length}")
         if self.position is not None:
             x = x + self.position(torch.arange(length, device=x.device)).to(x.dtype)
-        return self.dropout(x)
+        embedded: Tensor = self.dropout(x)
+        return embedded
 
 
 class ReformerModel(PretrainedModel):
@@ -160,7 +162,8 @@ class MergeStreams(nn.Module):
 
     def forward(self, streams: Tensor) -> Tensor:
         merged = streams.unflatten(-1, (2, -1)).mean(dim=-2) if self.mean else streams
-        return self.norm(merged.to(self.norm.weight.dtype))
+        out: Tensor = self.norm(merged.to(self.norm.weight.dtype))
+        return out
 
 
 class Residual(nn.Module):
@@ -171,7 +174,8 @@ class Residual(nn.Module):
         self.norm, self.layer, self.dropout = _norm(config), layer, nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        return self.dropout(self.layer(self.norm(x), **kwargs))
+        out: Tensor = self.dropout(self.layer(self.norm(x), **kwargs))
+        return out
 
 
 def _norm(config: ReformerConfig, width: int | None = None) -> nn.LayerNorm | nn.RMSNorm:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,10 +86,11 @@ class Run:
         self._made[half.target] = _identity(y)
         return y
 
-    def finish(self, streams: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def finish(self, streams: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Keeps the final streams."""
         self.is_finished = True
-        return _Ends.apply(self, *streams)
+        ends: tuple[Tensor, Tensor] = _Ends.apply(self, *streams)
+        return ends
 
     def start_backward(self, streams: list[Tensor]) -> None:
         if self.first is not None:
@@ -188,8 +189,8 @@ class _Step:
         flat, self.spec = pytree.tree_flatten(dict(half.kwargs))
         self.options = [None if isinstance(a, Tensor) else a for a in flat]  # with places for the tensors
         self.is_tensor = [isinstance(a, Tensor) for a in flat]
-        arguments = [a for a in flat if isinstance(a, Tensor)]
-        self.kept = _keep([*(table[name] for table, name in self.parameters), *arguments])  # type: ignore[list-item]
+        parameters = [p for p in (table[name] for table, name in self.parameters) if p is not None]
+        self.kept = _keep([*parameters, *(a for a in flat if isinstance(a, Tensor))])
         self.values: list[Tensor] | None = None  # what was kept, while it is this step's turn
 
     @property

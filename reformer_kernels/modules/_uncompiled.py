@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 
-@torch.compiler.disable(
+@torch.compiler.disable(  # type: ignore[untyped-decorator]  # torch gives it no types
     reason="a reversible sequence reconstructs its activations outside of compiled graphs: for fullgraph=True set "
     "reversible=False (it then stores activations; without gradients it does so anyway), and to keep what reversible "
     "saves, compile without fullgraph, or compile its functions f and g"

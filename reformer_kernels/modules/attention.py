@@ -103,7 +103,8 @@ class AttentionBase(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, H * D] -> [B, H, L, D], a view."""
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return heads
 
     def _positions(self, x: Tensor, positions: Tensor | None) -> Tensor | None:
         """The positions of x [B, L, E], if anything depends on them."""
@@ -119,7 +120,8 @@ class AttentionBase(nn.Module):
         return x if self.rotary is None or positions is None else self.rotary(x, positions)
 
     def _merge(self, x: Tensor) -> Tensor:
-        return self.output(x.transpose(1, 2).flatten(2))
+        out: Tensor = self.output(x.transpose(1, 2).flatten(2))
+        return out
 
     def _check_input(self, x: Tensor) -> None:
         check_kind("x", x)
@@ -219,7 +221,7 @@ class LSHSelfAttention(AttentionBase):
         n_hashes: int | None = None,
         buckets: Tensor | None = None,
         return_buckets: bool = False,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """x [B, L, E]; masks as in ``functional.lsh_attention``; ``n_hashes`` overrides the layer's.
 
         ``positions``, integers [L] or [B, L], are used with ``rotary_base`` only; None: 0 ... L - 1. Masks and
@@ -260,9 +262,9 @@ class LSHSelfAttention(AttentionBase):
             **self.options,
             **self._dropout(x.device),
         )
-        out, buckets = result if return_buckets else (result, None)
+        out, buckets = result if isinstance(result, tuple) else (result, None)
         out = self._merge(out[:, :, self.memory_keys :])
-        return (out, buckets) if return_buckets else out
+        return out if buckets is None else (out, buckets)
 
     def extra_repr(self) -> str:
         shown = {"n_hashes": self.n_hashes, **self.options, "hash_seed": self.hash_seed}

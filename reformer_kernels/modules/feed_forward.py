@@ -155,7 +155,8 @@ class _FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activate = self.activation if callable(self.activation) else ACTIVATIONS[self.activation]
         hidden = activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)
-        return self.down(self.dropout(hidden))
+        out: Tensor = self.down(self.dropout(hidden))
+        return out
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

@@ -173,7 +173,10 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
         tracer: Any = getattr(query, "tracer", None)
         if tracer is not None:  # a torch.fx.Proxy: fx keeps modules of torch.nn whole, and so this one
             extra = {} if query_padding_mask is None else {"query_padding_mask": query_padding_mask}
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), given, extra)
+            proxy: tuple[Tensor, Tensor | None] = tracer.create_proxy(
+                "call_module", tracer.path_of_module(self), given, extra
+            )
+            return proxy
         if query.is_nested or key.is_nested or value.is_nested:
             if query_padding_mask is not None:
                 raise ValueError("query_padding_mask must be None with nested tensors, got a tensor")
@@ -318,7 +321,8 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
                 weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[first]
             y = F.linear(x, weight, None if self.in_proj_bias is None else self.in_proj_bias[rows])
             y = y.unflatten(-1, (n, H, D))
-            return (y if x.dim() == 3 else y[None]).permute(stacked).unbind()
+            parts: tuple[Tensor, ...] = (y if x.dim() == 3 else y[None]).permute(stacked).unbind()
+            return parts
 
         if self.options["shared_qk"]:
             (q,), (v,) = project(query, 0), project(value, 2)

@@ -154,7 +154,8 @@ class ReversibleSequence(nn.Module):
         blocks = list(zip(self.blocks, self._each("f_kwargs", f_kwargs), self._each("g_kwargs", g_kwargs), strict=True))
         if self._stores_activations(streams, blocks):
             return _through(blocks, streams, dtype, None)
-        return _uncompiled(_reversibly, blocks, streams, dtype)
+        out: tuple[Tensor, Tensor] = _uncompiled(_reversibly, blocks, streams, dtype)
+        return out
 
     def extra_repr(self) -> str:
         return f"reversible={self.reversible}, min_length={self.min_length}, stream_dtype={self.stream_dtype}"
@@ -185,7 +186,9 @@ class ReversibleSequence(nn.Module):
         return x[0], x[1]
 
 
-def _through(blocks: list[Any], streams: list[Tensor], dtype: torch.dtype | None, run: Run | None) -> Any:
+def _through(
+    blocks: list[Any], streams: list[Tensor], dtype: torch.dtype | None, run: Run | None
+) -> tuple[Tensor, Tensor]:
     x1, x2 = streams
     for block, f_kwargs, g_kwargs in blocks:
         x1, x2 = block(x1, x2, f_kwargs, g_kwargs, _dtype=dtype, _run=run)

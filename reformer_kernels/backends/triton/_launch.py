@@ -36,7 +36,7 @@ def rows(x: Tensor) -> Rows:
 
 def block_width(width: int) -> int:
     """Columns of a tile that holds rows of a width: what tensor cores can multiply."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, config: Config, **constants: Any) -> None:

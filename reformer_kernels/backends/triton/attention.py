@@ -250,14 +250,14 @@ def of_chunks(p: Problem, plan: Config) -> Config:
 
 def problem(call: AttentionCall | ListCall) -> Problem:
     """All but what windows of buckets and rules of pairs need, or lists."""
-    to_device = lambda x: None if x is None else x.to(call.device, non_blocking=True)  # noqa: E731
+    seed = call.dropout_seed if call.dropout_p > 0 else None
     order = _common.contiguous(call.order)
     heads, length = call.query.shape[1:3]
     return Problem(
         order=order, padding=_common.contiguous(call.key_padding_mask), cu_seqlens=None, slot_of_position=None,
         bucket_begin=None, bucket_end=None, lists=None, excluded_begin=None, excluded_end=None,
-        dropout_seed=to_device(call.dropout_seed) if call.dropout_p > 0 else None, sequences=1,
-        bounds_stride=0, batch=len(call.query), heads=heads,
+        dropout_seed=None if seed is None else seed.to(call.device, non_blocking=True), sequences=1, bounds_stride=0,
+        batch=len(call.query), heads=heads,
         group=heads // call.value.shape[1], length=length, keys=call.value.shape[2],
         rounds=1 if order is None else order.shape[2], n_queries=length, chunk_length=call.chunk_length, before=0,
         after=0, list_length=0, context_keys=0, drop_threshold=drop_threshold(call.dropout_p),
@@ -294,7 +294,7 @@ def window_problem(call: AttentionCall) -> Problem:
 
 
 def tiles_of(longest: int, plan: Config) -> int:
-    return triton.cdiv(longest, plan.block_m)
+    return int(triton.cdiv(longest, plan.block_m))
 
 
 def factors_of(p: Problem, query: Tensor, widths: dict[str, int]) -> Tensor | None:

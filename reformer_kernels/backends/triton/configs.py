@@ -92,7 +92,7 @@ def _planned(kind: Kind, device: str) -> Config:
 
 def seconds(launch: Callable[[], None]) -> float:
     """The median time of a launch on a GPU."""
-    return triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median") / 1e3
+    return float(triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median")) / 1e3
 
 
 def candidates(kind: Kind) -> list[Config]:

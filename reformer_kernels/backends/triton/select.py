@@ -388,7 +388,10 @@ def take_chunks(call: SelectCall, query: Tensor, widths: dict[str, int]) -> Chun
     batch, heads, length, head_dim = query.shape
     chunk_length, size = min(call.chunk_length, length), call.key.shape[2]
     chunks = triton.cdiv(length, chunk_length)
-    numbers = lambda *shape: torch.empty((batch, heads, *shape), dtype=torch.int32, device=query.device)  # noqa: E731
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty((batch, heads, *shape), dtype=torch.int32, device=query.device)
+
     order = _common.contiguous(call.order)
     p = Chunks(
         order=order, query_padding=_common.contiguous(call.query_padding_mask),
