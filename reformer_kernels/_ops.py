@@ -70,6 +70,8 @@ def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function outside autocast: what to cast was decided above."""
 
     def implementation(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():  # sooner than an empty guard
+            return function(*args)
         with _ExcludeDispatchKeyGuard(_AUTOCAST):
             return function(*args)
 
@@ -78,10 +80,10 @@ def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _implementation(name: str, op: _Op) -> Callable[..., Any]:
     """Calls the backend that serves a call."""
-    n_before = len(op.before)
+    record, n_before = op.call, len(op.before)
 
     def implementation(*args: Any) -> Any:
-        call = op.call(*args[n_before:])
+        call = record(*args[n_before:])
         return getattr(_dispatch.select(call), name)(call, *args[:n_before])
 
     if name in ("hash_buckets", "select_keys"):

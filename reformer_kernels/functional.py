@@ -17,6 +17,7 @@ from .hashing import bucket_factors
 from .rules import AttentionRules
 
 _DEFAULT_RULES = AttentionRules()
+_CPU = torch.device("cpu")
 MAX_NEIGHBOURS = 1024  # chunks before or after; a longer window is a longer chunk
 
 
@@ -397,4 +398,4 @@ def seed_tensor(hash_seed: int | Tensor) -> Tensor:
     if isinstance(hash_seed, bool) or not isinstance(hash_seed, (int, torch.SymInt)):
         raise TypeError(f"hash_seed must be an int, got {hash_seed!r}")
     check.check_int("hash_seed", hash_seed, -(2**63), 2**63 - 1)
-    return torch.tensor([hash_seed], dtype=torch.int64, device="cpu")
+    return torch.tensor([hash_seed], dtype=torch.int64, device=_CPU)
