@@ -132,7 +132,7 @@ inline Attention attention(const AttentionInputs& in) {
   p.value = rows("value", value, a.rows_type, p.B, p.key_heads, p.L, p.E);
   p.order = contiguous<int32_t>("order", in.order, ScalarType::Int, {p.B, p.H, p.R, p.L});
   p.buckets = contiguous<int32_t>("buckets", in.buckets, ScalarType::Int, {p.B, p.H, p.R, p.L});
-  require((in.order && in.buckets) || ring, "bucket alignment needs order and buckets");
+  require((in.order && in.buckets) || p.ring(), "bucket alignment needs order and buckets");
   p.padding = contiguous<bool>("key_padding_mask", in.key_padding_mask, ScalarType::Bool, {p.B, p.L});
   set_sequences(p, in.cu_seqlens, p.B);
   set_dropout(p, in);
