@@ -42,7 +42,7 @@ def clustered_attention(
     """Softmax attention with separate queries and keys, over ``budget`` keys a query: for pretrained attention.
 
     Queries are grouped in chunks. Each chunk attends a local window and the keys that its queries would give most
-    weight, found with the mean queries of its four quarters; a key counts once. One pseudo-key stands for all keys
+    weight, found with the mean queries of its four quarters; a key counts once. One rest key stands for all keys
     that a query may see but did not: their mean key and value (of all keys that it may see), with the logarithm of
     their number added to the score. With a budget of at least S keys the result is exact. After improved clustered
     attention (Vyas, Katharopoulos, Fleuret, arXiv 2007.04825). Selecting costs L * S * 4 / chunk_length
@@ -68,7 +68,7 @@ def clustered_attention(
             keys 32, and with more than 32,768 keys 64.
         grouping: "position": chunks are neighbouring queries; "hash": they share a bucket of centred queries, within
             segments of 256 positions, and the local window is attended apart from that.
-        rest_term: use the pseudo-key. It is off with an ``attn_mask``.
+        rest_term: use the rest key. It is off with an ``attn_mask``.
         causal: keys at later positions are masked (position i of the queries is position i of the keys).
         query_padding_mask: bool [B, L], True: the query has no say in the choice of keys, so that what it holds has no
             effect on other rows of the output. None: ``key_padding_mask``, if there are as many queries as keys.
@@ -76,7 +76,7 @@ def clustered_attention(
         attn_mask: [B or 1, H or 1, L, S], bool (True: ignored) or floating (added to the score; -1e30 and below:
             ignored).
         scale: of ``query @ key``; None: ``D ** -0.5``.
-        dropout_p: probability in [0, 1] of dropping an attention weight (the pseudo-key's is never dropped).
+        dropout_p: probability in [0, 1] of dropping an attention weight (the rest key's is never dropped).
         dropout_seed: int64 tensor of one element; needed when ``dropout_p`` is positive.
         hash_seed: an int, or an int64 tensor of one element on the CPU, for ``grouping="hash"``.
         backend: the name of a backend, or None.
@@ -137,7 +137,7 @@ def attend(
     Args:
         context_keys: the last keys, beside the budget; never masked, also if ``causal``.
         hash_width: hash by so many columns of the queries; None: all.
-        need_weights: also return the probabilities that were used, [B, H, L, S]: O(L * S) memory. The pseudo-key's is
+        need_weights: also return the probabilities that were used, [B, H, L, S]: O(L * S) memory. The rest key's is
             spread evenly over the keys whose mean it is, so that ``weights @ value`` is the output.
     """
     _check(query, key, value, budget, local_fraction, chunk_length, grouping, rest_term, context_keys)

@@ -64,7 +64,8 @@ def test_flags_are_those_of_the_kernels() -> None:
 
 
 def test_limits_are_those_of_the_cuda_kernels() -> None:
-    assert cuda.MAX_HEAD_DIM == number(CUDA, "kHashMaxDim") == number(CUDA, "kAttentionMaxDim")
+    (steps,) = re.findall(r"\bkHeadSteps\[\] = \{(.*?)\}", (CUDA / "plan.h").read_text())
+    assert cuda.MAX_HEAD_DIM == 16 * max(map(int, steps.split(",")))
     assert cuda.MAX_FACTORS == number(CUDA, "kHashMaxFactors")
     assert cuda.MAX_CHUNKS == number(CUDA, "kAttentionMaxChunks")
     assert 2 * _common.MAX_SLOTS <= 2**31

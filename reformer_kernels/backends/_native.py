@@ -72,7 +72,7 @@ FLAGS = {  # rk::Flag
     "within_bucket": 8,
     "dedup": 16,
     "bucket_aligned": 32,
-    "rest": 64,
+    "rest_key": 64,
 }
 
 
@@ -93,7 +93,7 @@ def chunk_flags(call: AttentionCall) -> int:
 
 
 def list_flags(call: ListCall) -> int:
-    return _flags(causal=call.causal, rest=call.rest_term)
+    return _flags(causal=call.causal, rest_key=call.rest_term)
 
 
 def _threshold(call: AttentionCall | ListCall) -> int:

@@ -278,7 +278,7 @@ class RestTerm(NamedTuple):
 
 
 def rest_term(call: ListCall, s: ListScores, query: Tensor, key: Tensor) -> RestTerm:
-    """The pseudo-key: the mean of the keys that a query may see, with the log of the number of those it did not see."""
+    """The rest key: the mean of the keys that a query may see, with the log of the number of those it did not see."""
     batch, _, length = call.query.shape[:3]
     size = key.shape[2]
     device, dtype = key.device, key.dtype
@@ -321,7 +321,7 @@ def probabilities(s: ListScores, lse: Tensor) -> Tensor:
 
 
 def logsumexp(s: ListScores, rest: RestTerm | None, length: int) -> Tensor:
-    """[B, H, L], over the keys of all rounds and the pseudo-key; -inf where a query sees nothing."""
+    """[B, H, L], over the keys of all rounds and the rest key; -inf where a query sees nothing."""
     batch, heads = s.position.shape[:2]
     index = torch.where(s.position < 0, length, s.position).flatten(2)
     top = s.scores.new_full((batch, heads, length + 1), float("-inf"))
@@ -360,7 +360,7 @@ def list_attention_backward(
     call: ListCall, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. P = exp(s - lse), dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), for the
-    pseudo-key, too, whose gradients go to all keys that it is the mean of."""
+    rest key, too, whose gradients go to all keys that it is the mean of."""
     length, size = call.query.shape[2], call.key.shape[2]
     query, key, value = call_tensors(call)
     if 0 in query.shape[:3] or call.key_indices.shape[3] == 0:
@@ -389,7 +389,7 @@ def list_attention_backward(
 
 
 def dense_weights(call: ListCall) -> Tensor:
-    """[B, H, L, S] the probabilities after dropout, differentiable; the pseudo-key's lies evenly on its mean's keys."""
+    """[B, H, L, S] the probabilities after dropout, differentiable; the rest key's lies evenly on its mean's keys."""
     length, size = call.query.shape[2], call.key.shape[2]
     query, key, _ = call_tensors(call)
     if 0 in query.shape[:3] or call.key_indices.shape[3] == 0:

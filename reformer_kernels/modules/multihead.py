@@ -33,7 +33,7 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
 
     With at most ``exact_below`` keys (what ``add_bias_kv`` and ``add_zero_attn`` append counts) it computes what the
     stock module does, to rounding. With more, every query attends ``budget`` keys, as in
-    ``functional.clustered_attention``, and one pseudo-key for the rest. Two differences are meant: a query that sees no
+    ``functional.clustered_attention``, and one rest key for the rest. Two differences are meant: a query that sees no
     key gives ``out_proj.bias`` (and weights of 0) where the stock module may give NaN, and appended keys are seen by
     every query also with the ``is_causal`` hint, with which the stock module loses them.
 
@@ -161,7 +161,7 @@ class LSHMultiheadAttention(nn.MultiheadAttention):
           ignores a key.
         * With ``is_causal`` and without weights, ``attn_mask`` is taken for the causal mask and not read (the stock
           module does so if there is no padding mask).
-        * An ``attn_mask`` costs L x S memory and the pseudo-key, and may not require a gradient: prefer ``causal``.
+        * An ``attn_mask`` costs L x S memory and the rest key, and may not require a gradient: prefer ``causal``.
 
         Returns:
             The output, and the weights [N, L, S], unaveraged [N, H, L, S], or None without ``need_weights``.
