@@ -1,4 +1,4 @@
-"""The arguments of each op as a record, in the order of its schema: what backends receive."""
+"""The arguments of each op as a record, of which its schema is made, and which backends receive."""
 
 from __future__ import annotations
 
