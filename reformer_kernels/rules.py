@@ -71,9 +71,9 @@ class AttentionRules:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
                 raise ValueError(f"AttentionRules.{name} must be a finite number, got {value!r}")
-        for name in ("padding_bucket", "mask_padded_queries", "cut_padding", "within_bucket"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"AttentionRules.{name} must be True or False, got {getattr(self, name)!r}")
+        for f in fields(self):
+            if isinstance(f.default, bool) and not isinstance(getattr(self, f.name), bool):
+                raise ValueError(f"AttentionRules.{f.name} must be True or False, got {getattr(self, f.name)!r}")
         values = asdict(self)
         del values["key"]
         object.__setattr__(self, "key", json.dumps(values))

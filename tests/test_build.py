@@ -131,3 +131,17 @@ def test_libraries_know_what_they_were_built_with() -> None:
         assert not cpu.build_info()["no_cuda_because"]
     elif not LIBRARIES["_cuda"]:
         assert cpu.build_info()["no_cuda_because"]
+
+
+HEADERS = sorted((ROOT / "csrc" / "kernels").rglob("*.h"))
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.parametrize("header", HEADERS, ids=lambda x: str(x.relative_to(ROOT / "csrc")))
+def test_a_header_includes_what_it_uses(header: Path) -> None:
+    """So an editor can read it by csrc/compile_flags.txt, too."""
+    flags = (ROOT / "csrc" / "compile_flags.txt").read_text().split()
+    command = ["g++", *flags, "-fsyntax-only", "-Wno-psabi", "-"]
+    read = subprocess.run(command, input=f'#include "{header}"', cwd=ROOT / "csrc", capture_output=True, text=True)
+    assert read.returncode == 0, read.stderr

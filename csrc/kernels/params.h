@@ -21,6 +21,7 @@ enum Flag : int64_t {  // as in backends/_native.py
   kBucketAligned = 32,
   kRestKey = 64,
 };
+constexpr int64_t kScoreModFlags = kWithinBucket | kDedup;  // rules that add to the score of a pair
 
 // The type of tensors: that of the computation, or a half type where that is float.
 enum class Element { kSame, kBFloat16, kFloat16 };
@@ -72,7 +73,7 @@ struct AttentionParams {
   bool shared_qk() const { return key.data == nullptr; }
   bool lists() const { return list_length > 0; }
   bool ring() const { return !has(kBucketAligned) && !lists(); }
-  bool has_score_mod() const { return has(kWithinBucket) || has(kDedup); }
+  bool has_score_mod() const { return flags & kScoreModFlags; }
   bool dropout() const { return keep_factor != 1.0; }
   int64_t group() const { return key_heads ? H / key_heads : 1; }  // query heads that share a key head
 };

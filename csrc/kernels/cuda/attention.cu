@@ -31,10 +31,7 @@ AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan
   a.tile_chunk = plan.tile_chunk, a.stages = plan.stages;
   a.scale = static_cast<float>(p.scale);
   a.dropout = p.dropout(), a.keep_factor = static_cast<float>(p.keep_factor), a.drop_threshold = p.drop_threshold;
-  a.causal = p.has(kCausal), a.shared_qk = p.shared_qk(), a.l2 = p.has(kL2Norm), a.diagonal_first = plan.diagonal_first;
-  a.bucket_aligned = p.has(kBucketAligned), a.within_bucket = p.has(kWithinBucket), a.dedup = p.has(kDedup);
-  a.has_score_mod = p.has_score_mod();
-  a.mask_padded_queries = p.has(kMaskPaddedQueries);
+  a.flags = static_cast<uint32_t>(p.flags), a.shared_qk = p.shared_qk(), a.diagonal_first = plan.diagonal_first;
   if (p.lists()) {
     a.lists = p.key_indices, a.list_length = static_cast<int>(p.list_length),
     a.context = static_cast<int>(p.context_keys);
@@ -48,7 +45,7 @@ AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan
 
 AttentionArguments backward_arguments(const AttentionParams& p, const AttentionPlan& plan, void* scratch) {
   AttentionArguments a = arguments(p, plan, scratch, true);
-  a.grad_out = p.grad_out, a.grad_query_begun = p.has(kRestKey);
+  a.grad_out = p.grad_out;
   a.grad_query = p.grad_query, a.grad_key = p.grad_key, a.grad_value = p.grad_value;
   const int64_t bytes = p.element == Element::kSame ? 4 : 2;
   a.aligned_rows = a.aligned_rows && is_aligned(a.grad_out, p.E, bytes);

@@ -15,7 +15,7 @@ namespace rk::cuda {
 
 // What a shared row is divided by to become a key. square: its squared length.
 __device__ __forceinline__ float key_length(const AttentionArguments& p, float square) {
-  return !p.shared_qk ? 1.f : p.l2 ? fmaxf(sqrtf(square), 1e-12f) : sqrtf(square + 1e-6f * p.D);
+  return !p.shared_qk ? 1.f : p.has(kL2Norm) ? fmaxf(sqrtf(square), 1e-12f) : sqrtf(square + 1e-6f * p.D);
 }
 
 // Facts about the rows of a tile, in shared memory.
@@ -179,8 +179,8 @@ struct AttentionBlock {
     Query fact{.self_only = residual.self_only, .lse = residual.lse, .delta = residual.delta};
     fact.row = is_query ? at : kNone, fact.slot = wrapped;
     // A query that sees no other key sees its own.
-    const int limit = p.causal ? at + (!p.shared_qk || self_only) : kMaskedKey;
-    const bool blind = !is_query || (p.mask_padded_queries && is_padded(at));
+    const int limit = p.has(kCausal) ? at + (!p.shared_qk || self_only) : kMaskedKey;
+    const bool blind = !is_query || (p.has(kMaskPaddedQueries) && is_padded(at));
     fact.limit = blind ? kNone : limit;
     fact.excluded = at, fact.n_excluded = p.shared_qk && !self_only;
     if (p.lists && is_query && wrapped >= sequence.length) {  // a second round: it saw these keys in the first

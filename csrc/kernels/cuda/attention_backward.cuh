@@ -94,7 +94,7 @@ struct AttentionGradQuery : AttentionBlock<T, K_STEPS, 2, QueryFacts, KeyFacts> 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       T* to = row_of<T>(p.grad_query, sequence.b, sequence.h, sequence.offset + max(rows[h].row, 0));
-      const bool add = p.round > 0 || p.grad_query_begun;
+      const bool add = p.round > 0 || p.has(kRestKey);
       Block::write_row(to, p.D, rows[h].row != kNone, add, add ? 1.f : 0.f,
                        [&](int m, int j) { return grad[m][2 * h + j] * kLn2; });
     }
@@ -234,7 +234,7 @@ struct AttentionGradKeys : AttentionBlock<T, K_STEPS, 2, KeyFacts, QueryFacts> {
         }
         dot = quad_sum(dot), square = quad_sum(square);
         inverse = 1.f / key_length(p, square);
-        along = p.l2 && !(square > 1e-24f) ? 0.f : dot * inverse * inverse;
+        along = p.has(kL2Norm) && !(square > 1e-24f) ? 0.f : dot * inverse * inverse;
       }
       const float scale = p.scale * inverse;
       const int at = Block::owned_facts().row[owned(h)];

@@ -63,7 +63,7 @@ struct AttentionForward : AttentionBlock<T, K_STEPS, 1, QueryFacts, KeyFacts> {
     if (!all_see && !Block::any_sees(rows[0].query->slots(), rows[1].query->slots(), slot)) return;
     const KeyFacts& facts = Block::facts(stage);
     // The limit of a causal query already leaves out its own key.
-    const bool excludes = p.shared_qk ? !p.causal : p.lists && p.round > 0;
+    const bool excludes = p.shared_qk ? !p.has(kCausal) : p.lists && p.round > 0;
     float s[kKeys][4] = {};
     multiply_rows(s, queries, Block::tile(stage, 0), 0, warp, lane);
 #pragma unroll
@@ -177,7 +177,8 @@ struct AttentionForward : AttentionBlock<T, K_STEPS, 1, QueryFacts, KeyFacts> {
         uint32_t times = 0, kept = 0;
         for (int at = lane; p.shared_qk && !padded && at < seen; at += kWarp) {
           if (sequence.position(first + at) != position) continue;
-          if (sequence.has_score_mod && p.within_bucket && sequence.wrapped(first + at) / sequence.length != p.round)
+          if (sequence.has_score_mod && p.has(kWithinBucket) &&
+              sequence.wrapped(first + at) / sequence.length != p.round)
             continue;
           times += 1, kept += !p.dropout || Block::is_kept(slot, at);
         }
@@ -203,7 +204,7 @@ struct AttentionForward : AttentionBlock<T, K_STEPS, 1, QueryFacts, KeyFacts> {
     const float weight = state.times ? p.keep_factor * state.kept / state.times : 0.f;
     for (int e = lane; e < p.E; e += kWarp) to[e] = from_float<T>(state.times ? weight * to_float(value[e]) : 0.f);
     if (lane != 0) return;
-    const float times = sequence.has_score_mod && p.dedup ? 1.f : static_cast<float>(state.times);
+    const float times = sequence.has_score_mod && p.has(kDedup) ? 1.f : static_cast<float>(state.times);
     p.lse[sequence.head_row + position] = state.times ? score + logf(times) : -INFINITY;
     if (p.self_only) p.self_only[sequence.head_row + position] = state.times > 0;
   }

@@ -37,13 +37,13 @@ struct AttentionArguments {
   Element element;
   float scale, keep_factor;
   uint32_t drop_threshold;
-  bool causal, shared_qk, l2, dropout, bucket_aligned, within_bucket, dedup, mask_padded_queries;
-  bool has_score_mod;
-  bool grad_query_begun;           // the rest key has written its part
+  uint32_t flags;  // of Flag
+  bool shared_qk, dropout;
   bool diagonal_first;             // an owned tile is among the tiles visited for it, and the first of them
   bool aligned_rows, aligned_out;  // 16 bytes at a time
 
-  __device__ bool ring() const { return !bucket_aligned && !lists; }
+  __device__ bool has(Flag flag) const { return flags & flag; }
+  __device__ bool ring() const { return !has(kBucketAligned) && !lists; }
 };
 
 __device__ __forceinline__ int floor_div(int a, int b) { return a / b - (a % b < 0); }
@@ -82,7 +82,7 @@ struct HeadSequence {
     const bool single = is_single_window(length, p.chunk_length, p.ring());
     rounds = single ? 1 : p.R;
     before = single ? 0 : p.before, after = single ? 0 : p.after;
-    has_score_mod = !single && p.has_score_mod;
+    has_score_mod = !single && (p.flags & kScoreModFlags);
     ring_length = rounds * length;
     chunks = (length + p.chunk_length - 1) / p.chunk_length;
     first_context_key = p.lists ? p.S - p.context : n_queries;
@@ -147,7 +147,7 @@ struct HeadSequence {
 
   // The slots of the chunk of `slot` and of those before and after it.
   __device__ Range around(const AttentionArguments& p, int slot, int back, int ahead) const {
-    if (p.bucket_aligned) {
+    if (p.has(kBucketAligned)) {
       const int at = wrapped(slot);
       const Range bucket = window_of(p, at / length, position(at)).bucket;
       return around_in(bucket, at, p.chunk_length, back, ahead);

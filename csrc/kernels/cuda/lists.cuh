@@ -92,7 +92,7 @@ struct RestKey {
     const int sum_index = min(position, p.sum_rows - 1);
     sum_row = (int64_t{b} * (a.H / a.group) + h / a.group) * p.sum_rows + sum_index;
     visible = p.counts[int64_t{b} * p.sum_rows + sum_index];
-    const int chunks = (a.L + a.chunk_length - 1) / a.chunk_length, limit = a.causal ? position : INT32_MAX;
+    const int chunks = (a.L + a.chunk_length - 1) / a.chunk_length, limit = a.has(kCausal) ? position : INT32_MAX;
     int seen = 0, low = INT32_MAX, high = -1;  // low, high: range of the first round's keys, without context keys
     for (int round = 0; round < a.R; ++round) {
       const bool last = round == a.R - 1;  // the first of two rounds has the order of positions

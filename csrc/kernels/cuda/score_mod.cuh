@@ -16,7 +16,7 @@ __device__ inline int times_met(const AttentionArguments& p, const HeadSequence&
       const int in_round = sequence.slot_of_position[int64_t{key_round} * p.L + key];
       const int slot = key_round * sequence.length + in_round, at = unrolled * sequence.length + in_round;
       const bool same_bucket = slot >= window.bucket.begin && slot < window.bucket.end;
-      times += at >= window.seen.begin && at < window.seen.end && (same_bucket || !p.within_bucket);
+      times += at >= window.seen.begin && at < window.seen.end && (same_bucket || !p.has(kWithinBucket));
     }
   }
   return times;
@@ -26,12 +26,12 @@ __device__ inline int times_met(const AttentionArguments& p, const HeadSequence&
 __device__ inline float score_mod(const AttentionArguments& p, const HeadSequence& sequence, int query, int key,
                                   int query_slot, int key_slot) {
   if (query == kNone) return 0.f;
-  if (p.within_bucket) {
+  if (p.has(kWithinBucket)) {
     const Range bucket = sequence.window_of(p, sequence.wrapped(query_slot) / sequence.length, query).bucket;
     const int slot = sequence.wrapped(key_slot);
     if (slot < bucket.begin || slot >= bucket.end) return -INFINITY;
   }
-  return p.dedup ? -log2f(static_cast<float>(max(times_met(p, sequence, query, key), 1))) : 0.f;
+  return p.has(kDedup) ? -log2f(static_cast<float>(max(times_met(p, sequence, query, key), 1))) : 0.f;
 }
 
 // Finds the slot of every position in every round, and its window. One thread for each of [B, H, R, L].
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   }
   HeadSequence sequence;
   sequence.take(p, head * p.n_sequences + at, p.H);
-  if (round >= sequence.rounds || !(sequence.has_score_mod || p.bucket_aligned)) return;
+  if (round >= sequence.rounds || !(sequence.has_score_mod || p.has(kBucketAligned))) return;
 
   const int in_round = row - sequence.offset, first = round * sequence.length, slot = first + in_round;
   Window window{};
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
     };
     window.bucket = {first_where([&](int x) { return x >= bucket; }), first_where([&](int x) { return x > bucket; })};
   }
-  window.seen = p.bucket_aligned ? HeadSequence::around_in(window.bucket, slot, p.chunk_length, p.before, p.after)
-                                 : sequence.around(p, slot, p.before, p.after);
+  window.seen = p.has(kBucketAligned) ? HeadSequence::around_in(window.bucket, slot, p.chunk_length, p.before, p.after)
+                                      : sequence.around(p, slot, p.before, p.after);
   const int64_t to = (head * p.R + round) * p.L + sequence.offset + sequence.position(slot);
   p.slot_of_position[to] = in_round;
   p.windows[to] = make_int4(window.seen.begin, window.seen.end, window.bucket.begin, window.bucket.end);

@@ -18,6 +18,7 @@ from ..._calls import AttentionCall, OrderCall
 MASKED_KEY = tl.constexpr(2147483647)  # as the position of a key: no query sees it
 CONTEXT_KEY = tl.constexpr(-1)  # as the position of a key: every query sees it
 NO_KEYS = tl.constexpr(-2147483648)  # as the limit of a query: it sees nothing
+OFF = tl.constexpr(False)
 
 
 class Problem(NamedTuple):
@@ -54,9 +55,9 @@ class Problem(NamedTuple):
     l2: bool
     mask_padded_queries: bool
     shared_qk: Any  # constexpr, as the rest is
-    bucket_aligned: Any
-    within_bucket: Any
-    dedup: Any
+    bucket_aligned: Any = OFF
+    within_bucket: Any = OFF
+    dedup: Any = OFF
 
 
 class HeadSequence(NamedTuple):

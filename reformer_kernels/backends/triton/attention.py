@@ -262,8 +262,7 @@ def problem(call: AttentionCall | ListCall) -> Problem:
         rounds=1 if order is None else order.shape[2], n_queries=length, chunk_length=call.chunk_length, before=0,
         after=0, list_length=0, context_keys=0, drop_threshold=drop_threshold(call.dropout_p),
         keep_factor=keep_factor(call.dropout_p), scale=call.scale, causal=call.causal, l2=False,
-        mask_padded_queries=False, shared_qk=tl.constexpr(call.key is None), bucket_aligned=tl.constexpr(False),
-        within_bucket=tl.constexpr(False), dedup=tl.constexpr(False),
+        mask_padded_queries=False, shared_qk=tl.constexpr(call.key is None),
     )  # fmt: skip
 
 
