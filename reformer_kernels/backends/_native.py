@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .._calls import AttentionCall, ListCall, SelectCall
+from .._calls import AttentionCall, HashCall, ListCall, OrderCall, SelectCall, compute_dtype
 from ._common import contiguous, rows
 from .philox import drop_threshold, keep_factor
 
@@ -98,6 +98,30 @@ def list_flags(call: ListCall) -> int:
 
 def _threshold(call: AttentionCall | ListCall) -> int:
     return drop_threshold(call.dropout_p) if call.dropout_p > 0 else 0
+
+
+def hash_arguments(call: HashCall) -> dict[str, Any]:
+    """What both libraries take, with new buckets."""
+    rotations, factors = call.resolve()
+    x = rows(call.x)
+    batch, heads, length, _ = x.shape
+    return {
+        "x": x,
+        "rotations": rotations.to(compute_dtype(x)).contiguous(),
+        "key_padding_mask": contiguous(call.key_padding_mask),
+        "n_buckets": factors,
+        "buckets": torch.empty((batch, heads, rotations.shape[3], length), dtype=torch.int32, device=x.device),
+    }
+
+
+def order_arguments(call: OrderCall) -> dict[str, Any]:
+    """What both libraries take, with a new order."""
+    return {
+        "buckets": call.buckets.contiguous(),
+        "cu_seqlens": contiguous(call.cu_seqlens),
+        "n_buckets": call.n_buckets,
+        "order": torch.empty_like(call.buckets, memory_format=torch.contiguous_format),
+    }
 
 
 def chunk_arguments(call: AttentionCall) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .._calls import (
     out_of_range,
 )
 from . import _native
-from ._common import contiguous, new_gradients, rows, rule_reasons, wrong_device
+from ._common import new_gradients, rule_reasons, wrong_device
 
 
 def _load(folder: Path) -> str | None:
@@ -69,34 +69,17 @@ def describe(call: Call) -> str:
 
 
 def hash_buckets(call: HashCall) -> Tensor:
-    rotations, factors = call.resolve()
-    x = rows(call.x)
-    batch, heads, length, _ = x.shape
-    buckets = torch.empty((batch, heads, rotations.shape[3], length), dtype=torch.int32, device=x.device)
-    _ops.hash_buckets(
-        {
-            "x": x,
-            "rotations": rotations.to(compute_dtype(x)).contiguous(),
-            "key_padding_mask": contiguous(call.key_padding_mask),
-            "n_buckets": factors,
-            "buckets": buckets,
-        }
-    )
+    arguments = _native.hash_arguments(call)
+    _ops.hash_buckets(arguments)
+    buckets: Tensor = arguments["buckets"]
     return buckets
 
 
 def bucket_order(call: OrderCall) -> Tensor:
-    order = torch.empty_like(call.buckets, memory_format=torch.contiguous_format)
-    n_invalid = _ops.bucket_order(
-        {
-            "buckets": call.buckets.contiguous(),
-            "cu_seqlens": contiguous(call.cu_seqlens),
-            "n_buckets": call.n_buckets,
-            "order": order,
-        }
-    )
-    if n_invalid:
+    arguments = _native.order_arguments(call)
+    if _ops.bucket_order(arguments):
         raise out_of_range(call)
+    order: Tensor = arguments["order"]
     return order
 
 

@@ -14,12 +14,10 @@ from . import _native
 from ._common import (
     chunk_reasons,
     clustered_reasons,
-    contiguous,
     new_gradients,
     per_key,
     rest_sums,
     row_reasons,
-    rows,
     wrong_device,
 )
 
@@ -188,34 +186,17 @@ def _named(plan: list[int], *names: str) -> str:
 
 
 def hash_buckets(call: HashCall) -> Tensor:
-    rotations, factors = call.resolve()
-    x = rows(call.x)
-    batch, heads, length, _ = x.shape
-    buckets = torch.empty((batch, heads, rotations.shape[3], length), dtype=torch.int32, device=x.device)
-    _ops.hash_buckets(
-        {
-            "x": x,
-            "rotations": rotations.float().contiguous(),
-            "key_padding_mask": contiguous(call.key_padding_mask),
-            "n_buckets": factors,
-            "buckets": buckets,
-        }
-    )
+    arguments = _native.hash_arguments(call)
+    _ops.hash_buckets(arguments)
+    buckets: Tensor = arguments["buckets"]
     return buckets
 
 
 def bucket_order(call: OrderCall) -> Tensor:
     """Buckets are not checked, for which the host would have to wait: one out of range counts as the last."""
-    order = torch.empty_like(call.buckets, memory_format=torch.contiguous_format)
-    _ops.bucket_order(
-        {
-            "buckets": call.buckets.contiguous(),
-            "cu_seqlens": contiguous(_to_device(call.cu_seqlens, call)),
-            "longest": call.longest,
-            "n_buckets": call.n_buckets,
-            "order": order,
-        }
-    )
+    arguments = _native.order_arguments(call._replace(cu_seqlens=_to_device(call.cu_seqlens, call)))
+    _ops.bucket_order({**arguments, "longest": call.longest})
+    order: Tensor = arguments["order"]
     return order
 
 
