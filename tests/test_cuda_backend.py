@@ -113,7 +113,7 @@ def test_without_a_library_the_reason_is_why(monkeypatch: pytest.MonkeyPatch) ->
 def test_plans_are_described() -> None:
     assert not cuda.library().get("error")
     assert cuda.describe(hash_call(2048), H100) == (
-        "blocks 128, threads 256, shared bytes 86400, depth / 16 4, column tiles of a round 6, rounds of a block 4, "
+        "blocks 128, threads 256, shared bytes 86400, head steps 4, column tiles of a round 6, rounds of a block 4, "
         "column tiles in shared memory 24, tokens of a block 256"
     )
     whole = cuda.describe(order_call(16384, 512), H100)
@@ -157,14 +157,14 @@ def test_it_refuses_selections_with_reasons() -> None:
         "the head size is 129; the kernels take up to 128",
     ]
     assert cuda.describe(select_call(), H100) == (
-        "depth / 16 4, blocks of keys 0, chosen ones 0, bytes of scratch memory 5322752; "
-        "weights of keys: blocks 64, blocks at a time 64, candidates 1024, shared bytes 33280"
+        "head steps 4, blocks of keys 0, chosen ones 0, bytes of scratch memory 5322752; "
+        "weights of keys: CTAs 64, CTAs at a time 64, candidates 1024, shared bytes 33280"
     )
     long = cuda.describe(select_call(key=torch.empty(2, 2, 2**20, 64, device="cuda")), H100)
     assert long == (
-        "depth / 16 4, blocks of keys 16384, chosen ones 64, bytes of scratch memory 85534720; "
-        "weights of blocks of keys: blocks 64, blocks at a time 64, candidates 16384, shared bytes 49664; "
-        "weights of keys: blocks 1008, blocks at a time 1008, candidates 4096, shared bytes 20992"
+        "head steps 4, blocks of keys 16384, chosen ones 64, bytes of scratch memory 85534720; "
+        "weights of blocks of keys: CTAs 64, CTAs at a time 64, candidates 16384, shared bytes 49664; "
+        "weights of keys: CTAs 1008, CTAs at a time 1008, candidates 4096, shared bytes 20992"
     )
 
 
@@ -184,13 +184,13 @@ def test_a_device_whose_shared_memory_is_too_small_is_refused() -> None:
 def test_launches_of_attention_are_described() -> None:
     forward, queries, keys = cuda.describe(attention_call(length=32768), H100).split("; ")
     assert forward == (
-        "forward: blocks 2736, threads 128, shared bytes 62720, depth / 16 4, tiles in shared memory 3, own ones among "
-        "them 1, tiles of a block 3, rounds 4"
+        "forward: blocks 2736, threads 128, shared bytes 62720, head steps 4, stages 3, diagonal first 1, "
+        "tiles of a block 3, rounds 4"
     )
     assert queries.startswith("gradients of queries: blocks 2736,")
     assert keys.startswith("gradients of keys: blocks 2736,")
     separate = cuda.describe(attention_call(length=32768, key_heads=2, rounds=0), H100).split("; ")
-    assert "own ones among them 0" in separate[0] and "rounds 1" in separate[0]
+    assert "diagonal first 0" in separate[0] and "rounds 1" in separate[0]
     assert separate[2].startswith("gradients of keys: blocks 2048,")
 
 

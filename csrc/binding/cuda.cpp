@@ -287,7 +287,7 @@ struct AttentionProblem {
   std::vector<int64_t> device = next.integers("device");  // as in HashProblem
 };
 
-// The same of plan_attention: grid, threads, shared bytes, steps, places for tiles, whether a tile that is owned is
+// The same of plan_attention: grid, threads, shared bytes, head steps, stages, whether an owned tile is
 // visited, tiles of a block, launches.
 std::vector<int64_t> attention_plan(const AttentionProblem& of) {
   check_shape(of.shape);
@@ -317,8 +317,8 @@ struct SelectProblem {
   int64_t budget = next.integer("budget");
 };
 
-// The same of plan_select: steps, blocks of keys and those that a chunk chooses, then of the passes (over blocks, over
-// keys) blocks of threads, those at a time, candidates and shared bytes, and scratch bytes in all.
+// The same of plan_select: head steps, blocks of keys and how many of them a chunk chooses; then, for the pass over
+// blocks and for that over keys, CTAs, CTAs of a launch, candidates and shared bytes; and scratch bytes in all.
 std::vector<int64_t> select_plan(const SelectProblem& of) {
   check_shape(of.shape);
   require(of.chunk_length >= 1, "chunk_length must be positive, got ", of.chunk_length);

@@ -144,7 +144,7 @@ def describe(call: Call, device: Device | None = None) -> str:
             }
         )
         return _named(
-            plan, *LAUNCH, "depth / 16", "column tiles of a round", "rounds of a block",
+            plan, *LAUNCH, "head steps", "column tiles of a round", "rounds of a block",
             "column tiles in shared memory", "tokens of a block",
         )  # fmt: skip
     if isinstance(call, OrderCall):
@@ -170,13 +170,13 @@ def describe(call: Call, device: Device | None = None) -> str:
                 "budget": call.budget,
             }
         )
-        step = ("blocks", "blocks at a time", "candidates", "shared bytes")
+        step = ("CTAs", "CTAs at a time", "candidates", "shared bytes")
         steps = [f"weights of keys: {_named(plan[7:11], *step)}"]
         if plan[1]:
             steps.insert(0, f"weights of blocks of keys: {_named(plan[3:7], *step)}")
-        sizes = _named([*plan[:3], plan[11]], "depth / 16", "blocks of keys", "chosen ones", "bytes of scratch memory")
+        sizes = _named([*plan[:3], plan[11]], "head steps", "blocks of keys", "chosen ones", "bytes of scratch memory")
         return f"{sizes}; {'; '.join(steps)}"
-    names = (*LAUNCH, "depth / 16", "tiles in shared memory", "own ones among them", "tiles of a block", "rounds")
+    names = (*LAUNCH, "head steps", "stages", "diagonal first", "tiles of a block", "rounds")
     plans = (_named(_attention_plan(call, part, device), *names) for part in range(len(PARTS)))
     return "; ".join(f"{name}: {plan}" for name, plan in zip(PARTS, plans, strict=True))
 
