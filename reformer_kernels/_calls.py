@@ -160,7 +160,7 @@ class SelectCall(NamedTuple):
         rounds = 1 if self.order is None else self.order.shape[2]
         context, keys = self.context_keys, self.key.shape[2] - self.context_keys
         padded = self.query_padding_mask is not None or self.key_padding_mask is not None
-        # A sequence that with its padding would have a window may have none.
+        # With padding, a shorter sequence of the batch may have no local window, and need the whole budget.
         most = torch.sym_min(self.budget if rounds == 1 or padded else self.budget - self.local, keys)
         width = context + most
         if rounds == 2:
@@ -170,8 +170,8 @@ class SelectCall(NamedTuple):
 
     @property
     def windows(self) -> Tensor:
-        """int32 [B, chunks, 3]: of every chunk in the order of positions the local window's first key and its end, and
-        how many keys the list of that number has at most in the last round, with the window where there is no other.
+        """int32 [B, chunks, 3], for each chunk in the order of positions: begin and end of its local window, and how
+        many keys the list of this number may have in the last round. With one round that includes the window.
 
         They are those of sequences without their trailing padding.
         """
@@ -181,8 +181,8 @@ class SelectCall(NamedTuple):
         last_key = torch.full_like(whole, keys)  # [B, 1]
         if self.key_padding_mask is not None:
             last_key = length_without_padding(self.key_padding_mask[:, :keys])
-        # No window where positions of queries and keys have nothing to do with each other, and where the hashed groups'
-        # own share of the budget is to hold all keys.
+        # There is no local window if positions of queries and keys are unrelated, or if the budget of a hashed call
+        # holds all keys.
         used = torch.ones_like(last_key, dtype=torch.bool) if self.causal else last_query == last_key
         hashed = self.order is not None
         if hashed:

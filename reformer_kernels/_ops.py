@@ -175,8 +175,8 @@ def _loop_over_slices(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-for _packed in (_hash_op, _order_op, _select_op):
-    torch.library.register_vmap(_packed.name(), _loop_over_slices(_packed), lib=library)
+for _without_gradients in (_hash_op, _order_op, _select_op):
+    torch.library.register_vmap(_without_gradients.name(), _loop_over_slices(_without_gradients), lib=library)
 
 
 def _has_tangent(x: Any) -> bool:

@@ -86,7 +86,7 @@ struct Attention {
   ScalarType type, rows_type;  // of the arithmetic, and of the rows
 };
 
-constexpr char kNoRows = 0;  // what a key without elements points to, which is not a shared one
+constexpr char kNoRows = 0;  // the address of a key without elements; null would mean shared rows
 
 template <class Inputs>
 void set_dropout(AttentionParams& p, const Inputs& in) {

@@ -84,7 +84,7 @@ int64_t bucket_order(const OrderInputs& in) {
   return invalid;
 }
 
-// Beside the arguments of the CUDA library.
+// An argument that the CUDA library does not have.
 struct Mask {
   Arguments& next;
   OptionalTensor attn_mask = next.optional_tensor("attn_mask");
@@ -164,7 +164,7 @@ Attention list_attention(const ListInputs& in, const Mask& mask, const ListResul
   Attention a = with_lists(in, results);
   check_order(a.p);
   check_index("key_indices", a.p.key_indices, in.key_indices.numel(), a.p.S, -1);
-  require(!mask.attn_mask || !a.p.has(rk::kRestKey), "the rest term does not go with attn_mask");
+  require(!mask.attn_mask || !a.p.has(rk::kRestKey), "the rest key does not go with attn_mask");
   set_mask(a, mask.attn_mask);
   return a;
 }

@@ -116,7 +116,7 @@ template <bool kWritten>
 Attention list_attention(const char* name, const ListInputs& in, const ListResults<kWritten>& results) {
   const Attention a = with_lists(in, results);
   check_rows(name, a);
-  require(rk::cuda::list_entries(a.p) < INT32_MAX, name, ": lists must have fewer than 2**31 places a head, got ",
+  require(rk::cuda::list_entries(a.p) < INT32_MAX, name, ": lists must have fewer than 2**31 entries a head, got ",
           rk::cuda::list_entries(a.p));
   return a;
 }
@@ -126,7 +126,7 @@ const float* float_rows(const char* name, const OptionalTensor& t, int64_t B, in
   return contiguous<float>(name, t, ScalarType::Float, {B, heads, n, width});
 }
 
-// Of the keys behind the rest term; none without it.
+// Of the keys behind the rest key; none without it.
 struct RestSums {
   Arguments& next;
   OptionalTensor key_sums = next.optional_tensor("key_sums");      // [B, Hk, n, D]
@@ -139,7 +139,7 @@ rk::cuda::RestParams rest_params(const char* name, const rk::AttentionParams& p,
   if (!p.has(rk::kRestKey)) return rest;
   const OptionalTensor& counts = sums.counts;
   require(sums.key_sums && sums.value_sums && counts && counts->dim() == 2 && counts->size(1) >= 1, name,
-          ": the rest term needs sums of keys and values, and their counts");
+          ": the rest key needs sums of keys and values, and their counts");
   rest.sum_rows = counts->size(1);
   rest.key_sums = float_rows("key_sums", sums.key_sums, p.B, p.key_heads, rest.sum_rows, p.D);
   rest.value_sums = float_rows("value_sums", sums.value_sums, p.B, p.key_heads, rest.sum_rows, p.E);
@@ -178,7 +178,7 @@ void list_rest_backward(const ListInputs& in, const RestSums& sums, const ListRe
                [&](const rk::cuda::Device&, void* stream) { return rk::cuda::list_rest_backward(p, rest, stream); });
 }
 
-// What each key, or all, gets from the rest term; none without it.
+// What each key, or all, gets from the rest key; none without it.
 struct KeyGradients {
   Arguments& next;
   OptionalTensor key_grads = next.optional_tensor("key_grads");      // [B, Hk, n, D]
@@ -195,7 +195,7 @@ void list_attention_backward(const ListInputs& in, const ListResults<false>& res
   if (p.has(rk::kRestKey)) {
     const OptionalTensor& key_grads = of_rest.key_grads;
     require(key_grads && of_rest.value_grads && key_grads->dim() == 4 && key_grads->size(2) >= 1, kName,
-            ": the rest term needs the gradients of its keys and values");
+            ": the rest key needs the gradients of its keys and values");
     rest.grad_rows = key_grads->size(2);
     rest.key_grads = float_rows("key_grads", key_grads, p.B, p.key_heads, rest.grad_rows, p.D);
     rest.value_grads = float_rows("value_grads", of_rest.value_grads, p.B, p.key_heads, rest.grad_rows, p.E);
@@ -259,7 +259,7 @@ struct OrderProblem {
   std::vector<int64_t> device = next.integers("device");  // as in HashProblem
 };
 
-// The same of plan_order: grid, threads, shared bytes, passes, base of a digit, keys of a block, blocks of a sequence,
+// What plan_order chooses: grid, threads, shared bytes, passes, base of a digit, keys of a block, blocks of a sequence,
 // warps that sort.
 std::vector<int64_t> order_plan(const OrderProblem& of) {
   check_shape(of.shape);
@@ -287,7 +287,7 @@ struct AttentionProblem {
   std::vector<int64_t> device = next.integers("device");  // as in HashProblem
 };
 
-// The same of plan_attention: grid, threads, shared bytes, head steps, stages, whether an owned tile is
+// What plan_attention chooses: grid, threads, shared bytes, head steps, stages, whether an owned tile is
 // visited, tiles of a block, launches.
 std::vector<int64_t> attention_plan(const AttentionProblem& of) {
   check_shape(of.shape);
@@ -317,7 +317,7 @@ struct SelectProblem {
   int64_t budget = next.integer("budget");
 };
 
-// The same of plan_select: head steps, blocks of keys and how many of them a chunk chooses; then, for the pass over
+// What plan_select chooses: head steps, blocks of keys and how many of them a chunk chooses; then, for the pass over
 // blocks and for that over keys, CTAs, CTAs of a launch, candidates and shared bytes; and scratch bytes in all.
 std::vector<int64_t> select_plan(const SelectProblem& of) {
   check_shape(of.shape);

@@ -48,7 +48,7 @@ inline HashParams hash_params(const HashInputs& in) {
   return p;
 }
 
-// The longest sequence is taken to be as long as all.
+// longest is set to L; the CUDA op replaces it.
 inline OrderParams order_params(const OrderInputs& in) {
   const Tensor& buckets = in.buckets;
   require(buckets.dim() == 4, "buckets must have 4 dimensions");

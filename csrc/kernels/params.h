@@ -110,9 +110,9 @@ struct SelectParams {
   AttentionParams attention;   // without value; its key_indices are null
   int64_t budget;              // keys of a query, without context keys
   const LocalWindow* windows;  // [B, chunks of a round]
-  const bool*
-      query_padding;  // [B, L], true: has no say in the choice, unless all queries of its chunk are such; or null
-  int32_t* lists;     // [B, H, R * chunks, list_length]
+  // [B, L] or null, true: the query has no say in the choice, unless all queries of its chunk are such.
+  const bool* query_padding;
+  int32_t* lists;  // [B, H, R * chunks, list_length]
 };
 
 }  // namespace rk

@@ -188,5 +188,5 @@ def residuals(out: Tensor, lse: Tensor) -> dict[str, Tensor]:
 
 
 def gradients(grad_out: Tensor, grads: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-    """What a backward takes beside, of which it writes ``grads``."""
+    """The incoming gradient, and the gradients that a backward writes."""
     return {"grad_out": rows(grad_out), **dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=True))}

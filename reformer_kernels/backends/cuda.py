@@ -242,7 +242,7 @@ def select_keys(call: SelectCall) -> Tensor:
 
 
 def _list_arguments(call: ListCall) -> tuple[ListCall, dict[str, Any], dict[str, Tensor | None]]:
-    """The call without a rest term where there are no keys for it, its arguments, and the sums of the rest term."""
+    """The call without a rest key if there are no keys for it, its arguments, and the sums of the rest key."""
     sums = rest_sums(call)
     call = call._replace(dropout_seed=_to_device(call.dropout_seed, call), rest_term=sums is not None)
     named = dict(zip(("key_sums", "value_sums", "counts"), sums or (None, None, None), strict=True))

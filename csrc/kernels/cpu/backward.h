@@ -104,7 +104,7 @@ class BackwardWalk {
   BackwardWalk(const AttentionParams& p, SequenceState<T>& state, BackwardScratch<T>& s, int64_t begin, int64_t end)
       : p_(p), seq_(state.sequence), state_(state), s_(s), n_queries_(static_cast<int>(seq_.n_queries)) {
     const int64_t n = seq_.n_chunks();
-    const int64_t shift = seq_.ring ? n * ((seq_.before + seq_.after) / n + 1) : 0;  // makes unrolled indices positive
+    const int64_t shift = seq_.wraps ? n * ((seq_.before + seq_.after) / n + 1) : 0;  // makes unrolled indices positive
     begin_ = begin + shift, end_ = end + shift;
   }
 
@@ -205,7 +205,7 @@ class BackwardWalk {
   int64_t begin_, end_;
 };
 
-// row_a = lse in units of log 2. row_b = delta = rowsum(dO O).
+// row_a = lse base 2. row_b = delta = rowsum(dO O).
 template <class T>
 void backward_rows(const AttentionParams& p, SequenceState<T>& state, int64_t begin, int64_t end) {
   const HeadSequence& seq = state.sequence;
@@ -248,7 +248,7 @@ void for_each_backward(const AttentionParams& given, const Threads& threads, F&&
         state.half.widen(given, seq, {kQueryRows, kKeyRows, kValueRows, kOutRows, kGradOut}, written, parallel);
     parallel(0, seq.n_queries, [&](Scratch&, int64_t begin, int64_t end) { backward_rows<T>(p, state, begin, end); });
     gradients(p, state, parallel);
-    state.half.round(given, p, seq, written, parallel);
+    state.half.narrow(given, p, seq, written, parallel);
   });
 }
 

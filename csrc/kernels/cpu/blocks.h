@@ -53,7 +53,7 @@ RK_INLINE void seen_vectors(const BlockMask<T>& mask, int64_t queries, F&& f) {
   for (int64_t j = 0; j < queries; j += kLanes<T>) f(j, mask.keys_until(j + kLanes<T> - 1));
 }
 
-// The masked score of a pair from its product, in units of log 2.
+// The masked score of a pair from its product, base 2.
 template <class T>
 RK_INLINE Vec<T> score(const BlockMask<T>& mask, const T* product, const T* factor, const T* bias, int64_t i,
                        int64_t j) {

@@ -67,7 +67,7 @@ constexpr T kSafeBound = 40;
 template <class T>
 constexpr Int<T> kMaskedKey = std::numeric_limits<int32_t>::max();  // as a position: no query sees the key
 template <class T>
-constexpr Int<T> kContextKey = -1;  // as a position: every query sees the key, since it is below any limit
+constexpr Int<T> kContextKey = -1;  // as a position: every query sees the key, since it is below any position
 
 // The gathered keys of a chunk and, in backward, their gradients.
 template <class T>
@@ -79,8 +79,8 @@ struct ChunkRows {
   std::vector<int32_t> sort_key;            // of each slot
   Buffer<T> K, V;                           // [C][Dp], [C][Ep]
   Buffer<T> factor, factor_log2;            // score = factor q . K
-  Buffer<T> square;                         // a^2, where K holds q but the key is a q
-  Buffer<T> bound;                          // upper bound of the scores of this row as a query, in units of log 2
+  Buffer<T> square;                         // first |q|^2, then a^2, where K holds q but the key is a q
+  Buffer<T> bound;                          // upper bound of the scores of this row as a query, base 2
   Buffer<Int<T>> key_position;              // position, kMaskedKey or kContextKey; rising
   Buffer<T> dQ, dK, dV;
   bool fresh = true;  // dK and dV are not written yet
@@ -109,9 +109,9 @@ struct ChunkRows {
   }
 
  private:
-  // Gathers the rows at the positions. Positions are below `limit`; those from `context` on are context keys.
-  void fetch(const AttentionParams& p, const HeadSequence& seq, const bool* padding, int64_t limit, int64_t context,
-             int64_t Dp, int64_t Ep) {
+  // Gathers the rows at the positions. Positions are below `limit`; those from `first_context` on are context keys.
+  void fetch(const AttentionParams& p, const HeadSequence& seq, const bool* padding, int64_t limit,
+             int64_t first_context, int64_t Dp, int64_t Ep) {
     gather<T>(p.shared_qk() ? p.query : p.key, seq, seq.key_head, position.data(), count, limit, p.D, K, Dp);
     gather<T>(p.value, seq, seq.key_head, position.data(), count, limit, p.E, V, Ep);
     const T scale = static_cast<T>(p.scale), log2e = static_cast<T>(kLog2e), eps = T(1e-6) * p.D;
@@ -127,7 +127,7 @@ struct ChunkRows {
       square[i] = !shared_qk || (l2 && length <= T(1e-12)) ? T(0) : a * a;  // 0 if a does not depend on q
     }
     for (int i = 0; i < count; ++i) {
-      const bool everyone = position[i] >= context;
+      const bool everyone = position[i] >= first_context;
       key_position[i] = padding && padding[position[i]] ? kMaskedKey<T> : everyone ? kContextKey<T> : position[i];
     }
   }
@@ -167,13 +167,13 @@ struct QueryChunk {
   const int *position, *slot_in_chunk;
 };
 
-// What the queries of a block may see: keys with key_position <= limit that are not excluded. Excluded are the query's
-// own key (with shared rows and not causal; a causal limit leaves it out anyway), or in the second round of lists the
-// keys that it saw in the first.
+// What the queries of a block may see: keys with key_position <= last_visible that are not excluded. Excluded are the
+// query's own key (with shared rows and not causal; a causal query does not see that anyway), or in the second round of
+// lists the keys that it saw in the first.
 template <class T>
 struct QueryLimits {
-  alignas(64) Int<T> limit[kQueries], excluded_begin[kQueries], excluded_end[kQueries];
-  alignas(64) Int<T> max_limit[kQueries];  // running maximum of limit, so that it can be searched
+  alignas(64) Int<T> last_visible[kQueries], excluded_begin[kQueries], excluded_end[kQueries];
+  alignas(64) Int<T> max_last_visible[kQueries];  // running maximum of last_visible, so that it can be searched
   bool any_excluded;
 
   void fill(const AttentionParams& p, const HeadSequence& seq, int round, const int* position, int count) {
@@ -184,12 +184,12 @@ struct QueryLimits {
     for (int l = 0; l < kQueries; ++l) {
       const bool dead = l >= count || position[l] >= seq.n_queries || (padding && padding[position[l]]);
       // A causal query sees keys up to its own position, with shared rows only before it.
-      limit[l] = dead ? kContextKey<T> - 1 : p.has(kCausal) ? position[l] - p.shared_qk() : kMaskedKey<T> - 1;
+      last_visible[l] = dead ? kContextKey<T> - 1 : p.has(kCausal) ? position[l] - p.shared_qk() : kMaskedKey<T> - 1;
       Range excluded{kContextKey<T> - 1, kContextKey<T> - 1};
       if (l < count)
         excluded = later_round ? seq.excluded[position[l] / p.chunk_length] : Range{position[l], position[l] + 1};
       excluded_begin[l] = excluded.begin, excluded_end[l] = excluded.end;
-      max_limit[l] = highest = std::max(highest, limit[l]);
+      max_last_visible[l] = highest = std::max(highest, last_visible[l]);
     }
   }
 };
@@ -202,13 +202,13 @@ struct BlockMask {
   int n_keys;
 
   // The first query that may see this key or a later one.
-  int first_query(int64_t key) const { return below(queries.max_limit, kQueries, key_position[key]); }
+  int first_query(int64_t key) const { return below(queries.max_last_visible, kQueries, key_position[key]); }
   // How many of the keys this query or an earlier one may see.
-  int keys_until(int64_t query) const { return below(key_position, n_keys, queries.max_limit[query] + 1); }
+  int keys_until(int64_t query) const { return below(key_position, n_keys, queries.max_last_visible[query] + 1); }
 
   RK_INLINE Vec<T> masked(Vec<T> score, int64_t key, int64_t j) const {
     const IVec<T> at = splat_int<T>(key_position[key]);
-    score = at <= load_int<T>(queries.limit + j) ? score : splat(kMasked<T>);
+    score = at <= load_int<T>(queries.last_visible + j) ? score : splat(kMasked<T>);
     if (!queries.any_excluded) return score;
     const auto excluded =
         (at >= load_int<T>(queries.excluded_begin + j)) & (at < load_int<T>(queries.excluded_end + j));

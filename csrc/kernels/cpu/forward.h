@@ -134,7 +134,7 @@ void forward_chunks(const AttentionParams& p, SequenceState<T>& state, ForwardSc
   for (auto& c : s.chunks) c.index = std::numeric_limits<int64_t>::min();
   const int n_queries = static_cast<int>(seq.n_queries);
   for (int64_t c = begin; c < end; ++c) {
-    const int64_t index = seq.ring ? c + shift : c;
+    const int64_t index = seq.wraps ? c + shift : c;
     s.window.clear();
     int64_t window_index = 0;
     for (int o = -seq.before; o <= seq.after; ++o) {
@@ -200,7 +200,7 @@ void attention_forward(const AttentionParams& given, const Threads& threads) {
       parallel(state.sequence.round_begin[r], state.sequence.round_begin[r + 1],
                [&](ForwardScratch<T>& s, int64_t begin, int64_t end) { forward_chunks<T>(p, state, s, begin, end); });
     if (p.shared_qk()) finish_self_only<T>(p, state);
-    state.half.round(given, p, state.sequence, {kOutRows}, parallel);
+    state.half.narrow(given, p, state.sequence, {kOutRows}, parallel);
   });
 }
 

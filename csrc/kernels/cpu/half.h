@@ -92,10 +92,10 @@ class HalfRows {
     return p;
   }
 
-  // Rounds what the kernels wrote, into the given tensors.
+  // Rounds what the kernels wrote into the given tensors.
   template <class P>
-  void round(const AttentionParams& given, const AttentionParams& p, const HeadSequence& seq,
-             std::initializer_list<RowField> written, P&& parallel) {
+  void narrow(const AttentionParams& given, const AttentionParams& p, const HeadSequence& seq,
+              std::initializer_list<RowField> written, P&& parallel) {
     if constexpr (std::is_same_v<T, float>) {
       if (given.element == Element::kSame) return;
       for (RowField f : written) {

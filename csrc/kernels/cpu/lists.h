@@ -90,7 +90,7 @@ void list_forward(const AttentionParams& given, const Threads& threads) {
         list_forward_chunks<T>(p, state, s, begin, end);
       });
     if (p.has(kRestKey)) RestKey<T>(p, state).forward(parallel);
-    state.half.round(given, p, seq, {kOutRows}, parallel);
+    state.half.narrow(given, p, seq, {kOutRows}, parallel);
   });
 }
 

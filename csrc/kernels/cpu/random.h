@@ -19,7 +19,7 @@ RK_INLINE Wide multiply_low(Wide a, Wide b) {
 // Words 0 to 3, in the low halves of the lanes. The high halves are not used.
 struct PhiloxState {
   Wide c0, c1, c2, c3;
-  RK_INLINE void round(uint32_t k0, uint32_t k1) {
+  RK_INLINE void step(uint32_t k0, uint32_t k1) {
     const Wide p0 = multiply_low(c0, Wide{} + 0xD2511F53u), p1 = multiply_low(c2, Wide{} + 0xCD9E8D57u);
     c0 = (p1 >> 32) ^ c1 ^ k0, c1 = p1;
     c2 = (p0 >> 32) ^ c3 ^ k1, c3 = p0;
@@ -34,7 +34,7 @@ inline void philox(uint64_t seed, uint32_t group, const uint32_t* query_slot, ui
     PhiloxState even{zero + group, slots, zero + round, zero + head}, odd = even;
     odd.c1 = slots >> 32;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int i = 0; i < 10; ++i, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) even.round(k0, k1), odd.round(k0, k1);
+    for (int i = 0; i < 10; ++i, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) even.step(k0, k1), odd.step(k0, k1);
     const Wide low_of[] = {even.c0, even.c1, even.c2, even.c3}, high_of[] = {odd.c0, odd.c1, odd.c2, odd.c3};
     for (int w = 0; w < 4; ++w) *reinterpret_cast<Wide*>(words[w] + l) = (low_of[w] & 0xffffffffu) | (high_of[w] << 32);
   }
@@ -52,7 +52,8 @@ RK_NOINLINE void dropout_block(const AttentionParams& p, const HeadSequence& seq
   const T keep = static_cast<T>(p.keep_factor);
   const uint64_t seed = static_cast<uint64_t>(*p.dropout_seed);
   for (int64_t group = first / 4; group * 4 < first + keys; ++group) {
-    philox(seed, static_cast<uint32_t>(group), slot, seq.round(chunk_start), static_cast<uint32_t>(seq.index), words);
+    philox(seed, static_cast<uint32_t>(group), slot, seq.round(chunk_start), static_cast<uint32_t>(seq.dropout_index),
+           words);
     for (int w = 0; w < 4; ++w) {
       const int64_t i = group * 4 + w - first;
       if (i < 0 || i >= keys) continue;

@@ -1,8 +1,9 @@
 // Which keys each chunk of queries attends: its local window, and the keys to which its queries give most weight.
 //
 // A chunk is divided into sub-groups, and a mean query stands for each. The weight of a key is the sum over sub-groups
-// of the mean query's softmax over the keys, times the share of the sub-group's queries that have not seen the key in
-// the first round. If there are many keys, blocks of keys are chosen first, by their mean keys, and then keys of these.
+// of the mean query's softmax over the keys, times the share of the sub-group's queries to which the key is new:
+// visible, and not in their local window. If there are many keys, blocks of keys are chosen first, by their mean keys,
+// and then keys of these.
 #pragma once
 #include "kernels/cpu/blocks.h"
 #include "kernels/cpu/work.h"
@@ -20,17 +21,28 @@ constexpr T kLeast = T(1e-30);
 
 template <class T>
 struct SelectScratch {
-  int64_t Dp, size, subgroups, batch;        // size: queries of a sub-group; batch: chunks that are done at once
-  int64_t rows;                              // batch * subgroups
-  Buffer<T> queries, means, keys, KT, tile;  // [size][Dp], [rows][Dp], [64][Dp], [Dp][64], [rows][64]
-  std::vector<int> members, largest,
-      n_seen;                     // [rows][size] positions of queries, -1: none; the last; how many candidates it sees
-  std::vector<T> weights;         // [rows][candidates], in each block in units of 2^tops of it
-  std::vector<T> tops, top, sum;  // [rows][blocks]; [rows] their maximum, and the sum of the weights in its units
-  std::vector<T> total, bias, padding;      // [candidates]
-  std::vector<T> block_tops, largest_tops;  // of total
+  int64_t Dp;                           // D, padded
+  int64_t size;                         // queries of a sub-group
+  int64_t subgroups;                    // of a chunk
+  int64_t batch;                        // chunks that are done at once
+  int64_t rows;                         // batch * subgroups
+  Buffer<T> queries;                    // [size][Dp]
+  Buffer<T> means;                      // [rows][Dp]
+  Buffer<T> keys;                       // [64][Dp]
+  Buffer<T> KT;                         // [Dp][64]
+  Buffer<T> tile;                       // [rows][64]
+  std::vector<int> members;             // [rows][size] positions of queries, then -1
+  std::vector<int> largest;             // [rows] the last position that a row sees
+  std::vector<int> n_seen;              // [rows] how many candidates it sees
+  std::vector<T> weights;               // [rows][candidates], those of a block in units of 2^tops
+  std::vector<T> tops;                  // [rows][blocks]
+  std::vector<T> top;                   // [rows] the largest of tops
+  std::vector<T> sum;                   // [rows] of the weights, in units of 2^top
+  std::vector<T> total, bias, padding;  // [candidates]
+  std::vector<T> block_tops;            // the largest total of each block
+  std::vector<T> largest_tops;
   std::vector<int> candidates, chosen, positions;
-  std::vector<std::pair<int, int>> steps;  // from this candidate on, so many more queries see new keys
+  std::vector<std::pair<int, int>> steps;  // {i, n}: n more queries have not seen the keys from candidate i on
   Prefetch prefetch;
 
   explicit SelectScratch(const AttentionParams& p) : Dp(round_up(p.D, kRowPad)) {
@@ -214,7 +226,7 @@ class Selection {
   void weigh_block(SelectScratch<T>& s, int64_t m, int64_t k, int64_t blocks) const {
     const int seen = static_cast<int>(std::min(kKeyBlock, s.n_seen[m] - k));
     const T *bias = s.padding.data() + k, *product = s.tile + m * kKeyBlock;
-    if (score_mod_.any()) mean_bias(s, m, k, seen), bias = s.bias.data();
+    if (score_mod_.has_mask()) mean_bias(s, m, k, seen), bias = s.bias.data();
     T *x = s.weights.data() + (m * blocks) * kKeyBlock + k, scores[kKeyBlock];
     const Vec<T> scale = splat(static_cast<T>(p_.scale * kLog2e));
     Vec<T> tops = splat(s.top[m]), sums{};
@@ -235,7 +247,7 @@ class Selection {
     }
     s.sum[m] = s.sum[m] * std::exp2(s.top[m] - top) + sum<T>(sums);
     s.top[m] = s.tops[m * blocks + k / kKeyBlock] = top;
-    if (score_mod_.any())
+    if (score_mod_.has_mask())
       for (int j = 0; j < seen; ++j)
         if (!(bias[j] > kMasked<T>)) x[j] = -1;  // must not be taken
   }
@@ -265,7 +277,7 @@ class Selection {
   // total += the softmax of a sub-group, times the share of its queries that have not seen the key yet.
   void add_weights(SelectScratch<T>& s, int64_t m, const int* position, int count) const {
     if (!(s.sum[m] > 0)) return;
-    // A query has not seen keys before its position, except those of its local window.
+    // New to a query are the keys up to its own position (causal) or all keys, except those of its local window.
     s.steps.clear();
     auto step = [&](int from, int to, int by) {
       if (from < to) s.steps.emplace_back(from, by), s.steps.emplace_back(to, -by);
@@ -294,7 +306,7 @@ class Selection {
     while (from < to) {
       const int end = static_cast<int>(std::min<int64_t>(to, (from / kKeyBlock + 1) * kKeyBlock));
       const T factor = share / s.sum[m] * std::exp2(s.tops[m * blocks + from / kKeyBlock] - s.top[m]);
-      if (score_mod_.any()) {
+      if (score_mod_.has_mask()) {
         for (int j = from; j < end; ++j)
           if (x[j] >= 0) total[j] += x[j] * factor + least;
       } else {

@@ -43,7 +43,7 @@ constexpr int kQueries = 64;  // queries per block: the row length of transposed
 constexpr int kRowPad = 16;   // buffers of rows are padded to a multiple of this
 
 template <class T>
-constexpr T kMasked = T(-3e30);  // the score of a masked pair in units of log 2; far below any real one
+constexpr T kMasked = T(-3e30);  // the score of a masked pair base 2; far below any real one
 template <class T>
 constexpr T kLowest = T(-2e30);  // the maximum over no score: exp2(kMasked - kLowest) is 0
 

@@ -15,7 +15,7 @@ namespace rk::cpu {
 
 struct Chunk {
   int32_t start, count;  // slots
-  int32_t segment;       // a window has chunks of one segment only
+  int32_t bucket_begin;  // first slot of its bucket, 0 in a ring; all chunks of a window have the same
 };
 
 // Positions [begin, end).
@@ -25,11 +25,11 @@ struct Range {
 
 // One sequence of one head. It shares nothing with others.
 struct HeadSequence {
-  int64_t b, h, key_head, index;  // index: among the sequences of all heads; part of the dropout counter
-  int64_t offset, L, n_queries;   // first row in the batch row; rows; how many of them, from the first, are queries
+  int64_t b, h, key_head, dropout_index;  // dropout_index: part of the counter of random words
+  int64_t offset, L, n_queries;  // first row in the batch row; rows; how many of them, from the first, are queries
   int R, before, after;
-  bool ring, single_window;
-  const int32_t* order;  // [R * L] positions in the sequence, or null
+  bool wraps, single_window;  // wraps: windows go around the ring
+  const int32_t* order;       // [R * L] positions in the sequence, or null
   std::vector<Chunk> chunks;
   std::vector<int32_t> round_begin;  // [R + 1] first chunk of every round
   std::vector<Range> excluded;       // with lists: keys that a chunk of the first round saw, and later rounds leave out
@@ -38,12 +38,12 @@ struct HeadSequence {
   int round(int64_t slot) const { return static_cast<int>(slot / L); }
   int n_chunks() const { return static_cast<int>(chunks.size()); }
 
-  // The chunk at `index` of the unrolled ring, or -1 if the window of `query` does not contain it.
+  // The chunk at `index` of the unrolled ring; -1 if it does not exist, or is of another bucket than the chunk `query`.
   int chunk_at(int64_t index, int64_t query) const {
     const int n = n_chunks();
-    if (ring) return static_cast<int>(((index % n) + n) % n);
+    if (wraps) return static_cast<int>(((index % n) + n) % n);
     if (index < 0 || index >= n || query < 0 || query >= n) return -1;
-    return chunks[index].segment == chunks[query].segment ? static_cast<int>(index) : -1;
+    return chunks[index].bucket_begin == chunks[query].bucket_begin ? static_cast<int>(index) : -1;
   }
 };
 
@@ -54,16 +54,16 @@ inline void add_round(HeadSequence& seq, int round, const int32_t* bucket, int64
   int64_t begin = 0;
   while (begin < seq.L) {
     int64_t end = seq.L;
-    if (!seq.ring) {  // up to the end of the bucket
+    if (!seq.wraps) {  // up to the end of the bucket
       const int32_t* of_round = bucket + round * seq.L;
       const int32_t* slots = seq.order + round * seq.L;
       end = begin + 1;
       while (end < seq.L && of_round[slots[end]] == of_round[slots[begin]]) ++end;
     }
-    const int32_t segment = seq.ring ? 0 : static_cast<int32_t>(round * seq.L + begin);
+    const int32_t bucket_begin = seq.wraps ? 0 : static_cast<int32_t>(round * seq.L + begin);
     for (int64_t s = begin; s < end; s += chunk_length)
-      seq.chunks.push_back(
-          {static_cast<int32_t>(round * seq.L + s), static_cast<int32_t>(std::min(chunk_length, end - s)), segment});
+      seq.chunks.push_back({static_cast<int32_t>(round * seq.L + s),
+                            static_cast<int32_t>(std::min(chunk_length, end - s)), bucket_begin});
     begin = end;
   }
 }
@@ -81,16 +81,16 @@ inline Range list_range(const AttentionParams& p, const int32_t* list) {
   return first == n ? Range{0, 0} : Range{list[first], list[n - 1] + 1};
 }
 
-// Fills in the sequence with this index, and in bucket_scratch its buckets [R, L] if there are any.
-inline void make_head_sequence(const AttentionParams& p, int64_t index, HeadSequence& seq,
+// Fills in the sequence of this number, and in bucket_scratch its buckets [R, L] if there are any.
+inline void make_head_sequence(const AttentionParams& p, int64_t number, HeadSequence& seq,
                                std::vector<int32_t>& bucket_scratch) {
-  const int64_t head = index / p.n_sequences, s = index % p.n_sequences;
-  seq.b = head / p.H, seq.h = head % p.H, seq.key_head = seq.h / p.group(), seq.index = s * p.B * p.H + head;
+  const int64_t head = number / p.n_sequences, s = number % p.n_sequences;
+  seq.b = head / p.H, seq.h = head % p.H, seq.key_head = seq.h / p.group(), seq.dropout_index = s * p.B * p.H + head;
   const int32_t* bounds = p.cu_seqlens ? p.cu_seqlens + seq.b * p.bounds_stride : nullptr;
   seq.offset = bounds ? bounds[s] : 0;
   seq.L = (bounds ? bounds[s + 1] : p.L) - seq.offset;
   seq.n_queries = std::clamp<int64_t>(p.n_queries - seq.offset, 0, seq.L);
-  seq.ring = !p.has(kBucketAligned);
+  seq.wraps = !p.has(kBucketAligned);
   const bool single = seq.single_window = is_single_window(seq.L, p.chunk_length, p.ring());
   seq.R = single ? 1 : static_cast<int>(p.R);
   seq.before = single ? 0 : static_cast<int>(p.chunks_before);

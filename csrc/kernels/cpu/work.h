@@ -9,9 +9,9 @@ namespace rk::cpu::RK_ISA {
 // What ScoreMod needs to know about the queries of a block: their buckets, chunks and segments in every round, [R][64].
 template <class T>
 struct ScoreModLanes {
-  Buffer<Int<T>> bucket, chunk, segment;
+  Buffer<Int<T>> bucket, chunk, bucket_begin;
   explicit ScoreModLanes(const AttentionParams& p)
-      : bucket(p.R * kQueries), chunk(p.R * kQueries), segment(p.R * kQueries) {}
+      : bucket(p.R * kQueries), chunk(p.R * kQueries), bucket_begin(p.R * kQueries) {}
 };
 
 // What attn_mask and the rules within_bucket and dedup add to the score of a pair; -infinity masks it.
@@ -33,7 +33,8 @@ class ScoreMod {
     log2_.resize(seq.R * seq.R + 1);
     for (size_t n = 1; n < log2_.size(); ++n) log2_[n] = static_cast<T>(std::log2(n));
   }
-  bool any() const { return masks() || within_ || dedup_; }
+  bool has_mask() const { return p_.bool_mask || p_.float_mask; }
+  bool any() const { return has_mask() || within_ || dedup_; }
 
   // What attn_mask adds to the score of a pair, in natural units.
   T mask(int64_t query, int64_t key) const {
@@ -53,7 +54,7 @@ class ScoreMod {
         if (within_) to.bucket[r * kQueries + l] = buckets_[at];
         if (!dedup_) continue;
         to.chunk[r * kQueries + l] = chunk_of_[at];
-        to.segment[r * kQueries + l] = seq_.chunks[chunk_of_[at]].segment;
+        to.bucket_begin[r * kQueries + l] = seq_.chunks[chunk_of_[at]].bucket_begin;
       }
   }
 
@@ -67,7 +68,7 @@ class ScoreMod {
       const int key = keys.position[i];
       T* row = bias + i * kQueries;
       std::fill(row, row + queries, T(0));
-      if (masks())
+      if (has_mask())
         for (int l = 0; l < count; ++l)
           if (query[l] < seq_.n_queries) row[l] = mask(query[l], key) * static_cast<T>(kLog2e);
       for (int64_t l = 0; l < queries; l += kLanes<T>) {
@@ -89,8 +90,6 @@ class ScoreMod {
   bool meets_in_round(int round, int key_round) const { return !within_ || round == key_round; }
 
  private:
-  bool masks() const { return p_.bool_mask || p_.float_mask; }
-
   T log2(int64_t n) const { return n < static_cast<int64_t>(log2_.size()) ? log2_[n] : static_cast<T>(std::log2(n)); }
 
   // How often the queries from lane l on meet the key in all rounds.
@@ -104,16 +103,17 @@ class ScoreMod {
         // The offset of the key's chunk in the query's window. In a ring of n chunks that is shorter than the window it
         // is there again after every n.
         IVec<T> offset =
-            splat_int<T>(chunk + (seq_.ring ? seq_.before % n : seq_.before)) - load_int<T>(lanes.chunk + at);
+            splat_int<T>(chunk + (seq_.wraps ? seq_.before % n : seq_.before)) - load_int<T>(lanes.chunk + at);
         IVec<T> meets = splat_int<T>(-1);
-        if (seq_.ring) {
+        if (seq_.wraps) {
           offset = offset < 0 ? offset + n : offset;
           offset = offset >= n ? offset - n : offset;
         } else {
-          meets = (offset >= 0) & (load_int<T>(lanes.segment + at) == splat_int<T>(seq_.chunks[chunk].segment));
+          meets =
+              (offset >= 0) & (load_int<T>(lanes.bucket_begin + at) == splat_int<T>(seq_.chunks[chunk].bucket_begin));
         }
         if (within_) meets &= load_int<T>(lanes.bucket + at) == splat_int<T>(buckets_[s * seq_.L + key]);
-        for (int first = 0; first < (seq_.ring ? window : 1); first += n) times -= meets & (offset < window - first);
+        for (int first = 0; first < (seq_.wraps ? window : 1); first += n) times -= meets & (offset < window - first);
       }
     return times;
   }
@@ -136,11 +136,13 @@ bool self_allowed(const AttentionParams& p, const HeadSequence& seq, const Score
 // The state of attention to lists of keys.
 template <class T>
 struct ListState {
-  Buffer<T> seen;                                            // [L] how many keys a query saw, without context keys
-  Buffer<T> key_sums, value_sums, counts;                    // sums over the keys before a block; see rest.h
-  Buffer<T> key_weight, value_weight, query_sums, out_sums;  // the same backward
-  Buffer<T> dK, dV;                                          // gradients of the list entries of some chunks
-  std::vector<int32_t> keys, order, scratch;                 // the keys of those entries, and their order by key
+  Buffer<T> seen;  // [L] how many keys a query saw, without context keys
+  // Sums over blocks of positions; see rest.h.
+  Buffer<T> key_sums, value_sums, counts;
+  Buffer<T> key_weight, value_weight, query_sums, out_sums;
+  Buffer<T> dK, dV;           // gradients of the list entries of some chunks
+  std::vector<int32_t> keys;  // the keys of those entries
+  std::vector<int32_t> order, scratch;
 };
 
 // What the workers on one sequence of one head share.

@@ -34,7 +34,7 @@ AttentionArguments arguments(const AttentionParams& p, const AttentionPlan& plan
   a.flags = static_cast<uint32_t>(p.flags), a.shared_qk = p.shared_qk(), a.diagonal_first = plan.diagonal_first;
   if (p.lists()) {
     a.lists = p.key_indices, a.list_length = static_cast<int>(p.list_length),
-    a.context = static_cast<int>(p.context_keys);
+    a.n_context = static_cast<int>(p.context_keys);
     a.list_stride = static_cast<int>(list_stride(p));
   }
   const int64_t bytes = p.element == Element::kSame ? 4 : 2;

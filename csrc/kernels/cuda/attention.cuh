@@ -20,9 +20,9 @@ __device__ __forceinline__ float key_length(const AttentionArguments& p, float s
 
 // Facts about the rows of a tile, in shared memory.
 struct KeyFacts {
-  int row[kAttentionRows];       // in the sequence
-  int position[kAttentionRows];  // or kMaskedKey or kContextKey
-  float factor[kAttentionRows];  // of scores in base 2
+  int row[kAttentionRows];           // in the sequence
+  int key_position[kAttentionRows];  // position, kMaskedKey or kContextKey
+  float factor[kAttentionRows];      // of scores in base 2
 };
 struct __align__(16) Query {
   int limit;                 // keys at this position and later are masked
@@ -55,7 +55,7 @@ struct TileRange {
   bool valid;                  // false beyond the block's last tile
   int slot, count;             // slots of the owned tile
   int first, tiles;            // visited tiles
-  int diagonal;                // the owned tile where it is visited, and then first; or kNone
+  int diagonal;                // number of the owned tile if it is among the visited ones, else kNone
   int inner_begin, inner_end;  // slots that every slot of the owned tile sees
 
   // The block's first tile from `from` on that has slots.
@@ -153,7 +153,7 @@ struct AttentionBlock {
     const int at = row_at(row);
     const bool masked = row >= count || at < 0 || is_padded(at);
     facts.row[row] = at;
-    facts.position[row] = masked ? kMaskedKey : at >= sequence.first_context_key ? kContextKey : at;
+    facts.key_position[row] = masked ? kMaskedKey : at >= sequence.first_context_key ? kContextKey : at;
   }
 
   // The same for queries, and for their incoming gradients if `grads` is not null.
@@ -240,7 +240,7 @@ struct AttentionBlock {
   // Whether dropout keeps the pair of the query at a wrapped slot and the key at an index in its window.
   __device__ bool is_kept(int slot, int at) const {
     const uint32_t round = slot / sequence.length, in_round = slot - round * sequence.length;
-    const Words words = philox(state.seed, at / 4, in_round, round, sequence.index);
+    const Words words = philox(state.seed, at / 4, in_round, round, sequence.dropout_index);
     const uint32_t low = at & 1 ? words.word[1] : words.word[0], high = at & 1 ? words.word[3] : words.word[2];
     return (at & 2 ? high : low) >= p.drop_threshold;
   }

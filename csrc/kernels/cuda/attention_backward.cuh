@@ -48,14 +48,14 @@ struct AttentionGradQuery : AttentionBlock<T, K_STEPS, 2, QueryFacts, KeyFacts> 
     if (!all_see && !Block::any_sees(rows[0].slots(), rows[1].slots(), from)) return;
     const uint32_t seen[2] = {all_see ? ~0u : rows[0].n_slots, all_see ? ~0u : rows[1].n_slots};
 #pragma unroll 1
-    for (int block = 0; block < kAttentionRows; block += 8 * kAtOnce) {
+    for (int columns = 0; columns < kAttentionRows; columns += 8 * kAtOnce) {
       float s[kAtOnce][4] = {}, grad_weight[kAtOnce][4] = {}, factors[kAtOnce][2];
-      multiply_rows(s, queries, Block::tile(stage, 0), block, warp, lane);
-      multiply_rows(grad_weight, grads, Block::tile(stage, 1), block, warp, lane);
+      multiply_rows(s, queries, Block::tile(stage, 0), columns, warp, lane);
+      multiply_rows(grad_weight, grads, Block::tile(stage, 1), columns, warp, lane);
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
-        const int column = block + n * 8 + lane % 4 * 2;
-        const int2 keys = *reinterpret_cast<const int2*>(facts.position + column);
+        const int column = columns + n * 8 + lane % 4 * 2;
+        const int2 keys = *reinterpret_cast<const int2*>(facts.key_position + column);
         const float2 both = *reinterpret_cast<const float2*>(facts.factor + column);
         factors[n][0] = both.x, factors[n][1] = both.y;
 #pragma unroll
@@ -68,13 +68,13 @@ struct AttentionGradQuery : AttentionBlock<T, K_STEPS, 2, QueryFacts, KeyFacts> 
       }
       if (sequence.has_score_mod)
         Block::add_score_mods(s, [&](int n, int j) {
-          return Block::score_mods(warp * 16 + j / 2 * 8 + lane / 4)[block + n * 8 + lane % 4 * 2 + j % 2];
+          return Block::score_mods(warp * 16 + j / 2 * 8 + lane / 4)[columns + n * 8 + lane % 4 * 2 + j % 2];
         });
       if (p.dropout) {
         const uint32_t kept =
             Block::template kept_bits<4 * kAtOnce>([&](int i) { return i & 2 ? rows[1].slot : rows[0].slot; },
                                                    [&](int i) {
-                                                     return from + block + i / 4 * 8 + lane % 4 * 2 + i % 2 -
+                                                     return from + columns + i / 4 * 8 + lane % 4 * 2 + i % 2 -
                                                             (i & 2 ? rows[1].first_slot : rows[0].first_slot);
                                                    });
         Block::drop(grad_weight, kept);
@@ -86,7 +86,7 @@ struct AttentionGradQuery : AttentionBlock<T, K_STEPS, 2, QueryFacts, KeyFacts> 
           const float weight = exp2_approximate(s[n][j]);
           s[n][j] = weight * (grad_weight[n][j] - rows[j / 2].delta) * factors[n][j % 2];
         }
-      multiply_columns<T, K_STEPS>(grad, s, Block::tile(stage, 0), block, lane);
+      multiply_columns<T, K_STEPS>(grad, s, Block::tile(stage, 0), columns, lane);
     }
   }
 
@@ -152,21 +152,21 @@ struct AttentionGradKeys : AttentionBlock<T, K_STEPS, 2, KeyFacts, QueryFacts> {
     const QueryFacts& facts = Block::facts(stage);
     if (sequence.has_score_mod) Block::fill_score_mods(from, range.slot, stage);
 #pragma unroll 1
-    for (int block = 0; block < kAttentionRows; block += 8 * kAtOnce) {
+    for (int columns = 0; columns < kAttentionRows; columns += 8 * kAtOnce) {
       float s[kAtOnce][4] = {}, grad_weight[kAtOnce][4] = {};
-      multiply_rows(s, keys, Block::tile(stage, 0), block, warp, lane);
-      multiply_rows(grad_weight, values, Block::tile(stage, 1), block, warp, lane);
+      multiply_rows(s, keys, Block::tile(stage, 0), columns, warp, lane);
+      multiply_rows(grad_weight, values, Block::tile(stage, 1), columns, warp, lane);
       const bool all_see = range.all_see(from);
       const int slot = range.slot + warp * 16 + lane / 4;  // of the lane's first row
       const auto query_of = [&](int n, int j) -> const Query& {
-        return facts.query[block + n * 8 + lane % 4 * 2 + j % 2];
+        return facts.query[columns + n * 8 + lane % 4 * 2 + j % 2];
       };
       int position[2];
       float factor[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {  // read again for every block, because registers are scarce
         const int i = warp * 16 + h * 8 + lane / 4;
-        position[h] = Block::owned_facts().position[i], factor[h] = Block::owned_facts().factor[i];
+        position[h] = Block::owned_facts().key_position[i], factor[h] = Block::owned_facts().factor[i];
       }
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n)
@@ -183,7 +183,7 @@ struct AttentionGradKeys : AttentionBlock<T, K_STEPS, 2, KeyFacts, QueryFacts> {
         }
       if (sequence.has_score_mod)
         Block::add_score_mods(s, [&](int n, int j) {
-          return Block::score_mods(warp * 16 + j / 2 * 8 + lane / 4)[block + n * 8 + lane % 4 * 2 + j % 2];
+          return Block::score_mods(warp * 16 + j / 2 * 8 + lane / 4)[columns + n * 8 + lane % 4 * 2 + j % 2];
         });
       uint32_t kept = ~0u;
       if (p.dropout) {
@@ -200,8 +200,8 @@ struct AttentionGradKeys : AttentionBlock<T, K_STEPS, 2, KeyFacts, QueryFacts> {
           grad_weight[n][j] = s[n][j] * (grad_weight[n][j] - query_of(n, j).delta);
         }
       if (p.dropout) Block::drop(s, kept);
-      multiply_columns<T, K_STEPS>(grad_value, s, Block::tile(stage, 1), block, lane);
-      multiply_columns<T, K_STEPS>(grad_key, grad_weight, Block::tile(stage, 0), block, lane);
+      multiply_columns<T, K_STEPS>(grad_value, s, Block::tile(stage, 1), columns, lane);
+      multiply_columns<T, K_STEPS>(grad_key, grad_weight, Block::tile(stage, 0), columns, lane);
     }
   }
 

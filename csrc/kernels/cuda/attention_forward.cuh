@@ -69,7 +69,7 @@ struct AttentionForward : AttentionBlock<T, K_STEPS, 1, QueryFacts, KeyFacts> {
 #pragma unroll
     for (int n = 0; n < kKeys; ++n) {
       const int column = n * 8 + lane % 4 * 2;
-      const int2 key = *reinterpret_cast<const int2*>(facts.position + column);
+      const int2 key = *reinterpret_cast<const int2*>(facts.key_position + column);
       const float2 factor = *reinterpret_cast<const float2*>(facts.factor + column);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {

@@ -31,7 +31,7 @@ struct AttentionArguments {
   const int64_t* dropout_seed;  // or null
   int64_t heads;                // B * H
   int64_t n_sequences, bounds_stride;
-  int list_length, list_stride, context;  // list_stride: entries of a list in whole tiles
+  int list_length, list_stride, n_context;  // list_stride: entries of a list in whole tiles
   int L, S, n_queries, R, H, group, D, E, chunk_length, before, after;
   int round, tile_chunk, tiles_per_block, blocks_per_sequence, stages;
   Element element;
@@ -39,7 +39,7 @@ struct AttentionArguments {
   uint32_t drop_threshold;
   uint32_t flags;  // of Flag
   bool shared_qk, dropout;
-  bool diagonal_first;             // an owned tile is among the tiles visited for it, and the first of them
+  bool diagonal_first;             // the owned tile is among the tiles visited for it, and is visited first
   bool aligned_rows, aligned_out;  // 16 bytes at a time
 
   __device__ bool has(Flag flag) const { return flags & flag; }
@@ -60,7 +60,7 @@ struct Window {
 // One sequence of one head.
 struct HeadSequence {
   int b, h, key_head;
-  uint32_t index;           // among all sequences of all heads
+  uint32_t dropout_index;   // part of the counter of random words
   int64_t head_row;         // index of its first row in [B, H, n_queries]
   int offset;               // of its first row in the batch row
   int length, ring_length;  // rows; slots of all rounds
@@ -85,13 +85,13 @@ struct HeadSequence {
     has_score_mod = !single && (p.flags & kScoreModFlags);
     ring_length = rounds * length;
     chunks = (length + p.chunk_length - 1) / p.chunk_length;
-    first_context_key = p.lists ? p.S - p.context : n_queries;
+    first_context_key = p.lists ? p.S - p.n_context : n_queries;
     take_head(p, static_cast<int>(number / p.n_sequences % heads) * (p.H / heads), sequence);
   }
   __device__ void take_head(const AttentionArguments& p, int head, int64_t sequence) {
     h = head, key_head = head / p.group;
     const int64_t number = int64_t{b} * p.H + h;
-    index = static_cast<uint32_t>(sequence * p.heads + number);
+    dropout_index = static_cast<uint32_t>(sequence * p.heads + number);
     head_row = number * p.n_queries + offset;
     order = p.order ? p.order + (number * p.L + offset) * p.R : nullptr;
     lists = p.lists ? p.lists + number * list_rows() * p.list_length : nullptr;
@@ -142,7 +142,7 @@ struct HeadSequence {
       else
         high = middle;
     }
-    return count > p.context ? Range{list[p.context], list[count - 1] + 1} : Range{0, 0};
+    return count > p.n_context ? Range{list[p.n_context], list[count - 1] + 1} : Range{0, 0};
   }
 
   // The slots of the chunk of `slot` and of those before and after it.

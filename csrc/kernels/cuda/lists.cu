@@ -15,7 +15,7 @@ ListArguments arguments(const AttentionParams& p, const RestParams& rest) {
   x.H = static_cast<int>(p.H), x.group = static_cast<int>(p.group());
   x.D = static_cast<int>(p.D), x.E = static_cast<int>(p.E), x.chunk_length = static_cast<int>(p.chunk_length);
   x.list_length = static_cast<int>(p.list_length), x.list_stride = static_cast<int>(list_stride(p));
-  x.context = static_cast<int>(p.context_keys), x.scale = static_cast<float>(p.scale),
+  x.n_context = static_cast<int>(p.context_keys), x.scale = static_cast<float>(p.scale),
   x.flags = static_cast<uint32_t>(p.flags);
   a.entries = list_entries(p);
   a.key_sums = rest.key_sums, a.value_sums = rest.value_sums, a.counts = rest.counts;

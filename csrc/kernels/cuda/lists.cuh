@@ -13,12 +13,15 @@ struct ListArguments {
   const int32_t* order;                     // [B, H, entries], entries sorted by key
   int32_t* starts;                          // [B, H, S + 2], where each key begins in the order
   int64_t entries;
-  // The rest key, if there is one. sum_rows is the length if sums differ by position (causal), else 1.
-  const float *key_sums, *value_sums;  // [B, key heads, sum_rows, D] and E, sums of visible keys and values
-  const int32_t* counts;               // [B, sum_rows], how many keys these sums have
-  float *query_terms,
-      *value_terms;  // [B, H, L, D] and E, what each query adds to the gradient of every key that it may see
-  const float *key_grads, *value_grads;  // [B, key heads, grad_rows, D] and E, the sums of these for each key
+  // The rest key, if there is one. sum_rows: positions with sums of their own (causal; the last row is also that of
+  // later positions), or 1.
+  const float* key_sums;     // [B, key heads, sum_rows, D], sums of visible keys
+  const float* value_sums;   // [B, key heads, sum_rows, E]
+  const int32_t* counts;     // [B, sum_rows], how many keys a sum has
+  float* query_terms;        // [B, H, L, D], what each query adds to the gradient of every key that it may see
+  float* value_terms;        // [B, H, L, E]
+  const float* key_grads;    // [B, key heads, grad_rows, D], the sums of the terms for each key, or for all
+  const float* value_grads;  // [B, key heads, grad_rows, E]
   int sum_rows, grad_rows;
 };
 
@@ -55,7 +58,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 8) list_sum_kernel(const __
   if (head >= a.heads / a.group) return;
   const auto add_up = [&](const Rows& entries, const float* grads, const Rows& to, int width) {
     LaneRow sum{};
-    if (grads && key < a.S - a.context && !(a.padding && a.padding[b * a.S + key])) {
+    if (grads && key < a.S - a.n_context && !(a.padding && a.padding[b * a.S + key])) {
       const float* row = grads + (head * p.grad_rows + min(key, p.grad_rows - 1)) * width;
       LaneRow::each(width, [&](int i, int d) { sum.x[i] = row[d]; });
     }
@@ -100,7 +103,7 @@ struct RestKey {
       const int32_t* list = a.lists + ((head * a.R + round) * chunks + chunk) * a.list_length;
       for (int i = lane; i < a.list_length; i += kWarp) {
         const int key = list[i];
-        if (key < 0 || key >= a.S - a.context) continue;
+        if (key < 0 || key >= a.S - a.n_context) continue;
         seen += key <= limit && !(round > 0 && key >= low && key <= high);
         if (round == 0) low = min(low, key), high = max(high, key);
       }

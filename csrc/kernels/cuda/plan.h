@@ -1,4 +1,5 @@
-// How each kernel is launched: pure functions of the problem and the device. Nothing else decides it.
+// How kernels are launched, where there is a choice: pure functions of the problem and the device. Nothing else decides
+// it.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -77,8 +78,8 @@ inline HashPlan plan_hash(const HashParams& p, const Device& device) {
     const int64_t tiles = ceil_div(rounds * plan.round_tiles, 2) * 2;
     return static_cast<int>(std::min<int64_t>(tiles, kHashMaxTiles));
   };
-  // All warps of a block use its rotations. A block computes as many rounds, and then has as few warps, as let the most
-  // warps be in a multiprocessor, of those for which there are registers.
+  // All warps of a block use its rotations. Choose rounds and warps of a block so that the most warps are resident on a
+  // multiprocessor; of equals, more rounds, then fewer warps.
   int most = -1, blocks = 0;
   for (int64_t rounds = p.R; rounds >= 1; rounds /= 2) {
     for (const int warps : {4, kHashMaxWarps}) {
@@ -203,7 +204,7 @@ struct AttentionPlan {
   int k_steps = 0;              // template argument: head sizes are padded to 16 * k_steps
   int tile_chunk = 0;           // see AttentionTiles
   int stages = 0;               // of visited tiles in shared memory
-  bool diagonal_first = false;  // an owned tile is among the tiles visited for it, and the first of them
+  bool diagonal_first = false;  // the owned tile is among the tiles visited for it, and is visited first
   int tiles_per_block = 0, blocks_per_sequence = 0;
   int rounds = 0;  // launches
 };
@@ -289,7 +290,7 @@ struct ListScratch {
 
 inline ListScratch plan_list_scratch(const AttentionParams& p, const Device& device) {
   ListScratch scratch;
-  const int64_t places = p.B * p.H * list_entries(p), bytes = bytes_of(p.element);
+  const int64_t entries = p.B * p.H * list_entries(p), bytes = bytes_of(p.element);
   const OrderPlan order = plan_order(list_order(p), device);
   const auto take = [&](int64_t size) {
     const int64_t begins = scratch.bytes;
@@ -298,10 +299,10 @@ inline ListScratch plan_list_scratch(const AttentionParams& p, const Device& dev
   };
   take(plan_attention_scratch(p, true).bytes);
   scratch.row = ceil_div(std::max(p.D, p.E), 8) * 8;  // so that rows are aligned to 16 bytes
-  scratch.entry_grad_keys = take(places * scratch.row * bytes),
-  scratch.entry_grad_values = take(places * scratch.row * bytes);
-  scratch.keys = take(4 * places), scratch.order = take(4 * places);
-  scratch.other_order = take(order.passes > 1 ? 4 * places : 0), scratch.counts = take(4 * order.counts());
+  scratch.entry_grad_keys = take(entries * scratch.row * bytes),
+  scratch.entry_grad_values = take(entries * scratch.row * bytes);
+  scratch.keys = take(4 * entries), scratch.order = take(4 * entries);
+  scratch.other_order = take(order.passes > 1 ? 4 * entries : 0), scratch.counts = take(4 * order.counts());
   scratch.starts = take(4 * p.B * p.H * (p.S + 2));
   return scratch;
 }

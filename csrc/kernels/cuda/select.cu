@@ -97,12 +97,12 @@ int select_keys(const SelectParams& select, void* memory, void* stream) {
   a.lists = select.lists, a.list_rows = p.R * plan.chunks, a.list_length = static_cast<int>(p.list_length);
   const int context = static_cast<int>(p.context_keys);
   if (p.R == 1) {
-    a.context = context, a.with_window = true;
+    a.n_context = context, a.with_window = true;
     return error ? error : run_pass(kernels.weigh, a, plan.of_keys, stream);
   }
   if (!error) {
     SelectArguments of_first = a;
-    of_first.context = context, of_first.with_window = true, of_first.n = 0, of_first.chosen = nullptr;
+    of_first.n_context = context, of_first.with_window = true, of_first.n = 0, of_first.chosen = nullptr;
     of_first.wanted = 0;
     SelectPass pass;
     pass.chunks = 1, pass.ctas = pass.slice = a.heads * plan.chunks;

@@ -1,10 +1,10 @@
 // Which keys each chunk of queries attends: its local window, and the keys to which its queries give most weight.
 //
 // A chunk is divided into sub-groups, and a mean query stands for each. The weight of a key is the sum over sub-groups
-// of the mean query's softmax over the keys, times the share of the sub-group's queries that have not seen the key in
-// the first round. One kernel weighs the candidates of chunks, in two walks over their tiles, and writes a total for
-// each. Another kernel takes the largest totals. If there are many keys, blocks of keys are chosen first, by their mean
-// keys.
+// of the mean query's softmax over the keys, times the share of the sub-group's queries to which the key is new:
+// visible, and not in their local window. One kernel weighs the candidates of chunks, in two walks over their tiles,
+// and writes a total for each. Another kernel takes the largest totals. If there are many keys, blocks of keys are
+// chosen first, by their mean keys.
 #pragma once
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/scan.cuh"
@@ -50,7 +50,7 @@ struct SelectArguments {
   int chunks_per_cta;  // whose candidates a CTA weighs
 
   // What is taken.
-  int context;       // a list begins with so many context keys
+  int n_context;     // a list begins with so many context keys
   bool with_window;  // then comes the local window
   int32_t* lists;    // [B, H, list_rows, list_length]; begins at the list of the first chunk
   int64_t list_rows;

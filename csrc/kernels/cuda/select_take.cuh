@@ -10,8 +10,8 @@ constexpr int kDigits = 256;  // values of a digit of 8 bits
 struct SelectState {
   int counts[kDigits];
   int sums[kAttentionThreads / kWarp];
-  int larger[kAttentionThreads / kWarp], equal[kAttentionThreads / kWarp],
-      below[kAttentionThreads / kWarp];  // of each warp
+  // Of each warp.
+  int larger[kAttentionThreads / kWarp], equal[kAttentionThreads / kWarp], below[kAttentionThreads / kWarp];
   uint32_t digit;
   int left;
 };
@@ -43,10 +43,10 @@ struct SelectTake {
     const int run = (candidates + kAttentionThreads - 1) / kAttentionThreads * kWarp;
     begin = warp * run, end = min(begin + run, candidates);
 
-    for (int i = threadIdx.x; i < p.context; i += kAttentionThreads) list[i] = p.keys + i;
-    const int local = write_window(list + p.context, false);
-    const int taken = take(list + p.context, window.most - local, local);
-    for (int i = p.context + local + taken + threadIdx.x; i < p.list_length; i += kAttentionThreads) list[i] = -1;
+    for (int i = threadIdx.x; i < p.n_context; i += kAttentionThreads) list[i] = p.keys + i;
+    const int local = write_window(list + p.n_context, false);
+    const int taken = take(list + p.n_context, window.most - local, local);
+    for (int i = p.n_context + local + taken + threadIdx.x; i < p.list_length; i += kAttentionThreads) list[i] = -1;
   }
 
   // At least as many candidates as a query of the chunk sees.

@@ -74,9 +74,9 @@ class HeadSequence(NamedTuple):
     rounds: Any
     before: Any
     after: Any
-    index: Any  # among the sequences of all heads
-    row: Any  # index of its first query in [B, H, n_queries]
-    slots: Any  # index of its first slot in [B, H, R * L]
+    dropout_index: Any  # part of the counter of random words
+    first_query: Any  # index of its first query in [B, H, n_queries]
+    first_slot: Any  # index of its first slot in [B, H, R * L]
 
 
 class Range(NamedTuple):
@@ -174,7 +174,7 @@ def take_sequence(p, number, HEADS_SHARE: tl.constexpr):
 @triton.jit
 def with_head(p, s, h):
     """The same sequence of another head."""
-    return take_head(p, s.b, h, s.index // (p.batch * p.heads), s.offset, s.length, s.single)
+    return take_head(p, s.b, h, s.dropout_index // (p.batch * p.heads), s.offset, s.length, s.single)
 
 
 @triton.jit
@@ -188,14 +188,14 @@ def position_of(p, s, slot, mask):
     if p.order is None:
         return tl.where(mask, slot, 0)
     else:
-        return tl.load(p.order + s.slots + slot, mask=mask, other=0)
+        return tl.load(p.order + s.first_slot + slot, mask=mask, other=0)
 
 
 @triton.jit
 def bucket_of(p, s, slot, mask):
     """The slots of the bucket of a wrapped slot."""
-    first = tl.load(p.bucket_begin + s.slots + slot, mask=mask, other=0)
-    return Range(first, tl.load(p.bucket_end + s.slots + slot, mask=mask, other=0))
+    first = tl.load(p.bucket_begin + s.first_slot + slot, mask=mask, other=0)
+    return Range(first, tl.load(p.bucket_end + s.first_slot + slot, mask=mask, other=0))
 
 
 @triton.jit
@@ -350,8 +350,8 @@ def same_bucket(p, s, query_slot, key_slot):
 @triton.jit
 def is_kept(p, s, slot, at):
     """Whether dropout keeps pairs of the query at a wrapped slot and the key at an index in its window."""
-    r = slot // s.length
-    zero = at * 0
-    a, b, c, d = tl.philox(tl.load(p.dropout_seed), at // 4, zero + (slot - r * s.length), zero + r, zero + s.index)
+    r, zero = slot // s.length, at * 0
+    in_round = zero + (slot - r * s.length)
+    a, b, c, d = tl.philox(tl.load(p.dropout_seed), at // 4, in_round, zero + r, zero + s.dropout_index)
     word = tl.where(at % 2 == 0, tl.where(at % 4 == 0, a, c), tl.where(at % 4 == 1, b, d))
     return word.to(tl.int64) >= p.drop_threshold

@@ -122,7 +122,7 @@ def windows_kernel(p, buckets, slot_of_position, bucket_begin, bucket_end, tiles
                 low = tl.where(searching & before, middle + 1, low)
                 high = tl.where(searching & ~before, middle, high)
             to = bucket_end if behind else bucket_begin
-            tl.store(to + s.slots + slot, r * s.length + low, mask=mask)
+            tl.store(to + s.first_slot + slot, r * s.length + low, mask=mask)
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def forward_kernel(
         result = result * before[:, None] + multiply(weight.to(value_rows.dtype), value_rows)
 
     # Merge with earlier rounds.
-    at = s.row + q.position
+    at = s.first_query + q.position
     earlier = tl.load(lse + at, mask=q.valid & (r > 0), other=float("-inf"))
     now = tl.where(total <= 0, float("-inf"), top + tl.log2(total))
     above = tl.maximum(earlier, now)

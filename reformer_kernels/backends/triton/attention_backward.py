@@ -58,12 +58,13 @@ RESIDUALS = Config(32, 16, num_stages=1)
 
 @triton.jit(do_not_specialize=["p", "n"])
 def residual_kernel(
-    p, query, out, grad_out, lse, self_only, times, delta, n, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    p, query, out, grad_out, lse, self_only, divisors, deltas, n, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """delta and times [B, H, n] of queries.
+    """deltas and divisors [B, H, n] of queries.
 
-    times is lse, base 2; infinity if a query saw nothing; if it is self_only, log2 of how often it met its own key.
+    A divisor is log2 of what the exponential of a score is divided by to be a weight: lse, base 2; infinity if the
+    query saw nothing; of a self_only query how often it met its own key.
     """
     tiles = tl.cdiv(n, BLOCK_M)
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -71,9 +72,9 @@ def residual_kernel(
     mask, at = row < n, head.to(tl.int64) * n + row
     out_rows = load_rows(out, b, h, row, mask, E, BLOCK_E)
     grad_rows = load_rows(grad_out, b, h, row, mask, E, BLOCK_E)
-    tl.store(delta + at, row_products(p, out_rows, grad_rows, mask), mask=mask)
-    exponent = tl.load(lse + at, mask=mask, other=0.0) * LOG2E
-    exponent = tl.where(exponent == float("-inf"), float("inf"), exponent)
+    tl.store(deltas + at, row_products(p, out_rows, grad_rows, mask), mask=mask)
+    log2_divisor = tl.load(lse + at, mask=mask, other=0.0) * LOG2E
+    log2_divisor = tl.where(log2_divisor == float("-inf"), float("inf"), log2_divisor)
     if p.shared_qk:
         is_self_only = tl.load(self_only + at, mask=mask, other=0) != 0
         if tl.max(is_self_only.to(tl.int32)) > 0:
@@ -81,35 +82,35 @@ def residual_kernel(
             x = load_rows(query, b, h, row, is_self_only, D, BLOCK_D)
             square = row_products(p, x, x, is_self_only)
             length = tl.where(is_self_only, key_length(p, square, D), 1.0)
-            counted = tl.exp2(exponent - p.scale * LOG2E * square / length)
-            exponent = tl.where(is_self_only, tl.log2(tl.floor(counted + 0.5)), exponent)
-    tl.store(times + at, exponent, mask=mask)
+            counted = tl.exp2(log2_divisor - p.scale * LOG2E * square / length)
+            log2_divisor = tl.where(is_self_only, tl.log2(tl.floor(counted + 0.5)), log2_divisor)
+    tl.store(divisors + at, log2_divisor, mask=mask)
 
 
 @triton.jit
-def take_residuals(p, s, q, lse, delta, self_only):
-    """The queries, which see their own key if they are self_only; times and delta; and whether they are self_only."""
-    at = s.row + q.position
-    exponent = tl.load(lse + at, mask=q.valid, other=float("inf"))
-    slope = tl.load(delta + at, mask=q.valid, other=0.0)
+def take_residuals(p, s, q, divisors, deltas, self_only):
+    """The queries, which see their own key if they are self_only; divisor and delta; and whether they are self_only."""
+    at = s.first_query + q.position
+    log2_divisor = tl.load(divisors + at, mask=q.valid, other=float("inf"))
+    delta = tl.load(deltas + at, mask=q.valid, other=0.0)
     is_self_only = q.valid & ~q.valid
     if p.shared_qk:
         is_self_only = tl.load(self_only + at, mask=q.valid, other=0) != 0
     end = tl.where(is_self_only, q.excluded.begin, q.excluded.end)
     q = Queries(q.position, q.valid, q.slot, q.limit, Range(q.excluded.begin, end), q.seen)
-    return q, exponent, slope, is_self_only
+    return q, log2_divisor, delta, is_self_only
 
 
 @triton.jit
-def weights(p, s, q, k, score, exponent, is_self_only):
+def weights(p, s, q, k, score, log2_divisor, is_self_only):
     """Probabilities of scores in base 2. A self_only query weighs each of its own keys with exactly 1 / times."""
-    score = tl.where(is_self_only, -exponent, score - exponent)
+    score = tl.where(is_self_only, -log2_divisor, score - log2_divisor)
     return tl.exp2(tl.where(sees(q, k), score_mod(p, s, q, k, score), float("-inf")))
 
 
 @triton.jit(do_not_specialize=["p", "r", "tiles"])
 def grad_query_kernel(
-    p, query, key, value, factors, grad_out, lse, delta, self_only, grad_query, r, tiles, D: tl.constexpr,
+    p, query, key, value, factors, grad_out, divisors, deltas, self_only, grad_query, r, tiles, D: tl.constexpr,
     E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of round r."""
@@ -119,7 +120,7 @@ def grad_query_kernel(
         return
     i = first + tl.arange(0, BLOCK_M)
     q = take_queries(p, s, r * s.length + i, i < s.length)
-    q, exponent, slope, is_self_only = take_residuals(p, s, q, lse, delta, self_only)
+    q, log2_divisor, delta, is_self_only = take_residuals(p, s, q, divisors, deltas, self_only)
     qs = queries_along(q, 0)
     query_rows = load_rows(query, s.b, s.h, s.offset + q.position, q.valid, D, BLOCK_D)
     grad_rows = load_rows(grad_out, s.b, s.h, s.offset + q.position, q.valid, E, BLOCK_E)
@@ -132,19 +133,20 @@ def grad_query_kernel(
         value_rows = load_rows(value, s.b, s.key_head, s.offset + k.position, k.valid, E, BLOCK_E)
         factor = across(load_factors(p, s, factors, k), 1)
         score = multiply(anew(query_rows, start), tl.trans(key_rows)) * factor
-        weight = weights(p, s, qs, ks, score, across(exponent, 0), across(is_self_only, 0))
+        weight = weights(p, s, qs, ks, score, across(log2_divisor, 0), across(is_self_only, 0))
         grad_weight = multiply(anew(grad_rows, start), tl.trans(value_rows))
         if p.dropout_seed is not None:
             grad_weight *= kept_factor(p, s, qs, ks)
-        grad_score = weight * (grad_weight - across(slope, 0)) * (factor * LN2)
+        grad_score = weight * (grad_weight - across(delta, 0)) * (factor * LN2)
         grad += multiply(grad_score.to(key_rows.dtype), key_rows)
     add_rows(grad_query, s.b, s.h, s.offset + q.position, q.valid, r > 0, 1.0, grad, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["p", "r", "tiles"])
 def grad_keys_kernel(
-    p, query, key, value, factors, grad_out, lse, delta, self_only, grad_key, grad_value, r, tiles, D: tl.constexpr,
-    E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    p, query, key, value, factors, grad_out, divisors, deltas, self_only, grad_key, grad_value, r, tiles,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys of round r, or of list entries, each of which has gradients of its own.
 
@@ -168,18 +170,18 @@ def grad_keys_kernel(
         for start in range(visited.begin, visited.end, BLOCK_N):
             at = start + tl.arange(0, BLOCK_N)
             q = take_queries(p, of, at, at < visited.end)
-            q, exponent, slope, is_self_only = take_residuals(p, of, q, lse, delta, self_only)
+            q, log2_divisor, delta, is_self_only = take_residuals(p, of, q, divisors, deltas, self_only)
             qs = queries_along(q, 1)
             query_rows = load_rows(query, of.b, of.h, of.offset + q.position, q.valid, D, BLOCK_D)
             grad_rows = load_rows(grad_out, of.b, of.h, of.offset + q.position, q.valid, E, BLOCK_E)
             score = multiply(anew(key_rows, start), tl.trans(query_rows)) * across(factor, 0)
-            weight = weights(p, of, qs, ks, score, across(exponent, 1), across(is_self_only, 1))
+            weight = weights(p, of, qs, ks, score, across(log2_divisor, 1), across(is_self_only, 1))
             grad_weight = multiply(anew(value_rows, start), tl.trans(grad_rows))
             dropped = weight
             if p.dropout_seed is not None:
                 kept = kept_factor(p, of, qs, ks)
                 dropped, grad_weight = weight * kept, grad_weight * kept
-            grad_score = weight * (grad_weight - across(slope, 1))
+            grad_score = weight * (grad_weight - across(delta, 1))
             grad_v += multiply(dropped.to(grad_rows.dtype), grad_rows)
             grad_k += multiply(grad_score.to(query_rows.dtype), query_rows)
     if windows:
@@ -206,13 +208,13 @@ def residuals(
 ) -> tuple[Any, ...]:  # fmt: skip
     """What kernels of gradients take first."""
     p, query = inputs[:2]
-    exponent, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
+    divisors, deltas = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
     launch(
         residual_kernel, lse.shape[0] * p.heads * tiles_of(p.n_queries, RESIDUALS), lse.device, p, query,
-        rows(_common.rows(out)), rows(grad_out), lse.contiguous(), self_only, exponent, delta, p.n_queries,
+        rows(_common.rows(out)), rows(grad_out), lse.contiguous(), self_only, divisors, deltas, p.n_queries,
         config=RESIDUALS, **widths,
     )  # fmt: skip
-    return *inputs, rows(grad_out), exponent, delta, self_only
+    return *inputs, rows(grad_out), divisors, deltas, self_only
 
 
 def grad_queries(

@@ -88,14 +88,14 @@ def rest_forward_kernel(
     """Merges rest keys into the result of lists."""
     s, position, valid, row, visible, score = take_rest_key(p, rest, query, D, BLOCK_D, BLOCK_M, BLOCK_N)
     valid &= score > float("-inf")
-    earlier = tl.load(lse + s.row + position, mask=valid, other=0.0)
+    earlier = tl.load(lse + s.first_query + position, mask=valid, other=0.0)
     top = tl.where(valid, tl.maximum(earlier, score), 0.0)
     both = top + tl.log(tl.exp(earlier - top) + tl.exp(score - top))
     before, weight = tl.exp(earlier - both), tl.exp(score - both) / visible
     value = load_rows(rest.value_sums, s.b, s.key_head, row, valid, E, BLOCK_E) * weight[:, None]
     add_rows(out, s.b, s.h, position, valid, valid, before[:, None], value, E, BLOCK_E)
     tl.debug_barrier()  # all have read lse
-    tl.store(lse + s.row + position, both, mask=valid)
+    tl.store(lse + s.first_query + position, both, mask=valid)
 
 
 @triton.jit(do_not_specialize=["p", "rest"])
@@ -106,7 +106,9 @@ def rest_backward_kernel(
     """Adds to the gradients of queries. Terms: what each query adds to the gradient of every key that it may see."""
     s, position, valid, row, visible, score = take_rest_key(p, rest, query, D, BLOCK_D, BLOCK_M, BLOCK_N)
     stands = valid & (score > float("-inf"))
-    weight = tl.where(stands, tl.exp(score - tl.load(lse + s.row + position, mask=stands, other=0.0)), 0.0) / visible
+    weight = (
+        tl.where(stands, tl.exp(score - tl.load(lse + s.first_query + position, mask=stands, other=0.0)), 0.0) / visible
+    )
     grad_rows = load_rows(grad_out, s.b, s.h, position, valid, E, BLOCK_E)
     out_rows = load_rows(out, s.b, s.h, position, valid, E, BLOCK_E)
     values = load_rows(rest.value_sums, s.b, s.key_head, row, valid, E, BLOCK_E)

@@ -1,9 +1,9 @@
 """Which keys each chunk of queries attends: its local window, and the keys to which its queries give most weight.
 
 A chunk is divided into sub-groups, and a mean query stands for each. The weight of a key is the sum over sub-groups of
-the mean query's softmax over the keys, times the share of the sub-group's queries that have not seen the key in the
-first round. A kernel weighs the candidates of chunks in two walks over them and writes a total for each. Another kernel
-takes the largest totals. If there are many keys, blocks of keys are chosen first, by their mean keys.
+the mean query's softmax over the keys, times the share of the sub-group's queries to which the key is new: visible,
+and not in their local window. A kernel weighs the candidates of chunks in two walks over them and writes a total for
+each. Another kernel takes the largest totals. If there are many keys, blocks of keys are chosen first, by their means.
 """
 
 from __future__ import annotations

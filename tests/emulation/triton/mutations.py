@@ -79,8 +79,8 @@ WINDOWS = [
     ("keys that windows hold again", "score_mod", "tl.max(floor_div(seen.end - 1, s.length)) + 1", "tl.max(floor_div(seen.end - 1, s.length))"),
     ("rounds of a slot", "score_mod", "key_round = floor_mod(unrolled, s.rounds)", "key_round = unrolled * 0"),
     ("dropout by the key's half", "dropout", "tl.where(at % 4 == 1, b, d)", "tl.where(at % 4 == 1, d, b)"),
-    ("dropout of all heads alike", "dropout", "zero + r, zero + s.index)", "zero + r, zero)"),
-    ("dropout of all rounds alike", "dropout", "zero + r, zero + s.index)", "zero, zero + s.index)"),
+    ("dropout of all heads alike", "dropout", "zero + r, zero + s.dropout_index)", "zero + r, zero)"),
+    ("dropout of all rounds alike", "dropout", "zero + r, zero + s.dropout_index)", "zero, zero + s.dropout_index)"),
     ("the context is not seen", "lists", "tl.where(position >= s.first_context_key, CONTEXT_KEY, position)", "position"),
     ("what the first round saw is seen again", "lists", "later = valid & (at >= s.length)", "later = valid & ~valid"),
     ("the list of a row", "lists", "row = r * tl.cdiv(s.length, p.chunk_length) + (slot", "row = (slot"),
@@ -101,7 +101,7 @@ ATTENTION = [
     ("the first slot of a later bucket", "buckets", "tl.where(searching & before, middle + 1, low)", "tl.where(searching & before, middle, low)"),
 ]  # fmt: skip
 GRADIENTS = [
-    ("delta", "causal", "grad_score = weight * (grad_weight - across(slope, 0)) * (factor * LN2)", "grad_score = weight * grad_weight * (factor * LN2)"),
+    ("delta", "causal", "grad_score = weight * (grad_weight - across(delta, 0)) * (factor * LN2)", "grad_score = weight * grad_weight * (factor * LN2)"),
     ("the scale of a query's gradient", "causal", "* (factor * LN2)", "* factor"),
     ("rounds of a query's gradient", "two rounds", "q.valid, r > 0, 1.0, grad", "q.valid, r < 0, 1.0, grad"),
     ("dropout of a value's gradient", "dropout", "dropped, grad_weight = weight * kept, grad_weight * kept", "dropped, grad_weight = weight, grad_weight * kept"),
@@ -110,9 +110,9 @@ GRADIENTS = [
     ("rows that are no queries", "few queries", "adds |= k.valid & (k.position < s.n_queries)", "adds |= k.valid"),
     ("queries that share a key head", "local", "range(p.group if windows else 1)", "range(1)"),
     ("rounds of a key's gradient", "two rounds", "s.offset + k.position, k.valid & (r > 0)", "s.offset + k.position, k.valid & (r > 1)"),
-    ("the weight of a self_only query", "self_only", "tl.where(is_self_only, -exponent, score - exponent)", "score - exponent"),
+    ("the weight of a self_only query", "self_only", "tl.where(is_self_only, -log2_divisor, score - log2_divisor)", "score - log2_divisor"),
     ("a self_only query does not see its own key", "self_only", "end = tl.where(is_self_only, q.excluded.begin, q.excluded.end)", "end = q.excluded.end"),
-    ("how often a self_only query met itself", "self_only", "tl.where(is_self_only, tl.log2(tl.floor(counted + 0.5)), exponent)", "tl.where(is_self_only, 0.0, exponent)"),
+    ("how often a self_only query met itself", "self_only", "tl.where(is_self_only, tl.log2(tl.floor(counted + 0.5)), log2_divisor)", "tl.where(is_self_only, 0.0, log2_divisor)"),
     ("entries have the row of their key", "lists", "head, row, adds = s.h, k.slot", "head, row, adds = s.h, k.position"),
     ("scale of a separate key's gradient", "local", "        grad_k *= p.scale\n", "        grad_k *= 1.0\n"),
 ]  # fmt: skip
