@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks as check
 from . import _ops
-from ._calls import HashCall, ListCall, OrderCall, SelectCall, at_least_one
+from ._calls import HashCall, ListCall, OrderCall, SelectCall, at_least_one, compute_dtype
 from ._dispatch import check_backend
 from .backends import reference
 from .functional import seed_tensor
@@ -228,12 +228,13 @@ def _hash_order(query: Tensor, padding: Tensor | None, seed: Tensor, backend: st
     """
     batch, heads, length, _ = query.shape
     query = query.detach()
-    if padding is None:
-        centred = query - query.mean(dim=2, keepdim=True)
-    else:
-        padded = padding[:, None, :, None]
-        total = query.masked_fill(padded, 0.0).sum(dim=2, keepdim=True)
-        centred = query - total / (~padded).sum(dim=2, keepdim=True).clamp(min=1)
+    padded = None if padding is None else padding[:, None, :, None]
+    kept = query if padded is None else query.masked_fill(padded, 0.0)
+    # Half types are added up in float32: rounded, the mean would depend on padding, and long sums overflow.
+    total = kept.sum(dim=2, keepdim=True, dtype=compute_dtype(query))
+    # A tensor, as GPUs multiply by the inverse of a number.
+    count = total.new_full((), length) if padded is None else (~padded).sum(dim=2, keepdim=True).clamp(min=1)
+    centred = (query - total / count).to(query.dtype)
     buckets = _ops.hash_buckets(
         HashCall(
             x=centred,

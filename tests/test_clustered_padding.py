@@ -88,6 +88,26 @@ def test_what_padding_holds_has_no_effect(grouping: str) -> None:
         assert torch.equal(outs[0], outs[-1])
 
 
+@pytest.mark.parametrize("mean", [0.0, 5.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_hashed_groups_are_those_of_the_sequence_alone(dtype: torch.dtype, mean: float) -> None:
+    """Also where the mean is larger than what it is subtracted from differs, and sums of float16 overflow."""
+
+    def order(query: Tensor, mask: Tensor | None) -> Tensor:
+        options: dict[str, Any] = {"budget": 8, "grouping": "hash", "query_padding_mask": mask}
+        key = query[:, :, :1]
+        call = capture(rk.clustered_attention, query, key, key, op="select_keys", **options)
+        assert call.order is not None
+        return call.order[:, :, 1]
+
+    for length, longest in ((1000, 1024), (700, 1100), (4096, 4096)):
+        query = (torch.randn(1, 2, longest, 16, dtype=torch.float64) + mean).to(dtype)
+        alone = order(query[:, :, :length], None)
+        mask = torch.arange(longest)[None] >= length
+        assert torch.equal(order(query, mask)[:, :, :length], alone)
+        assert not torch.equal(alone, torch.arange(length).expand_as(alone))
+
+
 def test_fewer_keys_than_the_budget_are_all_attended() -> None:
     """However long the batch is: exact for the short sequence, and by all its keys."""
     query, key, value = (torch.randn(1, 1, 300, 8) for _ in range(3))
