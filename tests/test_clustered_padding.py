@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import reformer_kernels as rk
+from reformer_kernels.backends import reference
 from reformer_kernels.testing import capture
 
 from .rounding import assert_equal_to_rounding
@@ -77,15 +79,29 @@ def test_a_result_does_not_depend_on_its_batch(kind: str, padded: int, mode: str
             assert_equal_to_rounding(grad[i : i + 1, :, : x.shape[2]], own_grad, roundings)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"rest_term": False}], ids=str)
 @pytest.mark.parametrize("grouping", ["position", "hash"])
-def test_what_padding_holds_has_no_effect(grouping: str) -> None:
+def test_what_padding_holds_has_no_effect(grouping: str, options: dict[str, Any], side: str, backend: str) -> None:
     _, (query, key, value, _, mask) = problem("self", 19, torch.float32)
-    outs = []
+    if side == "left":
+        query, key, value, mask = (x.flip(1 if x.dim() == 2 else 2) for x in (query, key, value, mask))
+    attend = partial(
+        rk.clustered_attention, budget=12, chunk_length=8, grouping=grouping, key_padding_mask=mask, backend=backend,
+        **options,
+    )  # fmt: skip
+    padded = mask[:, None, :, None]
+    results = []
     for garbage in (0.0, 1e4, torch.inf, torch.nan):
-        q, k, v = (x.masked_fill(mask[:, None, :, None], garbage) for x in (query, key, value))
-        out = rk.clustered_attention(q, k, v, budget=12, chunk_length=8, grouping=grouping, key_padding_mask=mask)
-        outs.append(out.masked_fill(mask[:, None, :, None], 0.0))
-        assert torch.equal(outs[0], outs[-1])
+        q, k, v = (x.masked_fill(padded, garbage) for x in (query, key, value))
+        weights = reference.dense_weights(capture(attend, q, k, v, op="list_attention"))
+        found = [x.masked_fill(padded, 0.0) for x in (attend(q, k, v), weights)]
+        # A padded query attends keys as others do: its gradient reaches them.
+        q, k, v = (x.requires_grad_() for x in (q.masked_fill(padded, 0.0), k, v))
+        found += torch.autograd.grad(attend(q, k, v).masked_fill(padded, 0.0).sum(), (q, k, v))
+        results.append(found)
+        assert all(map(torch.equal, results[0], found))
 
 
 @pytest.mark.parametrize("mean", [0.0, 5.0, 20.0])

@@ -76,6 +76,27 @@ def test_lsh_attention(backend: str, alignment: str, causal: bool, rules: rk.Att
         check(partial(rk.lsh_attention, backend=backend, **options), tensors(2, 2), backend == "cpu")
 
 
+@pytest.mark.parametrize("rules", RULES, ids=["default", "paper", "padding by content"])
+@pytest.mark.parametrize("alignment", ["ring", "bucket"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_padding_holds_has_no_effect(backend: str, side: str, alignment: str, rules: rk.AttentionRules) -> None:
+    mask = PADDING.flip(1) if side == "left" else PADDING
+    padded = mask[:, None, :, None]
+    rows = torch.randn(2, len(ENDS), 2, 40, 8)
+    outs = []
+    for garbage in (0.0, 1e4, torch.inf, torch.nan):
+        q, v = rows.masked_fill(padded, garbage)
+        options: dict[str, Any] = {"n_buckets": 4, "chunk_length": 8, "alignment": alignment, "rules": rules}
+        if not rules.padding_bucket:  # where padding is sorted decides who shares a window
+            options["buckets"] = torch.randint(
+                4, (len(ENDS), 2, 4, 40), generator=torch.Generator().manual_seed(1)
+            ).int()
+        out = rk.lsh_attention(q, v, key_padding_mask=mask, backend=backend, **options)
+        outs.append(out.masked_fill(padded, 0.0))
+        assert torch.equal(outs[0], outs[-1])
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_local_attention(backend: str, causal: bool) -> None:

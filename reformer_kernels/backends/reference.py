@@ -24,6 +24,7 @@ from .reference_lists import (
     per_key_head,
     per_query_head,
     select_keys,
+    without_padding,
 )
 
 __all__ = [  # a backend, what only it has, and what ``testing`` is made of
@@ -202,6 +203,10 @@ def _any_per_query(call: AttentionCall, position: Tensor, flags: Tensor) -> Tens
     return counts.scatter_add(2, position.flatten(2), flags.flatten(2).long()) > 0
 
 
+def _has_sentinels(call: AttentionCall) -> bool:
+    return call.key is None and call.rules.own_position == "sentinel"
+
+
 def score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, number: Tensor) -> Scores:
     """Scores of every (query, key) pair of every window, and what the rules say of it."""
     rules, shared = call.rules, call.key is None
@@ -252,7 +257,7 @@ def score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, number
     own = q_pair == k_pair if shared else torch.zeros_like(exists)
     live, included = exists, exists
     self_only = torch.zeros(batch, heads, length, dtype=torch.bool, device=scores.device)
-    if rules.own_position == "sentinel" and shared:
+    if _has_sentinels(call):
         mask_value = -torch.finfo(scores.dtype).max if rules.mask_value is None else rules.mask_value
         scores = torch.where(allowed, scores, mask_value)
         scores = torch.where(own, rules.own_value, scores)
@@ -344,7 +349,10 @@ def tensors(call: AttentionCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     """Query, key and value, these for every query head."""
     query, heads = call.query.to(dtype), call.query.shape[1]
     key = unit_key(query, call.rules.key_norm) if call.key is None else per_query_head(call.key.to(dtype), heads)
-    return query, key, per_query_head(call.value.to(dtype), heads)
+    value = per_query_head(call.value.to(dtype), heads)
+    if _has_sentinels(call):  # padding has a weight, however small
+        return query, key, value
+    return query, without_padding(key, call.key_padding_mask), without_padding(value, call.key_padding_mask)
 
 
 def _one_sequence(call: AttentionCall, order: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:

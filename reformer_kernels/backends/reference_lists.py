@@ -31,6 +31,11 @@ def per_query_head(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
+def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [B, H, L, D], 0 where the mask [B, L] is True: a weight of 0 does not remove what is not finite."""
+    return x if mask is None else x.masked_fill(mask[:, None, :, None], 0.0)
+
+
 def _positions(call: SelectCall | ListCall) -> Tensor:
     """int64 [B, H, N, C]: the positions of the queries of every row of lists."""
     batch, heads, length = call.query.shape[:3]
@@ -123,12 +128,9 @@ def selection_scores(call: SelectCall) -> Tensor:
     size = min(-(-call.chunk_length // SUBGROUPS), chunk)
     groups = torch.nn.functional.pad(position, (0, -chunk % size), value=-1)
     groups = groups.unflatten(-1, (-1, size))  # [B, H, n, M, size]
-    real = (groups >= 0)[..., None].to(dtype)  # [B, H, n, M, size, 1]
-    query = call.query.to(dtype)
-    rows = query.gather(2, groups.clamp(min=0).reshape(batch, heads, -1, 1).expand(-1, -1, -1, query.shape[3]))
-    rows = rows.view(*groups.shape, -1)
-    members = real.sum(dim=-2)  # [B, H, n, M, 1]
-    mean = (rows * real).sum(dim=-2) / members.clamp(min=1)
+    rows = gather_rows(call.query.to(dtype), groups)  # [B, H, n, M, size, D]
+    members = (groups >= 0).sum(dim=-1, keepdim=True).to(dtype)  # [B, H, n, M, 1]
+    mean = rows.sum(dim=-2) / members.clamp(min=1)
     key = per_query_head(call.key.to(dtype), heads)[:, :, :keys]
     score = call.scale * torch.einsum("bhnmd,bhsd->bhnms", mean, key)
     allowed, bias = _allowed(call, groups[..., None], torch.arange(keys, device=key.device), dtype)
@@ -166,13 +168,15 @@ def _candidates(call: SelectCall, mean: Tensor, key: Tensor, groups: Tensor) -> 
     size = key.shape[2]
     count = -(-size // KEY_BLOCK)
     batch = key.shape[0]
-    there = torch.ones(batch, size, dtype=torch.bool, device=key.device)
+    there = torch.ones(batch, size, dtype=key.dtype, device=key.device)
     if call.key_padding_mask is not None:
-        there = ~call.key_padding_mask[:, :size]
-    there = there[:, None].to(key.dtype)
+        padded = call.key_padding_mask[:, :size]
+        key, there = without_padding(key, padded), there.masked_fill(padded, 0.0)
     pad = -size % KEY_BLOCK
-    blocks = torch.nn.functional.pad(key * there[..., None], (0, 0, 0, pad)).unflatten(2, (count, KEY_BLOCK)).sum(dim=3)
-    sizes = torch.nn.functional.pad(there, (0, pad)).unflatten(2, (count, KEY_BLOCK)).sum(dim=3)  # [B, 1, count]
+    blocks = torch.nn.functional.pad(key, (0, 0, 0, pad)).unflatten(2, (count, KEY_BLOCK)).sum(dim=3)
+    sizes = (
+        torch.nn.functional.pad(there, (0, pad)).unflatten(1, (count, KEY_BLOCK)).sum(dim=2)[:, None]
+    )  # [B, 1, count]
     score = call.scale * torch.einsum("bhnmd,bhkd->bhnmk", mean, blocks / sizes.clamp(min=1)[..., None])
     score = score + sizes.log()[:, :, None, None]
     # A block can be seen if its first key comes no later than the sub-group's last query.
@@ -220,12 +224,12 @@ class ListScores(NamedTuple):
 
 def list_scores(call: ListCall) -> ListScores:
     """The scores of every pair of a query and a key of its lists."""
-    dtype = compute_dtype(call.query)
+    all_queries, all_keys, _ = call_tensors(call)
+    dtype = all_queries.dtype
     batch, heads = call.query.shape[:2]
     position, key = _positions(call), call.key_indices.long()
     rounds = 1 if call.order is None else call.order.shape[2]
-    query_rows = gather_rows(call.query.to(dtype), position)
-    key_rows = gather_rows(per_query_head(call.key.to(dtype), heads), key)
+    query_rows, key_rows = gather_rows(all_queries, position), gather_rows(all_keys, key)
     included, bias = _allowed(call, position[..., :, None], key[..., None, :], dtype)
     if rounds == 2:  # the second leaves out what the first has shown: from the first to the last key of the query's row
         chunks = key.shape[2] // 2
@@ -255,12 +259,12 @@ def list_scores(call: ListCall) -> ListScores:
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, H, L, D] at index [B, H, N, K] -> [B, H, N, K, D]; zero where the index is -1."""
+    """x [B, H, L, D] at index [B, H, ...] -> [B, H, ..., D]; zero where the index is -1."""
     batch, heads, _, width = x.shape
     if x.shape[2] == 0:
         return x.new_zeros((*index.shape, width))
     at = index.clamp(min=0).reshape(batch, heads, -1, 1).expand(-1, -1, -1, width)
-    return x.gather(2, at).view(*index.shape, width) * (index >= 0)[..., None]
+    return x.gather(2, at).view(*index.shape, width).masked_fill((index < 0)[..., None], 0.0)
 
 
 def add_rows(length: int, index: Tensor, rows: Tensor) -> Tensor:
@@ -302,7 +306,9 @@ def rest_term(call: ListCall, s: ListScores, query: Tensor, key: Tensor) -> Rest
 def call_tensors(call: ListCall) -> tuple[Tensor, Tensor, Tensor]:
     """Query, and key and value for every query head, in the dtype that is computed in."""
     dtype, heads = compute_dtype(call.query), call.query.shape[1]
-    key, value = (per_query_head(x.to(dtype), heads) for x in (call.key, call.value))
+    key, value = (
+        without_padding(per_query_head(x.to(dtype), heads), call.key_padding_mask) for x in (call.key, call.value)
+    )
     return call.query.to(dtype), key, value
 
 
