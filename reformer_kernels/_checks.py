@@ -188,9 +188,13 @@ def check_cu_seqlens(cu_seqlens: Any, query: Tensor) -> None:
     if cu_seqlens.device.type != "cpu":
         raise ValueError(f"cu_seqlens must be on the CPU (it is read on the host), got {cu_seqlens.device}")
     if torch.compiler.is_compiling():
-        return  # values are not known while tracing; the kernels check them again
+        return  # values are not known while tracing; backends check them before they use them
+    check_bounds(cu_seqlens, query.shape[2])
+
+
+def check_bounds(cu_seqlens: Tensor, length: int) -> None:
+    """Packed sequences are those of all tokens: kernels go where their bounds say."""
     bounds = cu_seqlens.tolist()
-    length = query.shape[2]
     ordered = all(a <= b for a, b in pairwise(bounds))
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or not ordered:
         raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, got {bounds[:8]}")

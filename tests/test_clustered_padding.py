@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_what_padding_holds_has_no_effect(grouping: str, options: dict[str, Any]
     _, (query, key, value, _, mask) = problem("self", 19, torch.float32)
     if side == "left":
         query, key, value, mask = (x.flip(1 if x.dim() == 2 else 2) for x in (query, key, value, mask))
-    attend = partial(
+    attend: Callable[..., Tensor] = partial(
         rk.clustered_attention, budget=12, chunk_length=8, grouping=grouping, key_padding_mask=mask, backend=backend,
         **options,
     )  # fmt: skip
@@ -110,11 +111,10 @@ def test_hashed_groups_are_those_of_the_sequence_alone(dtype: torch.dtype, mean:
     """Also where the mean is larger than what it is subtracted from differs, and sums of float16 overflow."""
 
     def order(query: Tensor, mask: Tensor | None) -> Tensor:
-        options: dict[str, Any] = {"budget": 8, "grouping": "hash", "query_padding_mask": mask}
-        key = query[:, :, :1]
+        key, options = query[:, :, :1], {"grouping": "hash", "query_padding_mask": mask}
         call = capture(rk.clustered_attention, query, key, key, op="select_keys", **options)
-        assert call.order is not None
-        return call.order[:, :, 1]
+        hashed: Tensor = call.order[:, :, 1]
+        return hashed
 
     for length, longest in ((1000, 1024), (700, 1100), (4096, 4096)):
         query = (torch.randn(1, 2, longest, 16, dtype=torch.float64) + mean).to(dtype)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import reformer_kernels as rk
 from benchmarks import roofline
 from reformer_kernels._calls import AttentionCall, HashCall, ListCall, OrderCall, SelectCall
-from reformer_kernels.backends import cuda
+from reformer_kernels.backends import _common, cuda
 
 RULES = rk.AttentionRules()
 H100 = (132, 232448, 233472)
@@ -55,6 +55,12 @@ def test_it_needs_tensors_on_a_gpu() -> None:
 def test_it_refuses_with_reasons(options: dict[str, Any], reason: str) -> None:
     assert cuda.not_supported_reasons(hash_call()) == []
     assert cuda.not_supported_reasons(hash_call(**options)) == [reason]
+
+
+def test_bounds_on_the_gpu_are_not_looked_at() -> None:
+    """They are ours, and the host would have to wait; a fake tensor refuses it."""
+    bounds = torch.empty(2, 3, dtype=torch.int32, device="cuda")
+    assert _common.device_bounds(order_call(1000, 2)._replace(cu_seqlens=bounds)) is bounds
 
 
 def attention_call(

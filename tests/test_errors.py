@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import reformer_kernels as rk
+from reformer_kernels.backends import _common, cuda, reference
+from reformer_kernels.testing import capture
 
 Q = torch.randn(2, 3, 20, 8)
 HALF = Q.half()
@@ -178,3 +180,17 @@ def test_the_library_checks_what_memory_safety_needs() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             OPS.chunk_attention.default(*attention_arguments(**{"backend": "cpu", **changes}))
+
+
+@pytest.mark.parametrize("bounds", [[64, 128, 192], [0, 96, 64, 128], [0, 64], [0]], ids=str)
+def test_backends_check_bounds(bounds: list[int]) -> None:
+    """In compiled code nothing else has, and kernels go where they say."""
+    x = torch.randn(1, 2, 128, 8)
+    good = torch.tensor([0, 64, 128], dtype=torch.int32)
+    for op in ("bucket_order", "chunk_attention"):
+        call: Any = capture(rk.lsh_attention, x, x, cu_seqlens=good, n_buckets=4, op=op)
+        assert _common.device_bounds(call) is call.cu_seqlens
+        call = call._replace(cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+        for backend in (cuda, reference):
+            with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to the length 128"):
+                getattr(backend, op)(call)

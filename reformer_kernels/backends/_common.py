@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._calls import AttentionCall, Call, ListCall, SelectCall, empty_gradients
+from .._calls import AttentionCall, Call, ListCall, OrderCall, SelectCall, empty_gradients
+from .._checks import check_bounds
 
 MAX_SLOTS = 2**30  # which kernels of GPUs count in 32 bits, with windows beyond both ends
 
@@ -19,6 +20,19 @@ def rows(x: Tensor) -> Tensor:
 
 def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def device_bounds(call: OrderCall | AttentionCall) -> Tensor | None:
+    """cu_seqlens where the tensors are, checked on the CPU, as compiled code has not looked at them.
+
+    Those of each batch row, which are ours, are there already; looking at them would wait for the GPU.
+    """
+    bounds = call.cu_seqlens
+    if bounds is None:
+        return None
+    if bounds.dim() == 1:
+        check_bounds(bounds, call.buckets.shape[3] if isinstance(call, OrderCall) else call.query.shape[2])
+    return bounds.to(call.device, non_blocking=True).contiguous()
 
 
 def new_gradients(call: AttentionCall | ListCall) -> tuple[Tensor, Tensor, Tensor]:

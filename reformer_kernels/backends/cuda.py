@@ -14,6 +14,7 @@ from . import _native
 from ._common import (
     chunk_reasons,
     clustered_reasons,
+    device_bounds,
     new_gradients,
     per_key,
     rest_sums,
@@ -194,21 +195,20 @@ def hash_buckets(call: HashCall) -> Tensor:
 
 def bucket_order(call: OrderCall) -> Tensor:
     """Buckets are not checked, for which the host would have to wait: one out of range counts as the last."""
-    arguments = _native.order_arguments(call._replace(cu_seqlens=_to_device(call.cu_seqlens, call)))
+    arguments = _native.order_arguments(call._replace(cu_seqlens=device_bounds(call)))
     _ops.bucket_order({**arguments, "longest": call.longest})
     order: Tensor = arguments["order"]
     return order
 
 
-def _to_device(x: Tensor | None, call: OrderCall | AttentionCall | ListCall) -> Tensor | None:
-    return None if x is None else x.to(call.device, non_blocking=True)
+def _seed(call: AttentionCall | ListCall) -> Tensor | None:
+    """The seed of dropout where the tensors are."""
+    return None if call.dropout_seed is None else call.dropout_seed.to(call.device, non_blocking=True)
 
 
 def chunk_arguments(call: AttentionCall) -> dict[str, Any]:
     """What forward and backward of the library take."""
-    on_device = call._replace(
-        cu_seqlens=_to_device(call.cu_seqlens, call), dropout_seed=_to_device(call.dropout_seed, call)
-    )
+    on_device = call._replace(cu_seqlens=device_bounds(call), dropout_seed=_seed(call))
     return {**_native.chunk_arguments(on_device), "longest": call.longest}
 
 
@@ -244,7 +244,7 @@ def select_keys(call: SelectCall) -> Tensor:
 def _list_arguments(call: ListCall) -> tuple[ListCall, dict[str, Any], dict[str, Tensor | None]]:
     """The call without a rest key if there are no keys for it, its arguments, and the sums of the rest key."""
     sums = rest_sums(call)
-    call = call._replace(dropout_seed=_to_device(call.dropout_seed, call), rest_term=sums is not None)
+    call = call._replace(dropout_seed=_seed(call), rest_term=sums is not None)
     named = dict(zip(("key_sums", "value_sums", "counts"), sums or (None, None, None), strict=True))
     return call, _native.list_arguments(call), named
 

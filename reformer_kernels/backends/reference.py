@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._calls import AttentionCall, Call, HashCall, OrderCall, out_of_range
+from .._checks import check_bounds
 from .philox import drop_threshold, keep_factor, philox
 from .reference_lists import (
     MASKED,
@@ -74,7 +75,7 @@ def bucket_order(call: OrderCall) -> Tensor:
     if call.cu_seqlens is None:
         return torch.sort(call.buckets, dim=-1, stable=True).indices.to(torch.int32)
     order = torch.empty_like(call.buckets)
-    for batch, sequences in _sequences(call.cu_seqlens, len(order)):
+    for batch, sequences in _sequences(call.cu_seqlens, len(order), order.shape[3]):
         parts = [
             torch.sort(call.buckets[batch, ..., start:end], dim=-1, stable=True).indices.flatten(2)
             for start, end in sequences
@@ -83,9 +84,10 @@ def bucket_order(call: OrderCall) -> Tensor:
     return order
 
 
-def _sequences(cu_seqlens: Tensor, batch: int) -> list[tuple[slice, list[tuple[int, int]]]]:
+def _sequences(cu_seqlens: Tensor, batch: int, length: int) -> list[tuple[slice, list[tuple[int, int]]]]:
     """Where the sequences of these batch rows begin and end."""
     if cu_seqlens.dim() == 1:
+        check_bounds(cu_seqlens, length)
         return [(slice(0, batch), list(pairwise(cu_seqlens.tolist())))]
     return [(slice(b, b + 1), list(pairwise(bounds))) for b, bounds in enumerate(cu_seqlens.tolist())]
 
@@ -428,7 +430,7 @@ def parts_of(call: AttentionCall) -> list[tuple[slice, list[Part]]]:
     if call.cu_seqlens is None or batch == 0:
         return [(slice(None), [Part(call, order, numbers, slice(None))])]
     rounds, split = order.shape[2], []
-    for of, sequences in _sequences(call.cu_seqlens, batch):
+    for of, sequences in _sequences(call.cu_seqlens, batch, call.query.shape[2]):
         parts = []
         for number, (start, end) in enumerate(sequences):
             rows = slice(start, end)
