@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._calls import AttentionCall, Call, HashCall, OrderCall, out_of_range
+from .._calls import AttentionCall, Call, HashCall, OrderCall, compute_dtype, out_of_range
 from .._checks import check_bounds
 from .philox import drop_threshold, keep_factor, philox
 from .reference_lists import (
@@ -49,7 +49,7 @@ def describe(call: Call) -> str:
 def hash_buckets(call: HashCall) -> Tensor:
     """int32 [B, H, R, L]: per factor ``argmax([x @ rot, -x @ rot])``, the factors combined as digits."""
     rotations, factors = call.resolve()
-    dtype = torch.promote_types(call.x.dtype, torch.float32)
+    dtype = compute_dtype(call.x)
     x, rotations = call.x.to(dtype), rotations.to(dtype)
     bucket: Tensor | int = 0
     radix, start = 1, 0
@@ -358,7 +358,7 @@ def tensors(call: AttentionCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 
 
 def _one_sequence(call: AttentionCall, order: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    dtype = compute_dtype(call.query)
     query, key, value = tensors(call, dtype)
     s = score(call, order, query, key, number)
     out, lse = attend(call, s, value)
@@ -370,7 +370,7 @@ def _one_sequence_backward(
     call: AttentionCall, order: Tensor, number: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P = exp(s - lse), dV = (P drop)^T dO, dS = P (drop dO V^T - rowsum(dO O)): no state of a round is needed."""
-    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    dtype = compute_dtype(call.query)
     query, key, value = tensors(call, dtype)
     s = score(call, order, query, key, number)
     rest = call.query.shape[2] - call.n_queries
@@ -457,7 +457,7 @@ def parts_of(call: AttentionCall) -> list[tuple[slice, list[Part]]]:
 def _nothing(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """The results of a call without a query or a key."""
     rows = (*call.query.shape[:2], call.n_queries)
-    lse = call.query.new_zeros(rows, dtype=torch.promote_types(call.query.dtype, torch.float32))
+    lse = call.query.new_zeros(rows, dtype=compute_dtype(call.query))
     return call.value.new_zeros((*rows, call.value.shape[3])), lse, lse > 0
 
 
