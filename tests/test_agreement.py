@@ -68,6 +68,7 @@ def test_limits_are_those_of_the_cuda_kernels() -> None:
     assert cuda.MAX_HEAD_DIM == 16 * max(map(int, steps.split(",")))
     assert cuda.MAX_FACTORS == number(CUDA, "kHashMaxFactors")
     assert cuda.MAX_CHUNKS == number(CUDA, "kAttentionMaxChunks")
+    assert cuda.LIST_TILE == number(CUDA, "kAttentionRows")
     assert 2 * _common.MAX_SLOTS <= 2**31
     assert functional.MAX_NEIGHBOURS == number(BINDING, "kMaxNeighbours")
 

@@ -147,6 +147,16 @@ def test_it_refuses_lists_with_reasons() -> None:
     assert "forward: blocks 256, threads 128" in described and "gradients of keys: blocks" in described
 
 
+def test_entries_of_lists_are_counted_in_whole_tiles() -> None:
+    """As the kernels keep them, and the binding counts."""
+    for width, entries in ((1, 2**31), (64, 2**31), (65, 2**32)):
+        key_indices = torch.empty(1, 1, 2**25, width, dtype=torch.int32, device="cuda")
+        reason = f"a head has {entries} entries in its lists; the kernels take up to {2**30}"
+        assert cuda.kernel_reasons(list_call(key_indices=key_indices)) == [reason]
+    key_indices = torch.empty(1, 1, 2**24, 1, dtype=torch.int32, device="cuda")
+    assert cuda.kernel_reasons(list_call(key_indices=key_indices)) == []
+
+
 def select_call(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, **options: Any) -> SelectCall:
     def rows(heads: int) -> torch.Tensor:
         return torch.empty(2, heads, 1000, head_dim, dtype=dtype, device="cuda")

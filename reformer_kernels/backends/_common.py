@@ -126,11 +126,11 @@ def chunk_reasons(max_head_dim: int, max_chunks: int, call: AttentionCall) -> li
     return [*reasons, *rule_reasons(call)]
 
 
-def clustered_reasons(max_head_dim: int, call: SelectCall | ListCall) -> list[str]:
-    """Of kernels of a GPU, for rows of up to a head size."""
+def clustered_reasons(max_head_dim: int, call: SelectCall | ListCall, tile: int = 1) -> list[str]:
+    """Of kernels of a GPU, for rows of up to a head size, whose lists have whole tiles of entries."""
     reasons = row_reasons(max_head_dim, call.query, call.value if isinstance(call, ListCall) else call.key)
     reasons += mask_reasons(call)
     if isinstance(call, ListCall):
         chunks, width = call.key_indices.shape[2:]
-        reasons += slot_reasons("entries in its lists", chunks * width)
+        reasons += slot_reasons("entries in its lists", chunks * (-(-width // tile) * tile))
     return reasons

@@ -22,7 +22,9 @@ from ._common import (
     wrong_device,
 )
 
-MAX_HEAD_DIM, MAX_FACTORS, MAX_CHUNKS = 128, 8, 1023  # as in csrc/kernels/cuda/plan.h
+# As in csrc/kernels/cuda/plan.h.
+MAX_HEAD_DIM, MAX_FACTORS, MAX_CHUNKS = 128, 8, 1023
+LIST_TILE = 64  # entries of lists
 _ops = _native.CUDA_OPS
 
 
@@ -75,7 +77,7 @@ def kernel_reasons(call: Call) -> list[str]:
         return []
     if isinstance(call, AttentionCall):
         return chunk_reasons(MAX_HEAD_DIM, MAX_CHUNKS, call)
-    return clustered_reasons(MAX_HEAD_DIM, call)
+    return clustered_reasons(MAX_HEAD_DIM, call, LIST_TILE)
 
 
 Device = tuple[int, int, int]  # multiprocessors, bytes of shared memory of a block and of a multiprocessor
