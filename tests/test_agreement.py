@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,12 +23,12 @@ ONLY_CPU = {"attn_mask"}
 ONLY_CUDA = {"longest", "key_sums", "value_sums", "counts", "key_grads", "value_grads"}
 
 
-def number(folder: Path, name: str) -> int:
+def number(folder: Path, name: str) -> float:
     """The constant of this name in the sources of a folder."""
     text = "".join(file.read_text() for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc")
-    found = re.findall(rf"\b{name} = (?:tl\.constexpr\()?(\d+)\b", text)
+    found = re.findall(rf"\b{name} = (?:tl\.constexpr\(|T\()?(\d[\d.e+-]*)f?\b", text)
     assert len(found) == 1, f"{name} in {folder}: {found}"
-    return int(found[0])
+    return float(found[0])
 
 
 def schema_of(library: str, name: str) -> dict[str, str]:
@@ -49,9 +51,24 @@ def test_arguments_of_ops_are_the_fields_of_their_records(name: str) -> None:
     assert list(schema_of("reformer_kernels", name)) == [*before, *RECORDS[forward]._fields]
 
 
-@pytest.mark.parametrize("record", [AttentionCall, ListCall])
-def test_what_has_gradients_comes_first(record: Any) -> None:
-    assert record._fields[:3] == ("query", "key", "value")
+@pytest.mark.parametrize(
+    ("record", "first"),
+    [(AttentionCall, ("query", "key", "value")), (ListCall, ("query", "key", "value")), (SelectCall, ("query", "key"))],
+)
+def test_what_has_gradients_or_is_cast_comes_first(record: Any, first: tuple[str, ...]) -> None:
+    """Autograd and autocast take them by their number."""
+    assert record._fields[: len(first)] == first
+
+
+def test_options_of_lsh_attention_are_its_parameters() -> None:
+    """For type checkers they are listed a second time, beside what decides the type of the result."""
+    parsed = ast.parse(Path(functional.__file__).read_text())
+    (listed,) = (x for x in ast.walk(parsed) if isinstance(x, ast.ClassDef) and x.name == "_LSHOptions")
+    fields = {ast.unparse(x.target): ast.unparse(x.annotation) for x in listed.body if isinstance(x, ast.AnnAssign)}
+    parameters = inspect.signature(rk.lsh_attention).parameters.values()
+    options = {x.name: x.annotation for x in parameters if x.kind is x.KEYWORD_ONLY}
+    assert options.pop("return_buckets") == "bool"
+    assert list(fields.items()) == list(options.items())
 
 
 def test_flags_are_those_of_the_kernels() -> None:
@@ -76,18 +93,20 @@ def test_limits_are_those_of_the_cuda_kernels() -> None:
 @pytest.mark.parametrize(
     ("folder", "names"),
     [
-        (CPU, ("kSubgroups", "kExactKeys", "kQueries", "kChosenBlocks")),
-        (CUDA, ("kSelectSubgroups", "kSelectExactKeys", "kAttentionRows", "kSelectBlocks")),
+        (CPU, ("kSubgroups", "kExactKeys", "kQueries", "kChosenBlocks", "kLeast")),
+        (CUDA, ("kSelectSubgroups", "kSelectExactKeys", "kAttentionRows", "kSelectBlocks", "kSelectLeast")),
     ],
     ids=["cpu", "cuda"],
 )
 def test_keys_are_chosen_by_the_sizes_of_the_reference(folder: Path, names: tuple[str, ...]) -> None:
-    sizes = ("SUBGROUPS", "EXACT_KEYS", "KEY_BLOCK", "CHOSEN_BLOCKS")
+    sizes = ("SUBGROUPS", "EXACT_KEYS", "KEY_BLOCK", "CHOSEN_BLOCKS", "LEAST")
     assert [getattr(reference_lists, name) for name in sizes] == [number(folder, name) for name in names]
 
 
 def test_limits_are_those_of_the_triton_kernels() -> None:
-    assert triton.MAX_CHUNKS == 2 ** number(Path(triton.__file__).parent, "KEPT_BITS") - 1
+    folder = Path(triton.__file__).parent
+    assert triton.MAX_CHUNKS == 2 ** number(folder, "KEPT_BITS") - 1
+    assert number(folder, "LEAST") == reference_lists.LEAST
 
 
 @pytest.fixture
