@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._calls import AttentionCall, OrderCall
-
 MASKED_KEY = tl.constexpr(2147483647)  # as the position of a key: no query sees it
 CONTEXT_KEY = tl.constexpr(-1)  # as the position of a key: every query sees it
 NO_KEYS = tl.constexpr(-2147483648)  # as the limit of a query: it sees nothing
@@ -102,11 +100,6 @@ class Keys(NamedTuple):
     valid: Any
     slot: Any  # unrolled
     key_position: Any  # position, MASKED_KEY or CONTEXT_KEY
-
-
-def bounds_of(call: OrderCall | AttentionCall) -> Tensor | None:
-    """cu_seqlens where the tensors are."""
-    return None if call.cu_seqlens is None else call.cu_seqlens.to(call.device, non_blocking=True).contiguous()
 
 
 def row_stride(bounds: Tensor | None) -> int:

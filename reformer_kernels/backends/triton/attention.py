@@ -17,7 +17,6 @@ from ._pairs import across, kept_factor, keys_along, queries_along, score_mod, s
 from ._windows import (
     NO_KEYS,
     Problem,
-    bounds_of,
     has_score_mod,
     keys_of_tile,
     position_of,
@@ -273,8 +272,8 @@ def window_problem(call: AttentionCall) -> Problem:
         mask_padded_queries=rules.mask_padded_queries, bucket_aligned=tl.constexpr(not call.is_ring),
         within_bucket=tl.constexpr(call.masks_other_buckets), dedup=tl.constexpr(call.counts_meetings),
     )  # fmt: skip
-    if call.cu_seqlens is not None:
-        bounds = bounds_of(call)
+    bounds = _common.device_bounds(call)
+    if bounds is not None:
         p = p._replace(cu_seqlens=bounds, sequences=n_sequences(bounds), bounds_stride=row_stride(bounds))
     if not call.has_score_mod and call.is_ring:
         return p

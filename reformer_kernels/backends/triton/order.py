@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._calls import OrderCall, n_sequences
+from .. import _common
 from ._launch import Config, launch
-from ._windows import bounds_of, row_stride
+from ._windows import row_stride
 
 TILE_BITS = 10
 LEAST_BITS, MOST_BITS = 4, 10  # of a digit; keys have as few and as equal digits as that allows
@@ -95,7 +96,7 @@ def place_kernel(
 
 def bucket_order(call: OrderCall) -> Tensor:
     """Buckets are not checked, for which the host would have to wait: one out of range counts as the last."""
-    return sort(call.buckets.contiguous(), bounds_of(call), call.longest, call.n_buckets)
+    return sort(call.buckets.contiguous(), _common.device_bounds(call), call.longest, call.n_buckets)
 
 
 def sort(buckets: Tensor, cu_seqlens: Tensor | None, longest: int, n_buckets: int) -> Tensor:
