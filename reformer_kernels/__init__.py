@@ -10,9 +10,10 @@ from .models.heads import ReformerQuestionAnswering, ReformerSequenceClassifier
 from .models.lm import ReformerLM, ReformerMaskedLM
 from .models.reformer import Reformer
 from .models.seq2seq import ReformerSeq2Seq
-from .modules.attention import FullAttention, LocalSelfAttention, LSHSelfAttention
+from .modules.attention import LocalSelfAttention, LSHSelfAttention
 from .modules.convert import convert_attention
 from .modules.feed_forward import ChunkedFeedForward, TokenChunks, chunked_cross_entropy
+from .modules.full_attention import FullAttention
 from .modules.multihead import LSHMultiheadAttention
 from .modules.position import (
     AxialPositionEmbedding,

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules.attention import FullAttention, LocalSelfAttention, LSHSelfAttention
+from ..modules.attention import LocalSelfAttention, LSHSelfAttention
+from ..modules.full_attention import FullAttention
 from ..modules.position import AxialPositionEmbedding
 
 VOCABULARY = 256  # one token per byte

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._checks import check_shape, check_tensor
 from ..modules.feed_forward import chunked_cross_entropy
 from .base import initialize
+from .cache import Cache
 from .config import ReformerConfig
 from .outputs import LMOutput
 from .reformer import Reformer, ReformerModel
@@ -69,19 +70,23 @@ class _LanguageModel(ReformerModel):
         *,
         inputs_embeds: Tensor | None = None,
         n_hashes: int | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         return_logits: bool = False,
     ) -> LMOutput:
         """Logits, or with labels the loss.
 
         Args:
-            input_ids, attention_mask, inputs_embeds, n_hashes: as in ``Reformer``.
+            input_ids, attention_mask, inputs_embeds, n_hashes, position_ids, cache: as in ``Reformer``.
             labels: int64 [B, L], between 0 and V - 1, or -100 where there is nothing to predict.
             return_logits: also with labels. They are [B, L, V], which the loss alone never holds.
 
         Raises:
             TypeError, ValueError: an argument has a wrong type, shape or value, or a sequence is too long.
         """
-        streams = self.reformer.streams(input_ids, attention_mask, inputs_embeds, n_hashes=n_hashes)
+        streams = self.reformer.streams(
+            input_ids, attention_mask, inputs_embeds, n_hashes=n_hashes, position_ids=position_ids, cache=cache
+        )
         if labels is not None:
             check_labels(labels)
             check_shape("labels", labels, tuple(streams[0].shape[:2]))

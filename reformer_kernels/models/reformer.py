@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_int, check_tensor
-from ..modules.attention import FullAttention, LocalSelfAttention, LSHSelfAttention
+from ..modules.attention import LocalSelfAttention, LSHSelfAttention
 from ..modules.feed_forward import ChunkedFeedForward, TokenChunks
-from ..modules.position import AxialPositionEmbedding, LearnedPositionEmbedding, SinusoidalPositionEmbedding
+from ..modules.full_attention import FullAttention
+from ..modules.position import (
+    AxialPositionEmbedding,
+    LearnedPositionEmbedding,
+    SinusoidalPositionEmbedding,
+    check_row_positions,
+)
 from ..modules.reversible import ReversibleBlock, ReversibleSequence
 from .base import PretrainedModel, check_ids, initialize, padding_mask
+from .cache import Cache, check_cache
 from .config import ReformerConfig
 from .outputs import ReformerOutput
 
@@ -64,21 +71,29 @@ class Reformer(PretrainedModel):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> ReformerOutput:
         """The final hidden state.
 
         Args:
             input_ids: int64 or int32 [B, L].
-            attention_mask: [B, L], 1: a token, 0: padding, which nobody attends to.
+            attention_mask: [B, L], 1: a token, 0: padding, on either side, which nobody attends to. A row is computed
+                as if it were alone, without its padding.
             inputs_embeds: [B, L, E], in the place of the embeddings of ``input_ids``.
             context: [B, S, context_dim], if the configuration has a ``context_dim``.
             context_mask: [B, S], as ``attention_mask``.
             n_hashes: in the place of the configuration's, for example more of them in evaluation.
+            position_ids: integers [L] or [B, L]; None: they count from the first token of a row.
+            cache: of ``new_cache``. The tokens go on with what it has, and there are no gradients. The context counts
+                in its first step.
 
         Raises:
             TypeError, ValueError: an argument has a wrong type, shape or value, or a sequence is too long.
         """
-        streams = self.streams(input_ids, attention_mask, inputs_embeds, context, context_mask, n_hashes)
+        streams = self.streams(
+            input_ids, attention_mask, inputs_embeds, context, context_mask, n_hashes, position_ids, cache
+        )
         return ReformerOutput(self.merge(torch.cat(streams, dim=-1)))
 
     def streams(
@@ -89,49 +104,131 @@ class Reformer(PretrainedModel):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         n_hashes: int | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The two final streams [B, L, E], which ``merge`` makes the hidden state of."""
-        x = self._embed(input_ids, inputs_embeds)
+        tokens = self._tokens(input_ids, inputs_embeds)
+        mask = padding_mask(attention_mask, tokens)
+        order = None
+        if mask is not None:  # padding goes to the end, where it has no effect
+            order = mask.to(torch.int8).argsort(dim=1, stable=True)
+            tokens, mask = _reordered(tokens, order), mask.gather(1, order)
+        if position_ids is not None:
+            check_row_positions(position_ids, tokens[:, :, None] if tokens.dim() == 2 else tokens)
+            position_ids = position_ids.expand(tokens.shape[:2])
+            position_ids = position_ids if order is None else position_ids.gather(1, order)
+        kwargs = {"context": self._context_kwargs(tokens, context, context_mask, cache)}
         if n_hashes is not None:
             check_int("n_hashes", n_hashes, 1)
-        mask = padding_mask(attention_mask, x)
-        own: dict[str, Any] = {"key_padding_mask": mask}
-        kwargs = {"local": own, "full": own, "lsh": {**own, "n_hashes": n_hashes}, "feed_forward": {}}
-        if self.config.context_dim is not None:
-            check_context("context", context, x, self.config.context_dim)
-            assert context is not None
-            kwargs["context"] = {
-                "context": context,
-                "key_padding_mask": padding_mask(context_mask, context, "context_mask"),
-            }
+        if cache is not None:
+            if n_hashes not in (None, self.config.n_hashes):
+                raise ValueError(
+                    f"n_hashes must be None with a cache, which has {self.config.n_hashes}, got {n_hashes}"
+                )
+            check_cache(cache, len(self._kinds))
+            with torch.no_grad():
+                streams = self._step(tokens, mask, position_ids, kwargs["context"], cache)
+        else:
+            own: dict[str, Any] = {"key_padding_mask": mask, "positions": position_ids}
+            kwargs |= {"local": own, "full": own, "lsh": {**own, "n_hashes": n_hashes}, "feed_forward": {}}
+            x = self._embed(tokens, position_ids)
+            streams = self._through(x, [kwargs[kind] for kind in self._kinds])
+        if order is None:
+            return streams
+        back = order.argsort(1)
+        return _reordered(streams[0], back), _reordered(streams[1], back)
+
+    def new_cache(self, *, max_crop: int = 0) -> Cache:
+        """An empty cache, for ``forward``. The weights, and the rotations of evaluation, must stay what they are.
+
+        Args:
+            max_crop: tokens that ``cache.crop`` may forget at a time; local and LSH layers keep so many more.
+
+        Raises:
+            ValueError: the model is not causal.
+            NotImplementedError: its rules are not those of a cache.
+        """
+        check_int("max_crop", max_crop, 0)
+        with torch.no_grad():
+            layers = [
+                None if kind == "feed_forward" else module.layer.new_cache(max_crop)
+                for kind, module in zip(self._kinds, self._modules_of_halves(), strict=True)
+            ]
+        return Cache(layers, max_crop, self.config.longest)
+
+    def _step(
+        self, tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None, context: dict[str, Any], cache: Cache
+    ) -> tuple[Tensor, Tensor]:
+        valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else ~mask
+        if position_ids is not None:
+            raise ValueError("position_ids must be None with a cache, whose rows know their positions")
+        step = cache.begin(valid)
+        x = self._embed(tokens, step.position)
+        kwargs: list[dict[str, Any]] = []
+        for kind, layer in zip(self._kinds, cache.layers, strict=True):
+            own = {} if layer is None else {"cache": layer, "step": step}
+            kwargs.append({**own, **context} if kind == "context" else own)
+        streams = self._through(x, kwargs)
+        cache.end(step)
+        return streams
+
+    def _modules_of_halves(self) -> list[Any]:
+        blocks: list[Any] = list(self.layers.blocks)
+        return [half for block in blocks for half in (block.f, block.g) if half is not None]
+
+    def _through(self, x: Tensor, kwargs: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        f_kwargs, g_kwargs = kwargs[0::2], kwargs[1::2]
+        if len(kwargs) % 2:
+            g_kwargs.append({})
+        streams: tuple[Tensor, Tensor] = self.layers(x, f_kwargs, g_kwargs)
+        return streams
+
+    def _context_kwargs(
+        self, tokens: Tensor, context: Tensor | None, context_mask: Tensor | None, cache: Cache | None
+    ) -> dict[str, Any]:
         for name, given in (("context", context), ("context_mask", context_mask)):
             if given is not None and self.config.context_dim is None:
                 raise ValueError(f"{name} must be None, as the configuration has no context_dim, got a tensor")
-        g_kwargs = [kwargs[kind] for kind in self._kinds[1::2]]
-        if len(self._kinds) % 2:
-            g_kwargs.append({})
-        streams: tuple[Tensor, Tensor] = self.layers(x, [kwargs[kind] for kind in self._kinds[0::2]], g_kwargs)
-        return streams
+        if self.config.context_dim is None or (context is None and cache is not None and cache.lengths is not None):
+            return {}
+        check_context("context", context, tokens, self.config.context_dim)
+        assert context is not None
+        return {"context": context, "key_padding_mask": padding_mask(context_mask, context, "context_mask")}
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Ids [B, L] or embeddings [B, L, E]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids or inputs_embeds must be given, and not both")
         if inputs_embeds is None:
             check_ids("input_ids", input_ids, self.config.vocab_size)
-            x = self.embedding(input_ids)
-        else:
-            x, width = inputs_embeds, self.config.embed_dim
-            if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != width:
-                got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"inputs_embeds must have shape [B, L, {width}], got {got}")
-            check_tensor("inputs_embeds", x, "B L E")
+            assert input_ids is not None
+            return input_ids
+        width = self.config.embed_dim
+        if not isinstance(inputs_embeds, Tensor) or inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width:
+            got = list(inputs_embeds.shape) if isinstance(inputs_embeds, Tensor) else type(inputs_embeds).__name__
+            raise ValueError(f"inputs_embeds must have shape [B, L, {width}], got {got}")
+        check_tensor("inputs_embeds", inputs_embeds, "B L E")
+        return inputs_embeds
+
+    def _embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        x = self.embedding(tokens) if tokens.dim() == 2 else tokens
         length, longest = x.shape[1], self.config.longest
         if longest is not None and length > longest:
             raise ValueError(f"the sequence must be at most max_length {longest} tokens long, got {length}")
         if self.position is not None:
-            x = x + self.position(torch.arange(length, device=x.device)).to(x.dtype)
+            if positions is None:
+                positions = torch.arange(length, device=x.device)
+            elif longest is not None:
+                positions = positions.clamp(max=longest - 1)  # of what is no token
+            x = x + self.position(positions).to(x.dtype)
         embedded: Tensor = self.dropout(x)
         return embedded
+
+
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    """x [B, L, ...] in another order [B, L] of each row."""
+    return x.gather(1, order if x.dim() == 2 else order[..., None].expand(x.shape))
 
 
 class ReformerModel(PretrainedModel):
@@ -174,7 +271,8 @@ class Residual(nn.Module):
         self.norm, self.layer, self.dropout = _norm(config), layer, nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        out: Tensor = self.dropout(self.layer(self.norm(x), **kwargs))
+        layer = self.layer.step if "cache" in kwargs else self.layer
+        out: Tensor = self.dropout(layer(self.norm(x), **kwargs))
         return out
 
 

@@ -1,4 +1,4 @@
-"""Attention layers: the Reformer's shared-QK LSH attention and local attention, and ordinary full attention."""
+"""Attention layers: the Reformer's shared-QK LSH attention and local attention."""
 
 from __future__ import annotations
 
@@ -12,18 +12,15 @@ from torch import Tensor, nn
 from .. import functional
 from .._checks import (
     check_attn_mask,
-    check_bool,
     check_choice,
     check_fraction,
     check_int,
     check_kind,
-    check_like,
     check_padding_mask,
-    check_shape,
-    check_tensor,
 )
-from .._exact import scaled_dot_product_attention
+from ..hashing import bucket_factors
 from ..rules import AttentionRules
+from .cache import BucketCache, LocalCache, RingCache, Step
 from .position import RotaryPositionEmbedding, check_base, check_row_positions
 
 _SEED_RANGE = 2**63 - 1
@@ -33,6 +30,11 @@ def draw_seed(device: torch.device | str = "cpu") -> Tensor:
     """A seed as an int64 tensor of one element."""
     # From torch's generator on the CPU: reproducible by torch.manual_seed, replayed by checkpointing, no device sync.
     return torch.randint(_SEED_RANGE, (1,), dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+
+
+def check_is_causal(causal: bool) -> None:
+    if not causal:
+        raise ValueError("causal must be True for a cache (earlier tokens must not see later ones), got False")
 
 
 def check_hash_seed(hash_seed: Any) -> None:
@@ -266,6 +268,43 @@ class LSHSelfAttention(AttentionBase):
         out = self._merge(out[:, :, self.memory_keys :])
         return out if buckets is None else (out, buckets)
 
+    def new_cache(self, max_crop: int = 0) -> BucketCache | RingCache:
+        """For ``step``, which goes on with new tokens. ``max_crop``: tokens that the cache may be asked to forget.
+
+        Raises:
+            ValueError: the layer is not causal.
+            NotImplementedError: its rules are not those of a cache.
+        """
+        options = self.options
+        check_is_causal(options["causal"])
+        memory = None
+        if self.memory is not None:
+            rows = self.memory[None]
+            memory = self._heads(self.query_key(rows)), self._heads(self.value(rows))
+        seed = seed_of(self.hash_seed, False)
+        if options["alignment"] == "ring":
+            return RingCache({**options, "n_hashes": self.n_hashes, "hash_seed": seed}, memory)
+        rules: AttentionRules = options["rules"]
+        if rules.own_position != "last_resort" or rules.combine_rounds != "softmax" or not rules.padding_bucket:
+            raise NotImplementedError(f"a cache does not go with rules {rules.differences()}")
+        return BucketCache(
+            n_hashes=self.n_hashes,
+            n_buckets=list(bucket_factors(options["n_buckets"], 1, 1)),
+            chunk_length=options["chunk_length"],
+            chunks_before=options["chunks_before"],
+            rules=rules,
+            hash_seed=seed,
+            max_crop=max_crop,
+            backend=options["backend"],
+            memory=memory,
+        )
+
+    def step(self, x: Tensor, cache: BucketCache | RingCache, step: Step) -> Tensor:
+        """The output [B, N, E] of new tokens x [B, N, E], as ``forward`` has it of all; without gradients."""
+        self._check_input(x)
+        rows = self._rotated(self._heads(self.query_key(x)), step.position)
+        return self._merge(cache.attend(rows, self._heads(self.value(x)), step))
+
     def extra_repr(self) -> str:
         shown = {"n_hashes": self.n_hashes, **self.options, "hash_seed": self.hash_seed}
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in shown.items())])
@@ -344,134 +383,17 @@ class LocalSelfAttention(AttentionBase):
         )
         return self._merge(out)
 
+    def new_cache(self, max_crop: int = 0) -> LocalCache:
+        """As ``LSHSelfAttention.new_cache``."""
+        options = self.options
+        check_is_causal(options["causal"])
+        return LocalCache(options["chunk_length"], options["chunks_before"], options["scale"], max_crop)
+
+    def step(self, x: Tensor, cache: LocalCache, step: Step) -> Tensor:
+        """As ``LSHSelfAttention.step``."""
+        self._check_input(x)
+        query, key = (self._rotated(self._heads(f(x)), step.position) for f in (self.query, self.key))
+        return self._merge(cache.attend(query, key, self._heads(self.value(x)), step))
+
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in self.options.items())])
-
-
-class FullAttention(AttentionBase):
-    """Softmax attention by ``F.scaled_dot_product_attention``, with the projections of ``LocalSelfAttention``.
-
-    Time grows with L x S. So does the memory for ``causal`` with a padding mask (bool [B, 1, L, S]); otherwise there is
-    no mask of that size.
-
-    Args:
-        embed_dim: E, size of the input and the output.
-        num_heads: H.
-        head_dim: D; None: ``embed_dim // num_heads``.
-        context_dim: size of the rows of another sequence that keys and values are made of; None: self-attention.
-        causal: query i sees the keys 0 ... i.
-        dropout: probability of dropping an attention weight, in training; drawn from torch's random state.
-        bias: give the projections a bias.
-        memory_keys: number of learned rows beside the input of the keys and values, seen by every query and not
-            rotated. The parameter ``memory``, [memory_keys, context_dim or E], starts normal with a standard deviation
-            of ``1 / sqrt`` of its width.
-        rotary_base: rotate queries and keys by their positions (``RotaryPositionEmbedding`` with this base, usually
-            10000); None: no rotation.
-        device, dtype: of the parameters.
-
-    Shape: x [B, L, E], context [B, S, context_dim] -> [B, L, E]. A query that sees no key gives 0 (``output.bias``).
-
-    Raises:
-        TypeError, ValueError: an argument has a wrong type, shape or value, or does not go with ``context_dim``.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        head_dim: int | None = None,
-        context_dim: int | None = None,
-        causal: bool = False,
-        dropout: float = 0.0,
-        bias: bool = False,
-        memory_keys: int = 0,
-        rotary_base: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        factory = {"device": device, "dtype": dtype}
-        super().__init__(embed_dim, num_heads, head_dim, dropout, bias, rotary_base, factory)
-        check_bool("causal", causal)
-        if context_dim is not None:
-            check_int("context_dim", context_dim, 1)
-            if causal:
-                raise ValueError("causal must be False with context_dim (a context has no order of its own), got True")
-            if rotary_base is not None:
-                raise ValueError(
-                    f"rotary_base must be None with context_dim (there is no distance to a context), got {rotary_base}"
-                )
-        self.context_dim, self.causal = context_dim, causal
-        self.query = self._projection()
-        self.key, self.value = self._projection(context_dim), self._projection(context_dim)
-        self._add_memory(memory_keys, embed_dim if context_dim is None else context_dim, factory)
-
-    def forward(
-        self,
-        x: Tensor,
-        key_padding_mask: Tensor | None = None,
-        *,
-        context: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """x [B, L, E], and with ``context_dim`` a context [B, S, context_dim]. Returns [B, L, E].
-
-        Args:
-            key_padding_mask: bool, True: ignored as key; [B, S] of the context, or of x if there is none, [B, L].
-            positions: integers [L] or [B, L], used with ``rotary_base`` only; None: 0 ... L - 1.
-        """
-        self._check_input(x)
-        source = self._source(x, context)
-        check_padding_mask(key_padding_mask, "x" if context is None else "context", source[:, None])
-        positions = self._positions(x, positions)
-        mask, sees_none = self._mask(key_padding_mask)
-        if self.memory is not None:
-            source = torch.cat([self._memory_rows(source), source], 1)
-        q = self._rotated(self._heads(self.query(x)), positions)
-        if positions is not None:
-            positions = F.pad(positions, (self.memory_keys, 0))  # position 0 is not rotated
-        k = self._rotated(self._heads(self.key(source)), positions)
-        v = self._heads(self.value(source))
-        is_causal = self.causal and mask is None
-        if is_causal:
-            # Queries for the memory, too: the causal mask of a square takes its first query and its first key together.
-            q = F.pad(q, (0, 0, self.memory_keys, 0))
-        out = scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal)
-        if is_causal:
-            out = out[:, :, self.memory_keys :]
-        if sees_none is not None:
-            out = out.masked_fill(sees_none, 0.0)
-        return self._merge(out)
-
-    def _source(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """What keys and values are made of."""
-        if self.context_dim is None:
-            if context is not None:
-                raise ValueError(f"context must be None without context_dim, got shape {list(context.shape)}")
-            return x
-        if context is None:
-            raise ValueError(f"context must be given with context_dim, [B, S, {self.context_dim}], got None")
-        check_tensor("context", context, "B S C")
-        check_like("context", context, "x", x)
-        check_shape("context", context, (x.shape[0], context.shape[1], self.context_dim))
-        return context
-
-    def _mask(self, key_padding_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """True: seen, [B, 1, L or 1, memory_keys + S], and True: sees no key, [B, 1, L or 1, 1]; None: all see all.
-
-        A query that sees no key gets all keys, and its output is to be masked: torch's kernels need not agree on the
-        softmax of nothing, and its gradient.
-        """
-        if key_padding_mask is None:
-            return None, None
-        seen = ~key_padding_mask[:, None, None]
-        if self.causal:
-            length = seen.shape[-1]
-            seen = seen & torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
-        if self.memory_keys:
-            return F.pad(seen, (self.memory_keys, 0), value=True), None
-        sees_none = ~seen.any(-1, keepdim=True)
-        return seen | sees_none, sees_none
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, context_dim={self.context_dim}, causal={self.causal}"
