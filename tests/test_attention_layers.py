@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import reformer_kernels as rk
 from reformer_kernels import FullAttention, LocalSelfAttention, LSHSelfAttention, RotaryPositionEmbedding
 from reformer_kernels._exact import scaled_dot_product_attention
-from reformer_kernels.modules import attention
+from reformer_kernels.modules import full_attention
 
 from .rounding import assert_equal_to_rounding
 
@@ -154,7 +154,7 @@ def test_what_full_asks_of_torch(causal: bool, memory_keys: int, monkeypatch: py
         calls.append(options)
         return scaled_dot_product_attention(q, k, v, *options)
 
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(full_attention, "scaled_dot_product_attention", record)
     layer, x = LAYERS["full"](causal=causal, memory_keys=memory_keys, dropout=0.3), torch.randn(B, L, E)
     layer(x)
     layer.eval()(x, PADDING | torch.tensor([[False], [True]]))

@@ -45,8 +45,8 @@ class Cache:
             raise ValueError(f"the cache is of {len(self.lengths)} sequences, got input of {batch}")
         if self._longest is not None and self._fed + length > self._longest:
             raise ValueError(
-                f"the sequence must be at most max_length {self._longest} tokens long, got {self._fed} in the cache and "
-                f"{length} new ones"
+                f"the sequence must be at most max_length {self._longest} tokens long, got {length} new ones behind "
+                f"{self._fed} of the cache"
             )
         position = self.lengths[:, None] + torch.arange(length, device=valid.device)
         return Step(position, valid, self._fed + length)

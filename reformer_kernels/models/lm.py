@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .._checks import check_shape, check_tensor
 from ..modules.feed_forward import chunked_cross_entropy
-from .base import initialize
+from .base import check_ids, initialize, padding_mask
 from .cache import Cache
 from .config import ReformerConfig
+from .decoding import Generates
 from .outputs import LMOutput
 from .reformer import Reformer, ReformerModel
 
@@ -94,7 +95,7 @@ class _LanguageModel(ReformerModel):
         return LMOutput(*apply_head(self.reformer, self.head, streams, labels, return_logits))
 
 
-class ReformerLM(_LanguageModel):
+class ReformerLM(_LanguageModel, Generates):
     """A language model: ``logits[:, i]`` predict token i + 1.
 
     Labels are the tokens themselves (``labels=input_ids``): they are shifted inside. No token attends later ones, but
@@ -112,6 +113,41 @@ class ReformerLM(_LanguageModel):
 
     def _targets(self, labels: Tensor) -> Tensor:
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.config.pad_token_id
+
+    def new_cache(self, *, max_crop: int = 0) -> Cache:
+        """As ``Reformer.new_cache``."""
+        return self.reformer.new_cache(max_crop=max_crop)
+
+    def _prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        check_ids("input_ids", input_ids, self.config.vocab_size)
+        padding = padding_mask(attention_mask, input_ids)
+        if padding is not None and padding.all(1).any():
+            row = int(padding.all(1).nonzero()[0])
+            raise ValueError(f"attention_mask must leave a token in each row to go on with, got none in row {row}")
+        return input_ids, attention_mask
+
+    def _prompt_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Tensor:
+        both = torch.cat(self.reformer.streams(input_ids, attention_mask, cache=cache), -1)
+        return self._logits(last_token(both, attention_mask))
+
+    def _token_logits(self, token_ids: Tensor, cache: Cache) -> Tensor:
+        return self._logits(torch.cat(self.reformer.streams(token_ids[:, None], None, cache=cache), -1)[:, 0])
+
+    def _logits(self, both: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.reformer.merge(both))
+        return logits
+
+
+def last_token(both: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B, width]: of both [B, L, width] the last token of each row that is no padding."""
+    if attention_mask is None:
+        return both[:, -1]
+    last = both.shape[1] - 1 - (attention_mask != 0).flip(1).to(torch.int8).argmax(1)
+    return both[torch.arange(len(both), device=both.device), last]
 
 
 class ReformerMaskedLM(_LanguageModel):

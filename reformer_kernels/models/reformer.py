@@ -85,7 +85,7 @@ class Reformer(PretrainedModel):
             context_mask: [B, S], as ``attention_mask``.
             n_hashes: in the place of the configuration's, for example more of them in evaluation.
             position_ids: integers [L] or [B, L]; None: they count from the first token of a row.
-            cache: of ``new_cache``. The tokens go on with what it has, and there are no gradients. The context counts
+            cache: of ``new_cache``. The tokens go on with what it has, and layers have no gradients. The context counts
                 in its first step.
 
         Raises:
@@ -147,7 +147,7 @@ class Reformer(PretrainedModel):
 
         Raises:
             ValueError: the model is not causal.
-            NotImplementedError: its rules are not those of a cache.
+            NotImplementedError: its rules or windows are not those of a cache.
         """
         check_int("max_crop", max_crop, 0)
         with torch.no_grad():
@@ -271,8 +271,8 @@ class Residual(nn.Module):
         self.norm, self.layer, self.dropout = _norm(config), layer, nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        layer = self.layer.step if "cache" in kwargs else self.layer
-        out: Tensor = self.dropout(layer(self.norm(x), **kwargs))
+        layer: Any = self.layer
+        out: Tensor = self.dropout((layer.step if "cache" in kwargs else layer)(self.norm(x), **kwargs))
         return out
 
 

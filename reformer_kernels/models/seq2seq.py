@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .base import PretrainedModel, check_ids, padding_mask
+from .cache import Cache
 from .config import ReformerConfig
+from .decoding import Generates
 from .lm import IGNORED, apply_head, check_labels, make_head, tie_head
 from .outputs import Seq2SeqOutput
 from .reformer import Reformer, check_context, for_model
 
 
-class ReformerSeq2Seq(PretrainedModel):
+class ReformerSeq2Seq(PretrainedModel, Generates):
     """An encoder and a causal decoder with attention to it (arXiv 2001.04451, section 5).
 
     Source and target may have different lengths, and padding each. Attention to the encoder is softmax attention to
@@ -52,6 +57,7 @@ class ReformerSeq2Seq(PretrainedModel):
         *,
         encoder_last_hidden_state: Tensor | None = None,
         n_hashes: int | None = None,
+        cache: Cache | None = None,
         return_logits: bool = False,
     ) -> Seq2SeqOutput:
         """Logits of the target, or with labels the loss.
@@ -66,15 +72,18 @@ class ReformerSeq2Seq(PretrainedModel):
             encoder_last_hidden_state: [B, S, hidden_dim of the encoder], of an earlier call, in the place of
                 ``input_ids``.
             n_hashes: of both sides, in the place of the configurations'.
+            cache: of ``new_cache``: the target goes on with what it has. The first step takes the source; later ones
+                need none.
             return_logits: also with labels. They are [B, L, V], which the loss alone never holds.
 
         Raises:
             TypeError, ValueError: an argument has a wrong type, shape or value, or a sequence is too long.
         """
-        if (input_ids is None) == (encoder_last_hidden_state is None):
-            raise ValueError("input_ids or encoder_last_hidden_state must be given, and not both")
         context = encoder_last_hidden_state
-        if context is None:
+        going_on = cache is not None and cache.lengths is not None
+        if (input_ids is None) == (context is None) and not (going_on and context is None and input_ids is None):
+            raise ValueError("input_ids or encoder_last_hidden_state must be given, and not both")
+        if context is None and not going_on:
             context = self.encoder(input_ids, attention_mask, n_hashes=n_hashes).last_hidden_state
         name = "decoder_input_ids"
         if decoder_input_ids is None:
@@ -83,11 +92,13 @@ class ReformerSeq2Seq(PretrainedModel):
             decoder_input_ids = self._shifted_right(labels)
             name = "labels"
         check_ids(name, decoder_input_ids, self.decoder_config.vocab_size)
-        if len(decoder_input_ids) != len(context):
-            raise ValueError(f"{name} must have {len(context)} sequences, as the source, got {len(decoder_input_ids)}")
-        # Here they have the names of this call; the decoder sees a context.
-        check_context("encoder_last_hidden_state", context, decoder_input_ids, self.encoder_config.hidden_dim)
-        padding_mask(attention_mask, context)
+        if context is not None:
+            if len(decoder_input_ids) != len(context):
+                got = len(decoder_input_ids)
+                raise ValueError(f"{name} must have {len(context)} sequences, as the source, got {got}")
+            # Here they have the names of this call; the decoder sees a context.
+            check_context("encoder_last_hidden_state", context, decoder_input_ids, self.encoder_config.hidden_dim)
+            padding_mask(attention_mask, context)
         padding_mask(decoder_attention_mask, decoder_input_ids, "decoder_attention_mask")
         streams = self.decoder.streams(
             decoder_input_ids,
@@ -95,9 +106,35 @@ class ReformerSeq2Seq(PretrainedModel):
             context=context,
             context_mask=attention_mask,
             n_hashes=n_hashes,
+            cache=cache,
         )
         loss, logits = apply_head(self.decoder, self.head, streams, labels, return_logits)
         return Seq2SeqOutput(loss, logits, context)
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.decoder_config.pad_token_id
+
+    def new_cache(self, *, max_crop: int = 0) -> Cache:
+        """As ``Reformer.new_cache``, of the decoder."""
+        return self.decoder.new_cache(max_crop=max_crop)
+
+    def _prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, None]:
+        check_ids("input_ids", input_ids, self.encoder_config.vocab_size)
+        start = self.decoder_config.decoder_start_token_id
+        return input_ids.new_full((len(input_ids), 1), start, dtype=torch.int64), None
+
+    def _prompt_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Tensor:
+        start, _ = self._prompt(input_ids, None)
+        return self._next_logits(start, cache, input_ids=input_ids, attention_mask=attention_mask)
+
+    def _token_logits(self, token_ids: Tensor, cache: Cache) -> Tensor:
+        return self._next_logits(token_ids[:, None], cache)
+
+    def _next_logits(self, decoder_input_ids: Tensor, cache: Cache, **source: Any) -> Tensor:
+        logits = self(decoder_input_ids=decoder_input_ids, cache=cache, **source).logits
+        assert isinstance(logits, Tensor)
+        return logits[:, -1]
 
     def _shifted_right(self, labels: Tensor) -> Tensor:
         check_labels(labels)

@@ -384,9 +384,14 @@ class LocalSelfAttention(AttentionBase):
         return self._merge(out)
 
     def new_cache(self, max_crop: int = 0) -> LocalCache:
-        """As ``LSHSelfAttention.new_cache``."""
+        """As ``LSHSelfAttention.new_cache``. It needs ``chunks_after=0``, too."""
         options = self.options
         check_is_causal(options["causal"])
+        if options["chunks_after"]:
+            raise NotImplementedError(
+                "chunks_after must be 0 for a cache (the last chunk sees the first ones, and others become the last), "
+                f"got {options['chunks_after']}"
+            )
         return LocalCache(options["chunk_length"], options["chunks_before"], options["scale"], max_crop)
 
     def step(self, x: Tensor, cache: LocalCache, step: Step) -> Tensor:

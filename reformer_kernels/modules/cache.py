@@ -6,7 +6,7 @@ feeds N tokens to each row, the first of which are valid; the others are ignored
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,8 +132,8 @@ class LocalCache(LayerCache):
         out = []
         for begin in range(0, query.shape[2], BLOCK):
             part = slice(begin, begin + BLOCK)
-            rows = (x[:, :, part] for x in (query, key, value))
-            out.append(self._attend(*rows, step.slice(begin, begin + BLOCK)))
+            new = step.slice(begin, begin + BLOCK)
+            out.append(self._attend(query[:, :, part], key[:, :, part], value[:, :, part], new))
         return torch.cat(out, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
@@ -370,7 +370,7 @@ class RingCache(LayerCache):
         memory: rows and values [1, H, memory_keys, D] before the first token, or None.
     """
 
-    def __init__(self, options: dict[str, object], memory: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, options: dict[str, Any], memory: tuple[Tensor, Tensor] | None = None) -> None:
         self._options, self._memory = options, memory
         self._n_memory = 0 if memory is None else memory[0].shape[2]
         self.query_keys: Tensor | None = None
@@ -384,14 +384,19 @@ class RingCache(LayerCache):
         index = step.position + self._n_memory
         _store(self.query_keys, index, query_key)
         _store(self.values, index, value)
-        end = index[:, 0] + step.valid.sum(1)
-        padding = torch.arange(longest, device=value.device) >= end[:, None]
-        out = functional.lsh_attention(
-            self.query_keys[:, :, :longest], self.values[:, :, :longest], key_padding_mask=padding,
-            **self._options,  # type: ignore[arg-type]
-        )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out.gather(2, index[:, None, :, None].expand(value.shape))
+        ends = (index[:, 0] + step.valid.sum(1)).tolist()
+        # The ring of a row is as long as the row, so rows of other lengths are called by themselves.
+        alike = len(set(ends)) == 1
+        calls = [(slice(None), ends[0])] if alike else [(slice(i, i + 1), end) for i, end in enumerate(ends)]
+        outs = []
+        for rows, end in calls:
+            out = functional.lsh_attention(
+                self.query_keys[rows, :, :end], self.values[rows, :, :end], **self._options
+            )  # fmt: skip
+            assert isinstance(out, Tensor)
+            at = index[rows, None, :, None].clamp(max=end - 1)
+            outs.append(out.gather(2, at.expand(value[rows].shape)))
+        return torch.cat(outs)
 
     def crop(self, lengths: Tensor, dropped: int) -> None:
         """Later tokens overwrite what is behind the end."""
