@@ -258,7 +258,7 @@ class BucketCache(LayerCache):
         out = value
         if wants_out:
             out = self._attend_rows(query_key, value, self._visible(bucket, order, first, before, entry, new, step))
-        counts = self._counts_after(bucket)
+        counts = self.counts.scatter_add(3, bucket, torch.ones_like(bucket))  # the last one is of what is not valid
         kept = step.valid[:, None, None] & (entry >= counts.gather(3, bucket) - self._size)
         index = torch.where(kept, bucket * self._size + entry % self._size, self.table.shape[3] - 1)
         self.table = self.table.scatter(3, index, new[:, :, None].expand_as(order).to(torch.int32))
@@ -289,12 +289,6 @@ class BucketCache(LayerCache):
         )
         visible = (seen >= 0) & (seen < entry[..., None]) & step.valid[:, None, None, :, None]
         return torch.where(visible, rows, NONE).transpose(2, 3).flatten(3)
-
-    def _counts_after(self, bucket: Tensor) -> Tensor:
-        assert self.counts is not None
-        counts = self.counts.scatter_add(3, bucket, torch.ones_like(bucket))
-        counts[..., -1] = 0  # padding
-        return counts
 
     def _attend_rows(self, query: Tensor, value: Tensor, rows: Tensor) -> Tensor:
         """Attention of each query to the rows of its list, int64 [B, H, N, W], where the largest int32 is none."""
