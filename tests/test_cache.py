@@ -193,10 +193,14 @@ def test_memory_of_an_endless_stream_is_bounded() -> None:
             logits_of(model, tokens(500, 1, i), cache=cache)
             sizes[kind].append(cache.nbytes)
     # 2 heads, 16 numbers, 8 bytes: 16 keys and values and the slot of no key; 2 rounds x 4 buckets x 8 entries, and
-    # as much room again, beside a step's 500 rows.
+    # a step's 500 rows.
     assert set(sizes["local"]) == {2 * 17 * 2 * 16 * 8}
-    assert max(sizes["lsh"]) < 2 * 2 * (2 * 64 + 500) * 16 * 8 + 20_000
+    assert max(sizes["lsh"]) < 2 * 2 * (64 + 500) * 16 * 8 + 2_000
     assert sizes["full"][-1] >= 4000 * 2 * 2 * 16 * 8
+    model = made(attention=("lsh",), num_layers=1, position="rotary")
+    whole = model.new_cache()
+    logits_of(model, tokens(4000, 1), cache=whole)
+    assert whole.nbytes < 2 * 2 * (64 + 64) * 16 * 8 + 2_000
 
 
 def test_the_ring_moves_but_its_newest_token_is_the_forward() -> None:

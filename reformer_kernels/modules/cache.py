@@ -222,6 +222,7 @@ class BucketCache(LayerCache):
             )  # fmt: skip
             assert isinstance(out, Tensor)
             self._attend(query_key, value, buckets, step, False)
+            self._compact(0)  # which has just got all rows
             return out
         parts = [(slice(begin, begin + BLOCK), begin) for begin in range(0, length, BLOCK)]
         outs = [
@@ -310,12 +311,15 @@ class BucketCache(LayerCache):
         return torch.where((lse == float("-inf"))[..., None], value, out)
 
     def _make_room(self, length: int) -> None:
-        """Forgets rows that no bucket has, and grows if that is not enough."""
+        assert self.keys is not None
+        if self._filled + length > self.keys.shape[2]:
+            self._compact(length)
+        self._filled += length
+
+    def _compact(self, length: int) -> None:
+        """Forgets rows that no bucket has, and leaves room for so many new ones, or a quarter if that is more."""
         assert self.keys is not None and self.values is not None and self.used is not None and self.table is not None
         room = self.keys.shape[2]
-        if self._filled + length <= room:
-            self._filled += length
-            return
         table = self.table[..., :-1].flatten(2).long()
         live = torch.zeros((*self.keys.shape[:2], room + 1), dtype=torch.bool, device=table.device)
         live.scatter_(2, torch.where(table < 0, room, table), True)
@@ -324,7 +328,7 @@ class BucketCache(LayerCache):
         self.used = live.sum(2)
         most = int(self.used.max()) if self.used.numel() else 0
         order = (~live[..., :room]).to(torch.int8).argsort(dim=2, stable=True)[..., :most]
-        room = max(most + length, 2 * most, 64)
+        room = most + max(length, most // 4, 64)
         for name in ("keys", "values"):
             x = getattr(self, name)
             grown = x.new_zeros((*x.shape[:2], room, x.shape[3]))
@@ -332,7 +336,7 @@ class BucketCache(LayerCache):
             setattr(self, name, grown)
         moved = torch.where(table < 0, -1, renumbered.gather(2, table.clamp(min=0)))
         self.table = F.pad(moved.to(torch.int32).view(*self.table.shape[:3], -1), (0, 1), value=-1)
-        self._filled = most + length
+        self._filled = most
 
     def crop(self, lengths: Tensor, dropped: int) -> None:
         assert self.counts is not None and self.recent is not None
