@@ -19,6 +19,8 @@ from reformer_kernels import (
     _ops,
 )
 from reformer_kernels._calls import HashCall
+from reformer_kernels.backends import reference
+from reformer_kernels.modules.cache import Step
 
 from .rounding import assert_equal_to_rounding
 
@@ -42,7 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "lsh, two buckets": {"attention": ("lsh",), "n_buckets": 2},
     "lsh, paper": {"attention": ("lsh",), "rules": "paper"},
     "lsh, trax": {"attention": ("lsh",), "rules": "trax"},
-    "local": {"attention": ("local",), "local_chunk_length": 3, "local_chunks_before": 2},
+    "local": {"attention": ("local",), "local_chunk_length": 3},
     "local, own chunk": {"attention": ("local",), "local_chunks_before": 0},
     "full": {"attention": ("full",), "position": "learned"},
     "rotary": {"position": "rotary"},
@@ -135,6 +137,84 @@ def test_crop_forgets_and_reorder_moves_rows(name: str) -> None:
     expected = logits_of(model, torch.cat([ids, new], 1))[:, L:]
     torch.testing.assert_close(first, expected[:, :5], rtol=0, atol=1e-10)
     torch.testing.assert_close(second, expected[rows, 5:], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["lsh", "local", "full"])
+def test_no_more_is_forgotten_than_is_kept(kind: str) -> None:
+    """Of all tokens that were ever there, the last max_crop; what was overwritten does not come back."""
+    model, ids, new = made(attention=(kind,)), tokens(), tokens(9, seed=2)
+    cache = model.new_cache(max_crop=9)
+    fed(model, ids, [L], cache)
+    cache.crop(4)
+    cache.crop(5)
+    with pytest.raises(ValueError, match="tokens must be between 0 and 0, got 1"):
+        cache.crop(1)
+    logits_of(model, new[:, :2], cache=cache)
+    with pytest.raises(ValueError, match="tokens must be between 0 and 2, got 9"):
+        cache.crop(9)
+    cache.crop(2)
+    got = fed(model, new, [9], cache)
+    expected = logits_of(model, torch.cat([ids[:, :-9], new], 1))
+    torch.testing.assert_close(got, expected[:, -9:], rtol=0, atol=1e-10)
+
+
+def test_forgotten_tokens_and_padding_do_not_count() -> None:
+    model, ids, mask = made(max_length=32, position="learned"), tokens(30), torch.zeros(B, 30)
+    cache = model.new_cache(max_crop=10)
+    logits_of(model, ids, cache=cache)
+    cache.crop(10)
+    got = logits_of(model, tokens(12, seed=2), cache=cache)
+    expected = logits_of(model, torch.cat([ids[:, :20], tokens(12, seed=2)], 1))
+    torch.testing.assert_close(got, expected[:, 20:], rtol=0, atol=1e-10)
+
+    mask[:, -10:] = 1
+    cache = model.new_cache()
+    logits_of(model, ids, mask, cache=cache)
+    got = logits_of(model, tokens(22, seed=2), cache=cache)
+    expected = logits_of(model, torch.cat([ids[:, -10:], tokens(22, seed=2)], 1))
+    torch.testing.assert_close(got, expected[:, 10:], rtol=0, atol=1e-10)
+
+    cache = made(attention=("full",), num_layers=1, position="rotary").new_cache(max_crop=4)
+    model = made(attention=("full",), num_layers=1, position="rotary")
+    for _ in range(100):
+        logits_of(model, tokens(5), cache=cache)
+        cache.crop(4)
+    assert cache.nbytes < 2 * (4 * 104) * B * 2 * 16 * 8
+
+
+@pytest.mark.parametrize("alignment", ["ring", "bucket"])
+def test_a_row_may_have_no_tokens_yet(alignment: str) -> None:
+    model, ids, mask = made(attention=("lsh",), num_layers=1, alignment=alignment), tokens(), torch.ones(B, L)
+    mask[1] = 0
+    cache, new = model.new_cache(), tokens(5, seed=2)
+    logits_of(model, ids, mask, cache=cache)
+    got = logits_of(model, new, cache=cache)[1, -1]
+    torch.testing.assert_close(got, logits_of(model, new[1:2])[0, -1], rtol=0, atol=1e-10)
+
+
+def test_a_prompt_of_another_dtype() -> None:
+    """Keys that autocast made stay bfloat16."""
+    model, ids = made().float(), tokens()
+    cache = model.new_cache()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_of(model, ids, cache=cache)
+    assert logits_of(model, tokens(1, seed=2), cache=cache).isfinite().all()
+
+
+def test_layers_keep_their_scale_and_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = LocalSelfAttention(16, 2, chunk_length=8, causal=True, scale=2.0, backend="reference").double()
+    x, cache = torch.randn(1, 300, 16).double(), layer.new_cache()
+    step = Step(torch.arange(300)[None], torch.ones(1, 300, dtype=torch.bool), 300)
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr(reference, "chunk_attention", lambda call: pytest.fail("that is the backend"))
+        with pytest.raises(pytest.fail.Exception, match="that is the backend"):
+            layer.step(x, layer.new_cache(), step)
+        monkeypatch.undo()
+        torch.testing.assert_close(layer.step(x, cache, step), expected, rtol=0, atol=1e-10)
+        cache = layer.new_cache()
+        parts = [layer.step(x[:, i : i + 100], cache, step.slice(i, i + 100)) for i in (0, 100, 200)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-10)
 
 
 @pytest.fixture
@@ -238,6 +318,7 @@ def test_layers_with_a_cache_have_no_gradients() -> None:
         ({"causal": False}, ValueError, "causal must be True for a cache .*, got False"),
         ({"rules": "huggingface"}, NotImplementedError, "a cache does not go with rules"),
         ({"local_chunks_after": 1}, NotImplementedError, "chunks_after must be 0 for a cache .*, got 1"),
+        ({"local_chunks_before": 2}, NotImplementedError, "chunks_before must be at most 1 for a cache .*, got 2"),
     ],
 )
 def test_models_without_a_cache(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -260,6 +341,8 @@ def test_what_is_refused() -> None:
     cache = model.new_cache(max_crop=3)
     with pytest.raises(ValueError, match="tokens must be between 0 and 0, got 1"):
         cache.crop(1)
+    with pytest.raises(ValueError, match="at most max_length 32 tokens long, got 33 new ones behind 0 "):
+        logits_of(model, tokens(33, 2), cache=cache)
     logits_of(model, ids, cache=cache)
     expected, wrong = cache.nbytes, cast("int", 1.0)
     for call, error, message in (
@@ -268,6 +351,8 @@ def test_what_is_refused() -> None:
         (lambda: model(ids[:, :1] + V, cache=cache), ValueError, "input_ids must be between 0 and 49"),
         (lambda: model(ids[:, :1], cache={}), TypeError, r"cache must be a Cache of new_cache\(\), got dict"),
         (lambda: model(ids[:, :1], cache=cache, n_hashes=5), ValueError, "n_hashes must be None with a cache"),
+        (lambda: model(ids, position_ids=torch.arange(20) + 20), IndexError, "must be between 0 and 31"),
+        (lambda: model(ids, position_ids=torch.arange(3)), ValueError, r"position_ids must have shape \[20\]"),
         (
             lambda: model(ids[:, :1], cache=cache, position_ids=torch.arange(1)), ValueError,
             "position_ids must be None with a cache",

@@ -142,9 +142,11 @@ def test_stream_is_generate(cls: Any, options: dict[str, Any]) -> None:
 
 def test_a_mode_comes_back_after_an_error() -> None:
     model = made(ReformerLM)
+    model.reformer.layers.eval()
     with pytest.raises(ValueError, match="max_length 64 tokens"):
         model.generate(prompts("left")[0], max_new_tokens=60)
     assert model.training
+    assert not model.reformer.layers.training
     assert torch.is_grad_enabled()
 
 

@@ -20,14 +20,14 @@ class Cache:
 
     Attributes:
         lengths: int64 [B], tokens of each row; None before the first ones.
-        max_crop: tokens that ``crop`` may forget at a time.
+        max_crop: ``crop`` can forget so many of the last tokens that were ever there.
     """
 
     def __init__(self, layers: list[LayerCache | None], max_crop: int, longest: int | None) -> None:
         self.layers, self.max_crop, self.lengths = layers, max_crop, None
         self._longest = longest  # tokens that the model takes
         self._fed = 0  # no row has more tokens
-        self._last = 0  # tokens of the last step
+        self._left = max_crop  # tokens of each row that layers can still forget
 
     lengths: Tensor | None
 
@@ -39,22 +39,29 @@ class Cache:
     def begin(self, valid: Tensor) -> Step:
         """The step of new tokens, valid [B, N]: the first ones of each row."""
         batch, length = valid.shape
-        if self.lengths is None:
-            self.lengths = valid.new_zeros(batch, dtype=torch.int64)
-        elif len(self.lengths) != batch:
+        if self.lengths is not None and len(self.lengths) != batch:
             raise ValueError(f"the cache is of {len(self.lengths)} sequences, got input of {batch}")
         if self._longest is not None and self._fed + length > self._longest:
             raise ValueError(
                 f"the sequence must be at most max_length {self._longest} tokens long, got {length} new ones behind "
                 f"{self._fed} of the cache"
             )
+        if self.lengths is None:
+            self.lengths = valid.new_zeros(batch, dtype=torch.int64)
         position = self.lengths[:, None] + torch.arange(length, device=valid.device)
         return Step(position, valid, self._fed + length)
 
-    def end(self, step: Step) -> None:
+    def end(self, step: Step, padded: bool) -> None:
+        """padded: a row may have fewer new tokens than others."""
         assert self.lengths is not None
-        self.lengths = self.lengths + step.valid.sum(1)
-        self._fed = step.longest
+        new = step.valid.sum(1)
+        self.lengths = self.lengths + new
+        if padded:  # only then is it worth waiting for a GPU
+            self._fed = int(self.lengths.max())
+            self._left = min(self.max_crop, self._left + int(new.min()))
+        else:
+            self._fed = step.longest
+            self._left = min(self.max_crop, self._left + step.valid.shape[1])
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was: int64 [B'], for beams, or to repeat rows.
@@ -71,17 +78,19 @@ class Cache:
                 layer.reorder(rows)
 
     def crop(self, tokens: int) -> None:
-        """Forgets the last ``tokens`` of each row.
+        """Forgets the last ``tokens`` of each row. Of all that were ever there, the last ``max_crop`` can be forgotten.
 
         Raises:
-            TypeError, ValueError: tokens is no int, or more than ``max_crop`` or than a row has.
+            TypeError, ValueError: tokens is no int, or more than can be forgotten or than a row has.
         """
-        check_int("tokens", tokens, 0, self.max_crop)
+        check_int("tokens", tokens, 0, self._left)
         if self.lengths is None or tokens == 0:
             check_int("tokens", tokens, 0, 0)
             return
         check_int("tokens", tokens, 0, int(self.lengths.min()))
         self.lengths = self.lengths - tokens
+        self._left -= tokens
+        self._fed -= tokens
         for layer in self.layers:
             if layer is not None:
                 layer.crop(self.lengths, tokens)

@@ -139,10 +139,11 @@ class Generates(nn.Module):
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, without gradients."""
-    was = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was)
+        for module in training:
+            module.training = True

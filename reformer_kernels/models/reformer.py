@@ -79,7 +79,7 @@ class Reformer(PretrainedModel):
         Args:
             input_ids: int64 or int32 [B, L].
             attention_mask: [B, L], 1: a token, 0: padding, on either side, which nobody attends to. A row is computed
-                as if it were alone, without its padding.
+                as if it were alone, with ``alignment="bucket"``, or a fixed ``n_buckets`` and rules that cut padding.
             inputs_embeds: [B, L, E], in the place of the embeddings of ``input_ids``.
             context: [B, S, context_dim], if the configuration has a ``context_dim``.
             context_mask: [B, S], as ``attention_mask``.
@@ -115,7 +115,7 @@ class Reformer(PretrainedModel):
             order = mask.to(torch.int8).argsort(dim=1, stable=True)
             tokens, mask = _reordered(tokens, order), mask.gather(1, order)
         if position_ids is not None:
-            check_row_positions(position_ids, tokens[:, :, None] if tokens.dim() == 2 else tokens)
+            check_row_positions("position_ids", position_ids, tokens[:, :, None] if tokens.dim() == 2 else tokens)
             position_ids = position_ids.expand(tokens.shape[:2])
             position_ids = position_ids if order is None else position_ids.gather(1, order)
         kwargs = {"context": self._context_kwargs(tokens, context, context_mask, cache)}
@@ -140,10 +140,10 @@ class Reformer(PretrainedModel):
         return _reordered(streams[0], back), _reordered(streams[1], back)
 
     def new_cache(self, *, max_crop: int = 0) -> Cache:
-        """An empty cache, for ``forward``. The weights, and the rotations of evaluation, must stay what they are.
+        """An empty cache, for ``forward`` in evaluation mode, whose rotations it has. Weights must not change.
 
         Args:
-            max_crop: tokens that ``cache.crop`` may forget at a time; local and LSH layers keep so many more.
+            max_crop: so many of the last tokens ``cache.crop`` can forget; local and LSH layers keep so many more.
 
         Raises:
             ValueError: the model is not causal.
@@ -164,13 +164,14 @@ class Reformer(PretrainedModel):
         if position_ids is not None:
             raise ValueError("position_ids must be None with a cache, whose rows know their positions")
         step = cache.begin(valid)
-        x = self._embed(tokens, step.position)
+        longest = self.config.longest
+        x = self._embed(tokens, step.position if longest is None else step.position.clamp(max=longest - 1))
         kwargs: list[dict[str, Any]] = []
         for kind, layer in zip(self._kinds, cache.layers, strict=True):
             own = {} if layer is None else {"cache": layer, "step": step}
             kwargs.append({**own, **context} if kind == "context" else own)
         streams = self._through(x, kwargs)
-        cache.end(step)
+        cache.end(step, mask is not None)
         return streams
 
     def _modules_of_halves(self) -> list[Any]:
@@ -219,8 +220,6 @@ class Reformer(PretrainedModel):
         if self.position is not None:
             if positions is None:
                 positions = torch.arange(length, device=x.device)
-            elif longest is not None:
-                positions = positions.clamp(max=longest - 1)  # of what is no token
             x = x + self.position(positions).to(x.dtype)
         embedded: Tensor = self.dropout(x)
         return embedded

@@ -114,7 +114,7 @@ class AttentionBase(nn.Module):
             return None
         if positions is None:
             return torch.arange(x.shape[1], device=x.device)
-        check_row_positions(positions, x)
+        check_row_positions("positions", positions, x)
         return positions
 
     def _rotated(self, x: Tensor, positions: Tensor | None) -> Tensor:
@@ -384,7 +384,7 @@ class LocalSelfAttention(AttentionBase):
         return self._merge(out)
 
     def new_cache(self, max_crop: int = 0) -> LocalCache:
-        """As ``LSHSelfAttention.new_cache``. It needs ``chunks_after=0``, too."""
+        """As ``LSHSelfAttention.new_cache``. It needs ``chunks_before`` of at most 1 and ``chunks_after=0``, too."""
         options = self.options
         check_is_causal(options["causal"])
         if options["chunks_after"]:
@@ -392,7 +392,14 @@ class LocalSelfAttention(AttentionBase):
                 "chunks_after must be 0 for a cache (the last chunk sees the first ones, and others become the last), "
                 f"got {options['chunks_after']}"
             )
-        return LocalCache(options["chunk_length"], options["chunks_before"], options["scale"], max_crop)
+        if options["chunks_before"] > 1:
+            raise NotImplementedError(
+                "chunks_before must be at most 1 for a cache (in a text of no more chunks, forward meets some twice), "
+                f"got {options['chunks_before']}"
+            )
+        return LocalCache(
+            options["chunk_length"], options["chunks_before"], options["scale"], max_crop, options["backend"]
+        )
 
     def step(self, x: Tensor, cache: LocalCache, step: Step) -> Tensor:
         """As ``LSHSelfAttention.step``."""

@@ -111,9 +111,13 @@ class LocalCache(LayerCache):
     Args:
         chunk_length, chunks_before: of the layer.
         max_crop: tokens that ``crop`` may forget.
+        backend: of the layer.
     """
 
-    def __init__(self, chunk_length: int, chunks_before: int, scale: float | None, max_crop: int) -> None:
+    def __init__(
+        self, chunk_length: int, chunks_before: int, scale: float | None, max_crop: int, backend: str | None
+    ) -> None:
+        self._backend = backend
         self._chunk_length, self._chunks_before, self._scale = chunk_length, chunks_before, scale
         self._size = (chunks_before + 1) * chunk_length + max_crop
         self.keys: Tensor | None = None  # [B, H, size + 1, D]: token p is at p % size, and what is not kept at size
@@ -127,7 +131,7 @@ class LocalCache(LayerCache):
                 self._keep(key, value, step)
                 return functional.local_attention(
                     query, key, value, chunk_length=self._chunk_length, chunks_before=self._chunks_before, causal=True,
-                    key_padding_mask=~step.valid, scale=self._scale,
+                    key_padding_mask=~step.valid, scale=self._scale, backend=self._backend,
                 )  # fmt: skip
         out = []
         for begin in range(0, query.shape[2], BLOCK):
@@ -302,13 +306,13 @@ class BucketCache(LayerCache):
         scale = query.shape[3] ** -0.5 if self._rules.scale is None else self._rules.scale
         out, lse = _ops.list_attention(
             ListCall(
-                query=query, key=self.keys, value=self.values, order=None, key_indices=lists, key_padding_mask=None,
-                attn_mask=None, dropout_seed=None, chunk_length=1, context_keys=0, causal=False, rest_term=False,
-                scale=float(scale), dropout_p=0.0, backend=self._backend,
+                query=query.to(self.keys.dtype), key=self.keys, value=self.values, order=None, key_indices=lists,
+                key_padding_mask=None, attn_mask=None, dropout_seed=None, chunk_length=1, context_keys=0, causal=False,
+                rest_term=False, scale=float(scale), dropout_p=0.0, backend=self._backend,
             )
         )  # fmt: skip
         # A query that sees no other key attends its own.
-        return torch.where((lse == float("-inf"))[..., None], value, out)
+        return torch.where((lse == float("-inf"))[..., None], value, out.to(value.dtype))
 
     def _make_room(self, length: int) -> None:
         assert self.keys is not None
@@ -388,6 +392,9 @@ class RingCache(LayerCache):
         calls = [(slice(None), ends[0])] if alike else [(slice(i, i + 1), end) for i, end in enumerate(ends)]
         outs = []
         for rows, end in calls:
+            if end == 0:  # no tokens yet
+                outs.append(torch.zeros_like(value[rows]))
+                continue
             out = functional.lsh_attention(
                 self.query_keys[rows, :, :end], self.values[rows, :, :end], **self._options
             )  # fmt: skip

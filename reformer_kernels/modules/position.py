@@ -15,20 +15,20 @@ from .._checks import check_int, check_like, check_shape, check_tensor, is_reada
 _INTEGERS = (torch.int64, torch.int32)
 
 
-def check_positions(positions: Any) -> None:
+def check_positions(name: str, positions: Any) -> None:
     """An integer tensor of any shape."""
     if not isinstance(positions, Tensor):
-        raise TypeError(f"positions must be a torch.Tensor, got {type(positions).__name__}")
-    check_tensor("positions", positions, " ".join(["N"] * positions.dim()), _INTEGERS)
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(positions).__name__}")
+    check_tensor(name, positions, " ".join(["N"] * positions.dim()), _INTEGERS)
 
 
-def check_row_positions(positions: Any, rows: Tensor) -> None:
+def check_row_positions(name: str, positions: Any, rows: Tensor) -> None:
     """Positions [L] or [B, L] of rows [B, ..., L, D]."""
-    check_positions(positions)
-    check_like("positions", positions, "x", rows)
+    check_positions(name, positions)
+    check_like(name, positions, "x", rows)
     batch, length = rows.shape[0], rows.shape[-2]
     if positions.shape not in ((length,), (batch, length)):
-        raise ValueError(f"positions must have shape [{length}] or [{batch}, {length}], got {list(positions.shape)}")
+        raise ValueError(f"{name} must have shape [{length}] or [{batch}, {length}], got {list(positions.shape)}")
 
 
 def check_base(name: str, base: Any) -> None:
@@ -55,7 +55,7 @@ def _check_sizes(name: str, sizes: Any) -> tuple[int, ...]:
 
 def _check_range(positions: Tensor, max_length: int, table: Tensor) -> None:
     """Positions from 0 to ``max_length`` - 1. Values are read only where that costs nothing; lookups check them too."""
-    check_positions(positions)
+    check_positions("positions", positions)
     check_like("positions", positions, "the embedding's weights", table)
     if not is_readable(positions):
         return
@@ -235,7 +235,7 @@ class SinusoidalPositionEmbedding(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """Integer positions [...] -> float32 [..., embed_dim]."""
-        check_positions(positions)
+        check_positions("positions", positions)
         angles = _angles(positions, (self.embed_dim + 1) // 2, self.embed_dim, 10000.0, torch.float32)
         return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., : self.embed_dim]
 
@@ -272,7 +272,7 @@ class RotaryPositionEmbedding(nn.Module):
         """x [B, H, L, D], positions [L] or [B, L] -> [B, H, L, D]."""
         check_tensor("x", x, "B H L D")
         check_shape("x", x, (*x.shape[:3], self.head_dim))
-        check_row_positions(positions, x)
+        check_row_positions("positions", positions, x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         angles = _angles(positions, self.head_dim // 2, self.head_dim, self.base, dtype)
         angles = angles.unsqueeze(-3)  # [B|1, 1, L, D / 2]
