@@ -1,6 +1,7 @@
 """The benchmark of generation, on tiny models: what it runs, not how long that takes."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 import reformer_kernels as rk
 from benchmarks import generation
 from benchmarks.generation import MODELS, TOKENS, Width
+
+from .rounding import assert_equal_to_rounding
 
 RESULTS = json.loads((Path(generation.__file__).parent / "results" / "generation.json").read_text())
 TINY = Width(embed_dim=32, layers=2, heads=2, feed_forward_dim=32, n_buckets=4)
@@ -47,6 +50,15 @@ def test_a_run_reads_tokens_one_by_one_into_the_cache(name: str, monkeypatch: py
         assert before > 2 * 129 * 32 * 4  # of the local layer keys and values: two chunks of 64 and the slot of none
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """What is made is float64, so that no bucket is a near tie."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("float64")
 def test_ours_goes_on_with_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     models = []
     original = rk.ReformerLM
@@ -57,12 +69,12 @@ def test_ours_goes_on_with_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(rk, "ReformerLM", noted)
     context, token = torch.randint(256, (1, 256)), torch.tensor([[65]])
+    step, _ = generation.ours(TINY, context)
     with torch.no_grad():
-        step, _ = generation.ours(TINY, context)
         got = step(token)[:, -1]
         expected = models[0](torch.cat([context, token], 1)).logits[:, -1]
-    # float32, and untrained logits of size 1 after two layers; without the context they are off by more than 0.1
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+    # Two layers, of norms, projections of up to 4 * 32 terms, scores and weights.
+    assert_equal_to_rounding(got, expected, 4 * (2 * 32 + 4 * 32 + 257))
     assert (models[0](token).logits[:, -1] - expected).abs().max() > 0.01
 
 

@@ -283,10 +283,27 @@ def test_more_beams_than_tokens() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.5}, "temperature=0.5 has no effect without do_sample=True"),
+        ({"top_k": 3}, "top_k=3 has no effect without do_sample=True"),
+        ({"top_p": 0.5, "num_beams": 2}, "top_p=0.5 has no effect without do_sample=True"),
+        ({"length_penalty": 2.0}, "length_penalty=2.0 has no effect without num_beams above 1"),
+        ({"early_stopping": True, "do_sample": True}, "early_stopping=True has no effect without num_beams above 1"),
+    ],
+)
+def test_options_without_effect(changes: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning) as warned:
+        made(**changes)
+    assert [str(warning.message) for warning in warned] == [message]
+
+
+@pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
         ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an int, got 2.0"),
+        ({"min_new_tokens": T + 1}, ValueError, f"min_new_tokens must be at most max_new_tokens, {T}, got {T + 1}"),
         ({"min_new_tokens": -1}, ValueError, "min_new_tokens must be at least 0, got -1"),
         ({"do_sample": 1}, TypeError, "do_sample must be a bool, got 1"),
         ({"early_stopping": "never"}, TypeError, "early_stopping must be a bool, got 'never'"),

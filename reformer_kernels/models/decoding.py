@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,25 +45,25 @@ class CachedDecoder:
         self._cache.reorder(rows)
 
 
-class Generates(nn.Module):
+class Generates(nn.Module, ABC):
     """``generate`` and ``stream`` of a model with a cache."""
 
     @property
+    @abstractmethod
     def pad_token_id(self) -> int:
         """What follows the end of a sequence."""
-        raise NotImplementedError
 
+    @abstractmethod
     def new_cache(self, *, max_crop: int = 0) -> Cache:
         """As ``Reformer.new_cache``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _prompt_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Tensor:
         """[B, V]: of the first new token, behind what is given to ``generate``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _token_logits(self, token_ids: Tensor, cache: Cache) -> Tensor:
         """[B, V]: of what follows another token, int64 [B]."""
-        raise NotImplementedError
 
     def _prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What new tokens follow, [B, L], and its mask."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -88,7 +89,21 @@ class GenerationOptions:
             raise TypeError(f"eos_token_id must be an int, a sequence of them or None, got {self.eos_token_id!r}")
         for token_id in self.eos_token_ids:
             check.check_int("eos_token_id", token_id, 0)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must be at most max_new_tokens, {self.max_new_tokens}, got {self.min_new_tokens}"
+            )
         self._check_sequences()
+        if not self.do_sample:
+            self._warn_of("do_sample=True", "temperature", "top_k", "top_p")
+        if self.num_beams == 1:
+            self._warn_of("num_beams above 1", "length_penalty", "early_stopping")
+
+    def _warn_of(self, needed: str, *names: str) -> None:
+        for name in names:
+            default = self.__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                warnings.warn(f"{name}={getattr(self, name)} has no effect without {needed}", stacklevel=4)
 
     def _check_sequences(self) -> None:
         if self.do_sample and self.num_beams > 1:

@@ -6,6 +6,7 @@ feeds N tokens to each row, the first of which are valid; the others are ignored
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ def _with_room(kept: Tensor | None, rows: Tensor, room: int, memory: Tensor | No
     return new
 
 
-class LayerCache:
+class LayerCache(ABC):
     """Of one layer. ``attend`` appends the rows of a step and returns its output [B, H, N, D]."""
 
     def tensors(self) -> dict[str, Tensor]:
@@ -66,16 +67,16 @@ class LayerCache:
         for name, x in self.tensors().items():
             setattr(self, name, x.index_select(0, rows))
 
+    @abstractmethod
     def crop(self, lengths: Tensor, dropped: int) -> None:
         """Forgets the last ``dropped`` tokens, after which rows have these lengths."""
-        raise NotImplementedError
 
 
-class FullCache(LayerCache):
+class _AllTokens(LayerCache):
     """Keys and values of all tokens.
 
     Args:
-        memory: keys and values [1, H, memory_keys, D] that every query sees, or None.
+        memory: keys and values [1, H, memory_keys, D] before the first token, or None.
     """
 
     def __init__(self, memory: tuple[Tensor, Tensor] | None = None) -> None:
@@ -84,25 +85,32 @@ class FullCache(LayerCache):
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
-        """query, key and value [B, H, N, D]."""
-        room = step.longest + self._n_memory
-        self.keys = _with_room(self.keys, key, room, self._memory and self._memory[0])
-        self.values = _with_room(self.values, value, room, self._memory and self._memory[1])
+    def _append(self, key: Tensor, value: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """The index [B, N] of new tokens among the keys and values of all, [B, H, S, D]."""
+        end = step.longest + self._n_memory
+        self.keys = _with_room(self.keys, key, end, self._memory and self._memory[0])
+        self.values = _with_room(self.values, value, end, self._memory and self._memory[1])
         index = step.position + self._n_memory
         _store(self.keys, index, key)
         _store(self.values, index, value)
-        end = step.longest + self._n_memory
-        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        out = []
-        for begin in range(0, query.shape[2], BLOCK):
-            part = slice(begin, begin + BLOCK)
-            sees = torch.arange(end, device=query.device) <= index[:, part, None]
-            out.append(F.scaled_dot_product_attention(query[:, :, part], keys, values, sees[:, None]))
-        return torch.cat(out, 2)
+        return index, self.keys[:, :, :end], self.values[:, :, :end]
 
     def crop(self, lengths: Tensor, dropped: int) -> None:
         """Later tokens overwrite what is behind the end."""
+
+
+class FullCache(_AllTokens):
+    """Of softmax attention to all tokens."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
+        """query, key and value [B, H, N, D]."""
+        index, keys, values = self._append(key, value, step)
+        out = []
+        for begin in range(0, query.shape[2], BLOCK):
+            part = slice(begin, begin + BLOCK)
+            sees = torch.arange(keys.shape[2], device=query.device) <= index[:, part, None]
+            out.append(F.scaled_dot_product_attention(query[:, :, part], keys, values, sees[:, None]))
+        return torch.cat(out, 2)
 
 
 class LocalCache(LayerCache):
@@ -362,8 +370,8 @@ class ContextCache(LayerCache):
         """The other sequence stays."""
 
 
-class RingCache(LayerCache):
-    """Of an LSH layer with ``alignment="ring"``: the rows of all tokens, which every step sorts and attends again.
+class RingCache(_AllTokens):
+    """Of an LSH layer with ``alignment="ring"``, whose every step sorts and attends all tokens again.
 
     The window of the ring moves with every token, so earlier outputs would be others if they were computed again.
 
@@ -373,19 +381,12 @@ class RingCache(LayerCache):
     """
 
     def __init__(self, options: dict[str, Any], memory: tuple[Tensor, Tensor] | None = None) -> None:
-        self._options, self._memory = options, memory
-        self._n_memory = 0 if memory is None else memory[0].shape[2]
-        self.query_keys: Tensor | None = None
-        self.values: Tensor | None = None
+        super().__init__(memory)
+        self._options = options
 
     def attend(self, query_key: Tensor, value: Tensor, step: Step) -> Tensor:
         """query_key and value [B, H, N, D]."""
-        longest = step.longest + self._n_memory
-        self.query_keys = _with_room(self.query_keys, query_key, longest, self._memory and self._memory[0])
-        self.values = _with_room(self.values, value, longest, self._memory and self._memory[1])
-        index = step.position + self._n_memory
-        _store(self.query_keys, index, query_key)
-        _store(self.values, index, value)
+        index, query_keys, values = self._append(query_key, value, step)
         ends = (index[:, 0] + step.valid.sum(1)).tolist()
         # The ring of a row is as long as the row, so rows of other lengths are called by themselves.
         alike = len(set(ends)) == 1
@@ -395,13 +396,8 @@ class RingCache(LayerCache):
             if end == 0:  # no tokens yet
                 outs.append(torch.zeros_like(value[rows]))
                 continue
-            out = functional.lsh_attention(
-                self.query_keys[rows, :, :end], self.values[rows, :, :end], **self._options
-            )  # fmt: skip
+            out = functional.lsh_attention(query_keys[rows, :, :end], values[rows, :, :end], **self._options)
             assert isinstance(out, Tensor)
             at = index[rows, None, :, None].clamp(max=end - 1)
             outs.append(out.gather(2, at.expand(value[rows].shape)))
         return torch.cat(outs)
-
-    def crop(self, lengths: Tensor, dropped: int) -> None:
-        """Later tokens overwrite what is behind the end."""
