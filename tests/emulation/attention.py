@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
@@ -25,7 +26,7 @@ def describe(case: Any) -> str:
     return f"{type(case).__name__}({', '.join(f'{name}={value}' for name, value in given.items())})"
 
 
-class OracleCase:
+class OracleCase(ABC):
     """A dataclass with a dtype and backends, whose call is checked against the float64 oracle."""
 
     dtype: torch.dtype
@@ -34,8 +35,9 @@ class OracleCase:
     def __str__(self) -> str:
         return describe(self)
 
+    @abstractmethod
     def call(self) -> Any:
-        raise NotImplementedError
+        """Of the op that is checked."""
 
     def check(self, emulator: Emulator) -> Tensor:
         """All results in one tensor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Launched:
 
 
 @dataclass
-class Emulator:
+class Emulator(ABC):
     """Where launches of a backend run: the architecture and the schedule."""
 
     architecture: str = "sm_90"
@@ -44,9 +45,9 @@ class Emulator:
     launched: list[Launched] = field(default_factory=list)
     backend: ClassVar[str]
 
+    @abstractmethod
     def serving(self) -> AbstractContextManager[None]:
         """The backend serves tensors of the CPU, by emulated kernels."""
-        raise NotImplementedError
 
     def hash_buckets(
         self, x: Tensor, rotations: Tensor, factors: Sequence[int], padding: Tensor | None = None
