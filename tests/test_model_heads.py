@@ -94,7 +94,7 @@ def test_pooling(pooling: str, masked: bool) -> None:
     pooled = []
     for row in range(4):
         there = list(range(L)) if mask is None else mask[row].nonzero().flatten().tolist()
-        used = {"first": [0], "last": [max(there, default=0)], "mean": there}[pooling]
+        used = {"first": [min(there, default=0)], "last": [max(there, default=0)], "mean": there}[pooling]
         pooled.append(sum((hidden[row, position] for position in used), torch.zeros(2 * E)) / max(1, len(used)))
     dense = torch.tanh(torch.stack(pooled) @ model.dense.weight.T + model.dense.bias)
     out = model(ids, mask)

@@ -187,6 +187,15 @@ def initialize(module: _Module, std: float) -> _Module:
     return module
 
 
+def token_at(end: str, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B, E]: of x [B, L, E] the "first" or the "last" token of each row that is no padding."""
+    if attention_mask is None:
+        return x[:, 0 if end == "first" else -1]
+    attended, index = attention_mask != 0, torch.arange(x.shape[1], device=x.device)
+    found = attended.to(torch.int8).argmax(dim=1) if end == "first" else (index * attended).amax(dim=1)
+    return x[torch.arange(len(x), device=x.device), found]
+
+
 def padding_mask(attention_mask: Any, tokens: Tensor, name: str = "attention_mask") -> Tensor | None:
     """The modules' ``key_padding_mask`` (bool, True: ignored) of a model's ``attention_mask`` (1: attend)."""
     if attention_mask is None:

@@ -69,7 +69,7 @@ class ReformerConfig:
         pad_token_id: what stands for ignored labels in the input of a decoder.
         decoder_start_token_id: the first token in the input of a decoder.
         num_labels: of a sequence classifier; 1 is regression.
-        pooling: what a sequence classifier sees: "first" token, "last" token that is attended, or "mean" of these.
+        pooling: what a sequence classifier sees: the "first" or "last" token that is attended, or the "mean" of all.
         initializer_range: standard deviation of the initial weights.
 
     Raises:

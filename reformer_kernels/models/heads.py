@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules.feed_forward import chunked_cross_entropy
-from .base import initialize
+from .base import initialize, token_at
 from .config import ReformerConfig
 from .outputs import ClassifierOutput, QuestionAnsweringOutput
 from .reformer import ReformerModel
@@ -114,17 +114,12 @@ class ReformerQuestionAnswering(ReformerModel):
 
 def _pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     """[B, L, E] -> [B, E]."""
-    if pooling == "first":
-        return hidden[:, 0]
+    if pooling != "mean":
+        return token_at(pooling, hidden, attention_mask)
     if attention_mask is None:
-        return hidden[:, -1] if pooling == "last" else hidden.mean(dim=1)
-    attended = attention_mask != 0
-    if pooling == "mean":
-        weights = attended.to(hidden.dtype).unsqueeze(-1)
-        return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-    places = torch.arange(hidden.shape[1], device=hidden.device)
-    last = (places * attended).amax(dim=1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return hidden.mean(dim=1)
+    weights = (attention_mask != 0).to(hidden.dtype).unsqueeze(-1)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def _check_classes(name: str, labels: Any, logits: Tensor) -> None:

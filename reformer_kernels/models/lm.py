@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import check_shape, check_tensor
 from ..modules.feed_forward import chunked_cross_entropy
-from .base import check_ids, initialize, padding_mask
+from .base import check_ids, initialize, padding_mask, token_at
 from .cache import Cache
 from .config import ReformerConfig
 from .decoding import Generates
@@ -132,7 +132,7 @@ class ReformerLM(_LanguageModel, Generates):
 
     def _prompt_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Tensor:
         both = torch.cat(self.reformer.streams(input_ids, attention_mask, cache=cache), -1)
-        return self._logits(last_token(both, attention_mask))
+        return self._logits(token_at("last", both, attention_mask))
 
     def _token_logits(self, token_ids: Tensor, cache: Cache) -> Tensor:
         return self._logits(torch.cat(self.reformer.streams(token_ids[:, None], None, cache=cache), -1)[:, 0])
@@ -140,14 +140,6 @@ class ReformerLM(_LanguageModel, Generates):
     def _logits(self, both: Tensor) -> Tensor:
         logits: Tensor = self.head(self.reformer.merge(both))
         return logits
-
-
-def last_token(both: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """[B, width]: of both [B, L, width] the last token of each row that is no padding."""
-    if attention_mask is None:
-        return both[:, -1]
-    last = both.shape[1] - 1 - (attention_mask != 0).flip(1).to(torch.int8).argmax(1)
-    return both[torch.arange(len(both), device=both.device), last]
 
 
 class ReformerMaskedLM(_LanguageModel):
