@@ -177,3 +177,16 @@ def test_streams_have_one_beam() -> None:
     model = made(ReformerLM)
     with pytest.raises(ValueError, match="num_beams must be 1 to stream tokens, got 2"):
         model.stream(prompts("left")[0], max_new_tokens=3, num_beams=2)
+
+
+def test_a_plain_model_generates_exactly() -> None:
+    """Each token is the best one of a whole forward of what stands before it."""
+    torch.manual_seed(0)
+    model = ReformerLM(ReformerConfig(embed_dim=32, num_heads=2, num_layers=2, max_length=512)).eval()
+    ids = torch.randint(256, (2, 300))
+    written = model.generate(ids, max_new_tokens=5)
+    assert written.shape == (2, 305)
+    with torch.no_grad():
+        logits = model(written).logits
+        assert torch.equal(logits[:, 299:-1].argmax(-1), written[:, 300:])
+        torch.testing.assert_close(model(written[:, :302]).logits, logits[:, :302])  # later tokens change nothing

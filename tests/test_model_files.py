@@ -39,7 +39,7 @@ LEAST = {
 }  # fmt: skip
 NULLABLE = (
     "head_dim", "context_dim", "n_buckets", "hash_seed", "feed_forward_dim", "feed_forward_chunk_length",
-    "head_chunk_length", "max_length", "axial_shape", "axial_dims", "stream_dtype",
+    "head_chunk_length", "max_length", "axial_shape", "axial_dims", "stream_dtype", "alignment",
 )  # fmt: skip
 BOOLS = ("causal", "attention_bias", "glu", "tie_layers", "tie_embeddings", "reversible")
 CHOICES = {
@@ -101,8 +101,6 @@ def wrong_structures() -> list[Case]:
          "embed_dim must be divisible by num_heads unless head_dim is given, got 30 and 8"),
         ({"n_buckets": [2**16, 2**16]}, ValueError,
          f"n_buckets must have a product below 2**31 - 1, got {(2**16, 2**16)}"),
-        ({"alignment": "bucket"}, ValueError,
-         'n_buckets must be given with alignment="bucket" (the default depends on the length)'),
         ({"attention": ["local"], "memory_keys": 3}, ValueError,
          "memory_keys must be 0 without LSH and full layers (local ones have none), got 3"),
         ({"position": "rotary", "head_dim": 5}, ValueError, 'head_dim must be even with position="rotary", got 5'),
@@ -452,3 +450,25 @@ def test_weights_that_do_not_fit(change: dict[str, Tensor | None], message: str,
 def test_an_unknown_device_is_not_the_fault_of_the_file(saved: Path) -> None:
     with pytest.raises(Exception, match=r"^(?!.*no valid safetensors).*no such device"):
         rk.ReformerLM.from_pretrained(saved, device="no such device")
+
+
+@pytest.mark.parametrize(
+    ("options", "alignment", "buckets"),
+    [
+        ({}, "ring", None),  # as published
+        ({"n_buckets": 6}, "ring", 6),
+        ({"causal": True}, "bucket", (128,)),  # twice as many as 4,096 tokens have chunks
+        ({"causal": True, "max_length": 1000}, "bucket", (30,)),
+        ({"causal": True, "max_length": 8, "position": "rotary"}, "bucket", (2,)),
+        ({"causal": True, "max_length": 65536, "lsh_chunk_length": 32}, "bucket", (64, 64)),
+        ({"causal": True, "n_buckets": (4, 2)}, "bucket", (4, 2)),
+        ({"causal": True, "alignment": "ring"}, "ring", None),
+        ({"alignment": "bucket"}, "bucket", (128,)),
+    ],
+)
+def test_windows_of_lsh_layers(options: dict[str, Any], alignment: str, buckets: Any) -> None:
+    config = rk.ReformerConfig(**options)
+    assert (config.lsh_alignment, config.lsh_buckets) == (alignment, buckets)
+    layer = rk.Reformer(config).layers.get_submodule("blocks.1.f.layer")
+    assert isinstance(layer, rk.LSHSelfAttention)
+    assert (layer.options["alignment"], layer.options["n_buckets"]) == (alignment, buckets)

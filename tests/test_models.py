@@ -114,7 +114,8 @@ def attention(c: ReformerConfig, kind: str, index: int) -> nn.Module:
     options |= {name: getattr(c, f"{kind}_{name}") for name in window}
     if kind == "local":
         return rk.LocalSelfAttention(E, H, **options)
-    options |= {name: getattr(c, name) for name in ("n_hashes", "n_buckets", "alignment", "memory_keys")}
+    options |= {"n_hashes": c.n_hashes, "memory_keys": c.memory_keys}
+    options |= {"n_buckets": c.lsh_buckets, "alignment": c.lsh_alignment}
     rules = rk.AttentionRules.paper() if c.rules == "paper" else None
     assert c.hash_seed is not None
     return rk.LSHSelfAttention(E, H, hash_seed=c.hash_seed + index, rules=rules, **options)

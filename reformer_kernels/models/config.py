@@ -21,6 +21,7 @@ POSITIONS = ("axial", "learned", "sinusoidal", "rotary", "none")
 RULES = ("default", "trax", "paper", "lucidrains", "huggingface")
 STREAM_DTYPES = ("float32", "float64")
 DEFAULT_MAX_LENGTH = 65536
+TYPICAL_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,13 @@ class ReformerConfig:
         num_heads, head_dim: H and D; ``head_dim=None``: ``embed_dim // num_heads``.
         attention: the kinds of the layers, of "lsh", "local" and "full" (softmax attention to everything), repeated
             until there are ``num_layers``.
-        causal: no token sees later ones; strictly, if there are LSH layers, only with ``alignment="bucket"``.
+        causal: no token sees later ones. With ``alignment="ring"`` they have a say in what LSH layers offer to it.
         context_dim: width of another sequence that every layer also attends, as a decoder does; None: there is none.
-        n_hashes, n_buckets, alignment: of the LSH layers, as in ``lsh_attention``, which says what makes a row depend
-            on its batch.
+        n_hashes: rounds of the LSH layers.
+        alignment: of the LSH layers' chunks, "ring" (as published) or "bucket", as in ``lsh_attention``, which says what
+            makes a row depend on its batch. None: "bucket" if causal, else "ring".
+        n_buckets: of the LSH layers. None: in a ring twice as many as a sequence has chunks; in buckets, whose number
+            must not depend on the sequence, twice as many as one of ``max_length`` has, or of 4,096 without one.
         hash_seed: an int fixes the rotations; None draws new ones in every training forward.
         rules: the name of a preset of ``AttentionRules``, for the LSH layers: "default", "trax", "paper",
             "lucidrains" or "huggingface".
@@ -86,7 +90,7 @@ class ReformerConfig:
     context_dim: int | None = None
     n_hashes: int = 4
     n_buckets: int | tuple[int, ...] | None = None
-    alignment: str = "ring"
+    alignment: str | None = None
     hash_seed: int | None = None
     rules: str = "default"
     lsh_chunk_length: int = 64
@@ -169,10 +173,7 @@ class ReformerConfig:
                 f"embed_dim must be divisible by num_heads unless head_dim is given, got {self.embed_dim} and "
                 f"{self.num_heads}"
             )
-        if self.n_buckets is not None:
-            bucket_factors(self.n_buckets, 1, 1)
-        elif self.alignment == "bucket" and "lsh" in self.layers:
-            raise ValueError('n_buckets must be given with alignment="bucket" (the default depends on the length)')
+        bucket_factors(self.n_buckets, 1, 1)
         if self.memory_keys and set(self.layers) == {"local"}:
             raise ValueError(
                 f"memory_keys must be 0 without LSH and full layers (local ones have none), got {self.memory_keys}"
@@ -204,6 +205,18 @@ class ReformerConfig:
     def layers(self) -> tuple[str, ...]:
         """The kind of every layer."""
         return tuple(self.attention[i % len(self.attention)] for i in range(self.num_layers))
+
+    @property
+    def lsh_alignment(self) -> str:
+        """``alignment`` of the LSH layers."""
+        return self.alignment or ("bucket" if self.causal else "ring")
+
+    @property
+    def lsh_buckets(self) -> int | tuple[int, ...] | None:
+        """``n_buckets`` of the LSH layers; None: as many as fit each sequence."""
+        if self.n_buckets is None and self.lsh_alignment == "bucket":
+            return bucket_factors(None, self.max_length or TYPICAL_LENGTH, self.lsh_chunk_length)
+        return self.n_buckets
 
     @property
     def attention_dim(self) -> int:
@@ -295,5 +308,5 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _OPTIONAL = (
     "head_dim", "context_dim", "feed_forward_dim", "feed_forward_chunk_length", "head_chunk_length", "max_length",
-    "stream_dtype",
+    "stream_dtype", "alignment",
 )  # fmt: skip

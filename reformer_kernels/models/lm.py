@@ -42,13 +42,12 @@ def apply_head(
     trunk: Reformer, head: nn.Linear, streams: tuple[Tensor, Tensor], labels: Tensor | None, return_logits: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The loss of labels, computed in chunks, and logits where there are no labels or they are asked for."""
-    both = torch.cat(streams, dim=-1)
     to_logits = nn.Sequential(trunk.merge, head)
     loss = None
     if labels is not None:
         length = trunk.config.head_chunk_length
-        loss = chunked_cross_entropy(both, to_logits, labels, chunk_length=length, ignore_index=IGNORED)
-    return loss, to_logits(both) if labels is None or return_logits else None
+        loss = chunked_cross_entropy(streams, to_logits, labels, chunk_length=length, ignore_index=IGNORED)
+    return loss, to_logits(torch.cat(streams, dim=-1)) if labels is None or return_logits else None
 
 
 class _LanguageModel(ReformerModel):
@@ -98,9 +97,9 @@ class _LanguageModel(ReformerModel):
 class ReformerLM(_LanguageModel, Generates):
     """A language model: ``logits[:, i]`` predict token i + 1.
 
-    Labels are the tokens themselves (``labels=input_ids``): they are shifted inside. No token attends later ones, but
-    which earlier ones an LSH layer offers to a query depends on later tokens, too, as in every published Reformer:
-    logits of a prefix are those of the whole only with ``alignment="bucket"``, see ``lsh_attention``.
+    Labels are the tokens themselves (``labels=input_ids``): they are shifted inside. Logits of a prefix are those of the
+    whole, but with ``alignment="ring"``, where later tokens have a say in which earlier ones an LSH layer offers to a
+    query, as in every published Reformer.
 
     Args:
         config: the architecture; the model's own ``config`` is causal, whatever this one says.
