@@ -1,6 +1,5 @@
 """The example of the duplication task: its data, what it learns, and what it refuses."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-FILE = Path(__file__).resolve().parent.parent / "examples" / "duplication.py"
+from benchmarks.examples import load_example
+
 SMALL = (
     "--length 32 --vocab-size 16 --width 32 --heads 2 --steps 200 --warm-up 20 --learning-rate 0.01 --eval-hashes 1 8"
 ).split()
@@ -17,11 +17,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def duplication() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("duplication", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("duplication")
 
 
 def test_a_sequence_is_the_same_twice(duplication: ModuleType) -> None:

@@ -1,26 +1,19 @@
 """The examples run, learn, and say what they lack."""
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 import reformer_kernels as rk
-
-ROOT = Path(__file__).resolve().parent.parent
-SWAP = ROOT / "examples" / "swap_attention.py"
+from benchmarks.examples import FOLDER, load_example
 
 
 @pytest.fixture
 def swap() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("swap_attention", SWAP)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_example("swap_attention")
     torch.use_deterministic_algorithms(False)
     return module
 
@@ -28,7 +21,12 @@ def swap() -> ModuleType:
 def test_swap_attention_prints_both_models() -> None:
     pytest.importorskip("sklearn")
     options = "--side 12 --steps 3 --batch 2 --width 16 --test-images 4 --threads 1"
-    ran = subprocess.run([sys.executable, str(SWAP), *options.split()], cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, str(FOLDER / "swap_attention.py"), *options.split()],
+        cwd=FOLDER,
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr
     assert "sequences of 144 steps" in ran.stdout
     table = [line.split() for line in ran.stdout.splitlines()[-2:]]

@@ -1,0 +1,183 @@
+"""What a language model learns with each kind of attention: ``python -m benchmarks.learning``.
+
+Trainings of ``examples/train_lm.py`` on the source of Python's library, equal but for the kinds of their layers. Each
+kind is trained with several learning rates, and with a second seed at the best. The results go to
+``benchmarks/results/learning.json``, one training after the other: what is there is not done again, and a training that
+was stopped goes on. ``docs/learning.md`` shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import reformer_kernels as rk
+
+from .examples import FOLDER, load_example
+from .machine import environment
+
+RESULTS = Path(__file__).parent / "results" / "learning.json"
+KINDS = {"local": ("local",), "local and LSH": ("local", "lsh"), "LSH": ("lsh",), "full": ("full",)}
+RATES = (2e-3, 4e-3, 1e-3)
+SEEDS = (0, 1)
+STEPS = 600
+MODEL = "--batch 1 --context 4096 --layers 4 --width 128 --heads 2 --hashes 4 --store-activations --validate-every 100"
+WINDOWS = 64  # held out, of the context's length, in the tests of trained models
+POSITIONS = 16  # equal parts of the context, over which losses are averaged
+
+
+class Run(NamedTuple):
+    kind: str
+    rate: float
+    seed: int
+    steps: int = STEPS
+    alignment: str = "bucket"
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, {self.alignment}, {self.steps} steps, rate {self.rate:g}, seed {self.seed}"
+
+    def arguments(self, out: Path) -> list[str]:
+        if (out / "checkpoint.pt").exists():
+            return ["--resume", str(out)]
+        chosen = {
+            "--steps": self.steps, "--learning-rate": self.rate, "--seed": self.seed, "--alignment": self.alignment,
+            "--validation-batches": 16, "--out": out, "--sample": 100,
+        }  # fmt: skip
+        return [*MODEL.split(), *(str(x) for pair in chosen.items() for x in pair), "--attention", *KINDS[self.kind]]
+
+
+def best_rate(done: dict[str, Any], kind: str) -> float:
+    return min(RATES, key=lambda rate: float(done[Run(kind, rate, SEEDS[0]).name]["loss"]))
+
+
+def plan(done: dict[str, Any]) -> Iterator[list[Run]]:
+    """The runs, in groups; later ones depend on what earlier ones have given."""
+    for rate in RATES:
+        yield [Run(kind, rate, SEEDS[0]) for kind in KINDS]
+    yield [Run(kind, best_rate(done, kind), seed) for kind in KINDS for seed in SEEDS[1:]]
+    yield [Run("local and LSH", best_rate(done, "local and LSH"), seed, alignment="ring") for seed in SEEDS]
+    # Full attention in the time that local and LSH layers take.
+    times = done["seconds a step"]
+    steps = round(STEPS * times["local and LSH"] / times["full"])
+    yield [Run("full", best_rate(done, "full"), seed, steps=steps) for seed in SEEDS]
+
+
+@torch.no_grad()
+def losses(model: rk.ReformerLM, windows: Tensor, **options: Any) -> Tensor:
+    """Nats that each byte of windows [n, L] but the first takes, on average over the windows: float64 [L - 1]."""
+    model.eval()
+    total = torch.zeros(windows.shape[1] - 1, dtype=torch.float64)
+    for window in windows.split(1):
+        total += F.cross_entropy(model(window, **options).logits[0, :-1], window[0, 1:], reduction="none")
+    return total / len(windows)
+
+
+def without_lsh(model: rk.ReformerLM) -> list[Any]:
+    """The hooks by which LSH layers add nothing."""
+    layers = [module for module in model.modules() if isinstance(module, rk.LSHSelfAttention)]
+    return [layer.register_forward_hook(lambda module, given, out: torch.zeros_like(out)) for layer in layers]
+
+
+def test(out: Path) -> dict[str, Any]:
+    """What a trained model says of the held-out windows."""
+    train_lm = load_example("train_lm")
+    options, _ = train_lm.parse(["--resume", str(out)])
+    options.validation_batches = WINDOWS
+    windows = train_lm.validation_windows(train_lm.Text(options), options)
+    model = rk.ReformerLM.from_pretrained(out / "model")
+    whole = losses(model, windows)
+    result = {
+        "loss": float(whole.mean()),
+        "by position": [float(part.mean()) for part in whole.tensor_split(POSITIONS)],
+        "curve": [
+            (int(row["step"]), row["validation_loss"])
+            for row in train_lm.read_log(out / "log.csv")
+            if row["validation_loss"] is not None
+        ],
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    if "lsh" in model.config.layers:
+        result["by hashes"] = {n: float(losses(model, windows, n_hashes=n).mean()) for n in (1, 2, 4, 8)}
+        hooks = without_lsh(model)
+        result["without LSH"] = float(losses(model, windows).mean())
+        for hook in hooks:
+            hook.remove()
+    return result
+
+
+def step_seconds(rounds: int = 7) -> dict[str, float]:
+    """Median seconds of a training step of each kind, in turn."""
+    models = {}
+    for name, kinds in KINDS.items():
+        config = rk.ReformerConfig(
+            embed_dim=128, num_layers=4, num_heads=2, attention=kinds, causal=True, position="rotary", max_length=4096,
+            reversible=False,
+        )  # fmt: skip
+        models[name] = rk.ReformerLM(config)
+    ids = torch.randint(256, (1, 4096))
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            begin = time.perf_counter()
+            model(ids, labels=ids).loss.backward()
+            model.zero_grad()
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+def read() -> dict[str, Any]:
+    return dict(json.loads(RESULTS.read_text())) if RESULTS.exists() else {}
+
+
+def write(name: str, value: Any) -> None:
+    RESULTS.write_text(json.dumps({**read(), name: value}, indent=1) + "\n")
+
+
+def train(run: Run, out: Path, jobs: int) -> None:
+    variables = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+    command = [sys.executable, str(FOLDER / "train_lm.py"), *run.arguments(out)]
+    ran = subprocess.run(command, env=variables, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"{run.name}: {ran.stderr}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="of the trainings' files")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, which share the cores (default 2)")
+    parser.add_argument("--time", action="store_true", help="measure steps of each kind alone, on a quiet machine")
+    options = parser.parse_args()
+    if options.time:
+        write("seconds a step", step_seconds())
+        write("machine", environment())
+        return
+    done = read()
+    for group in plan(done):
+        with ThreadPoolExecutor(options.jobs) as pool:
+            outs = {run: options.folder / run.name.replace(" ", "_") for run in group if run.name not in done}
+            started = {pool.submit(train, run, out, options.jobs): run for run, out in outs.items()}
+            for future in as_completed(started):
+                future.result()
+                run = started[future]
+                write(run.name, test(outs[run]))
+                done |= read()
+                print(f"{run.name}: {done[run.name]['loss'] / math.log(2):.4f} bits a byte", flush=True)
+
+
+if __name__ == "__main__":
+    main()
