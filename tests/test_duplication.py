@@ -20,15 +20,41 @@ def duplication() -> ModuleType:
     return load_example("duplication")
 
 
+@pytest.fixture(scope="module")
+def recall() -> ModuleType:
+    return load_example("associative_recall")
+
+
+def sequences(module: ModuleType, task: str, *arguments: str) -> tuple[torch.Tensor, torch.Tensor]:
+    made: tuple[torch.Tensor, torch.Tensor] = getattr(module, task)(
+        50, module.parse(arguments), torch.Generator().manual_seed(0)
+    )
+    return made
+
+
 def test_a_sequence_is_the_same_twice(duplication: ModuleType) -> None:
-    ids = duplication.sequences(50, 10, 4, torch.Generator().manual_seed(0))
-    assert ids.shape == (50, 10)
-    assert torch.equal(ids[:, :5], ids[:, 5:])
+    ids, labels = sequences(duplication, "duplication", "--length", "12", "--vocab-size", "4")
+    assert ids.shape == (50, 12)
+    assert torch.equal(ids[:, :6], ids[:, 6:])
     assert (ids[:, 0] == 0).all()
-    assert set(ids[:, 1:5].flatten().tolist()) == {1, 2, 3}
-    labels = duplication.second_half(ids)
-    assert (labels[:, :6] == duplication.IGNORED).all()
-    assert torch.equal(labels[:, 6:], ids[:, 6:])
+    assert set(ids[:, 1:6].flatten().tolist()) == {1, 2, 3}
+    assert (labels[:, :7] == duplication.IGNORED).all()
+    assert torch.equal(labels[:, 7:], ids[:, 7:])
+
+
+def test_each_key_comes_twice_with_its_value(recall: ModuleType) -> None:
+    ids, labels = sequences(recall, "recall", "--length", "40", "--vocab-size", "7")
+    assert ids.shape == (50, 40)
+    orders = set()
+    for row, asked in zip(ids.tolist(), labels.tolist(), strict=True):
+        pairs = list(zip(row[0::2], row[1::2], strict=True))
+        listed, again = pairs[:10], pairs[10:]
+        assert sorted(listed) == sorted(again)
+        assert {key for key, _ in listed} == set(range(7, 17))
+        assert all(0 <= value < 7 for _, value in listed)
+        assert asked == [recall.IGNORED] * 20 + [x for _, value in again for x in (recall.IGNORED, value)]
+        orders.add(tuple(key for key, _ in again))
+    assert len(orders) == 50
 
 
 @pytest.mark.parametrize(("attention", "chunk_length"), [("lsh", 8), ("local", 4)])
@@ -70,14 +96,14 @@ def test_accuracy_counts_the_second_half(duplication: ModuleType) -> None:
             said[:, :16] = 0  # nobody asks
             return type("Output", (), {"logits": torch.nn.functional.one_hot(said, 16).float()})
 
-    assert duplication.accuracy(Repeats(0), options, 5) == 1
-    assert duplication.accuracy(Repeats(3), options, 5) == pytest.approx(12 / 15)
+    assert duplication.accuracy(Repeats(0), duplication.duplication, options, 5) == 1
+    assert duplication.accuracy(Repeats(3), duplication.duplication, options, 5) == pytest.approx(12 / 15)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--length", "7"], "--length must be an even number of at least 4, got 7"),
+        (["--length", "6"], "--length must be a multiple of 4, got 6"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--vocab-size", "1"], "--vocab-size must be at least 2, got 1"),
         (["--eval-hashes", "4", "0"], "--eval-hashes must be at least 1, got 0"),
