@@ -71,9 +71,9 @@ class Watch(TorchDispatchMode):
         return out
 
 
-def watched(function: Callable[[Tensor], Tensor], tokens: int) -> Watch:
-    """Forward and backward for tokens of two channels."""
-    x = torch.randn(1, tokens, 2, requires_grad=True)
+def watched(function: Callable[[Tensor], Tensor], tokens: int, width: int = 2) -> Watch:
+    """Forward and backward for tokens of so many channels."""
+    x = torch.randn(1, tokens, width, requires_grad=True)
     watch = Watch()
     with watch:
         function(x).sum().backward()
@@ -248,6 +248,27 @@ def test_cross_entropy_defaults() -> None:
         assert_equal_to_rounding(chunked_cross_entropy(x, head, y), expected, 6 + 11 + 12 + 5)
 
 
+@pytest.mark.parametrize("chunk_length", [5, 12, None])
+def test_cross_entropy_of_parts_is_that_of_their_concatenation(chunk_length: int | None) -> None:
+    head, parts, labels = make_head(), (random_input((3, 4, 2)), random_input((3, 4, 4))), make_labels((3, 4))
+    leaves, loss = [*parts, *head.parameters()], partial(chunked_cross_entropy, head=head, labels=labels)
+    results = [
+        with_gradients(function, leaves)
+        for function in (
+            lambda: loss(parts, chunk_length=chunk_length),
+            lambda: loss(torch.cat(parts, -1), chunk_length=chunk_length),
+        )
+    ]
+    for of_parts, whole in zip(*results, strict=True):
+        assert torch.equal(of_parts, whole)
+
+
+def test_parts_are_concatenated_one_chunk_at_a_time() -> None:
+    tokens, head, labels = 8 * 20 + 3, nn.Linear(64, 2), torch.zeros(1, 8 * 20 + 3, dtype=torch.int64)
+    seen = watched(lambda x: chunked_cross_entropy((x, x), head, labels, chunk_length=8), tokens, width=32)
+    assert seen.largest == tokens * 32  # the gradient of a part
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("chunk_length", [5, None])
 @pytest.mark.parametrize("shape", [(3, 4, 6), (2, 0, 6)])
@@ -345,6 +366,9 @@ def entropy(hidden: Any = X, labels: Any = Y, **options: Any) -> Tensor:
      f"activation must be one of {tuple(FORMULAS)}, got 3"),
     (lambda: entropy(hidden=[1.0]), TypeError, "hidden must be a floating tensor, got list"),
     (lambda: entropy(hidden=X.long()), TypeError, "hidden must be a floating tensor, got torch.int64"),
+    (lambda: entropy(hidden=()), TypeError, "hidden must be a floating tensor, got tuple"),
+    (lambda: entropy(hidden=(X, X.long())), TypeError, "hidden must be a floating tensor, got torch.int64"),
+    (lambda: entropy(hidden=(X, X[:, :4])), ValueError, "labels must have shape [2, 4], got [2, 5]"),
     (lambda: entropy(labels=3), TypeError, "labels must be an int64 tensor, got int"),
     (lambda: entropy(labels=Y.int()), TypeError, "labels must be an int64 tensor, got torch.int32"),
     (lambda: entropy(labels=Y[:, :4]), ValueError, "labels must have shape [2, 5], got [2, 4]"),

@@ -38,8 +38,8 @@ class ReformerConfig:
         causal: no token sees later ones. With ``alignment="ring"`` they have a say in what LSH layers offer to it.
         context_dim: width of another sequence that every layer also attends, as a decoder does; None: there is none.
         n_hashes: rounds of the LSH layers.
-        alignment: of the LSH layers' chunks, "ring" (as published) or "bucket", as in ``lsh_attention``, which says what
-            makes a row depend on its batch. None: "bucket" if causal, else "ring".
+        alignment: of the LSH layers, "ring" (as published) or "bucket", as in ``lsh_attention``, which says what makes
+            a row depend on its batch. None: "bucket" if causal, else "ring".
         n_buckets: of the LSH layers. None: in a ring twice as many as a sequence has chunks; in buckets, whose number
             must not depend on the sequence, twice as many as one of ``max_length`` has, or of 4,096 without one.
         hash_seed: an int fixes the rotations; None draws new ones in every training forward.

@@ -97,9 +97,9 @@ class _LanguageModel(ReformerModel):
 class ReformerLM(_LanguageModel, Generates):
     """A language model: ``logits[:, i]`` predict token i + 1.
 
-    Labels are the tokens themselves (``labels=input_ids``): they are shifted inside. Logits of a prefix are those of the
-    whole, but with ``alignment="ring"``, where later tokens have a say in which earlier ones an LSH layer offers to a
-    query, as in every published Reformer.
+    Labels are the tokens themselves (``labels=input_ids``): they are shifted inside. Logits of a prefix are those of
+    the whole, but with ``alignment="ring"``, where later tokens have a say in which earlier ones an LSH layer offers to
+    a query, as in every published Reformer.
 
     Args:
         config: the architecture; the model's own ``config`` is causal, whatever this one says.

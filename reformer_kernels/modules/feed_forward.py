@@ -163,7 +163,7 @@ class _FeedForward(nn.Module):
 
 
 def chunked_cross_entropy(
-    hidden: Tensor,
+    hidden: Tensor | tuple[Tensor, ...],
     head: nn.Module,
     labels: Tensor,
     *,
@@ -177,7 +177,7 @@ def chunked_cross_entropy(
     What ``torch.compile`` and ``torch.export`` make takes all tokens at once.
 
     Args:
-        hidden: [..., E], floating.
+        hidden: [..., E], floating; or several, which are concatenated, one chunk at a time.
         head: of tokens [n, E] to logits [n, V]: the last linear layer, with a norm before it or not.
         labels: int64 [...], between 0 and V - 1, or ``ignore_index``.
         chunk_length: tokens at a time; None: all.
@@ -191,31 +191,35 @@ def chunked_cross_entropy(
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape or value.
     """
-    if not isinstance(hidden, Tensor) or hidden.dtype not in FLOATING:
-        got = hidden.dtype if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise TypeError(f"hidden must be a floating tensor, got {got}")
+    parts: tuple[Any, ...] = hidden if isinstance(hidden, tuple) and hidden else (hidden,)
+    for part in parts:
+        if not isinstance(part, Tensor) or part.dtype not in FLOATING:
+            got = part.dtype if isinstance(part, Tensor) else type(part).__name__
+            raise TypeError(f"hidden must be a floating tensor, got {got}")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be an int64 tensor, got {got}")
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels must have shape {list(hidden.shape[:-1])}, got {list(labels.shape)}")
-    check_like("labels", labels, "hidden", hidden)
+    for part in parts:
+        if labels.shape != part.shape[:-1]:
+            raise ValueError(f"labels must have shape {list(part.shape[:-1])}, got {list(labels.shape)}")
+        check_like("labels", labels, "hidden", part)
     check_choice("reduction", reduction, ("mean", "sum"))
     check_fraction("label_smoothing", label_smoothing)
     if chunk_length is not None:
         check_int("chunk_length", chunk_length, 1)
 
-    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        logits = head(tokens)
+    def loss(targets: Tensor, *tokens: Tensor) -> Tensor:
+        logits = head(tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=-1))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(
             logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
         )
 
-    tokens, targets = hidden.reshape(-1, hidden.shape[-1]), labels.flatten()
-    pieces = list(zip(_chunks(tokens, chunk_length), _chunks(targets, chunk_length), strict=True))
-    parts = [loss(*pieces[0])] if len(pieces) == 1 else [_recomputed(head, loss, *piece) for piece in pieces]
-    total = torch.stack(parts).sum()
+    targets = labels.flatten()
+    rows = (targets, *(part.reshape(-1, part.shape[-1]) for part in parts))
+    pieces = list(zip(*(_chunks(x, chunk_length) for x in rows), strict=True))
+    sums = [loss(*pieces[0])] if len(pieces) == 1 else [_recomputed(head, loss, *piece) for piece in pieces]
+    total = torch.stack(sums).sum()
     if reduction == "sum":
         return total
     return total / (targets != ignore_index).sum().clamp(min=1)
