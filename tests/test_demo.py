@@ -20,11 +20,16 @@ import torch
 
 from reformer_kernels.demo import __main__ as demo
 from reformer_kernels.demo import cost, figure, swap, training
-from reformer_kernels.demo.model import ByteLM
+from reformer_kernels.demo.model import make_configs
 from reformer_kernels.demo.text import DemoError, split_text
+from reformer_kernels.models.lm import ReformerLM
 
 ENGLISH = b"The quick brown fox jumps over the lazy dog, and the dog sleeps on. "
 LENGTHS = [256, 512]
+
+
+def make_model(name: str, *, layers: int = 2) -> ReformerLM:
+    return ReformerLM(make_configs(context=256, width=32, layers=layers, heads=2, hashes=1)[name])
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,13 +41,13 @@ def test_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "new" / "out"
     text.write_bytes(ENGLISH * 60)
     done = run(
-        *f"--seconds 2 --context 256 --width 32 --layers 2 --heads 2 --lengths 512,256 --repeats 1 --generate 20 "
+        *f"--seconds 2 --context 256 --width 32 --layers 2 --heads 2 --lengths 512,256 --repeats 1 --generate 100 "
         f"--swap-length 300 --swap-repeats 1 --text {text} --out {out}".split()
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "(two standard deviations, of other text and other runs)" in done.stdout
     assert (out / "attention.png").read_bytes().startswith(b"\x89PNG")
-    assert len((out / "sample.txt").read_bytes()) == 20
+    assert len((out / "sample.txt").read_bytes()) == 100  # behind the prompt, more than the context
 
     results = json.loads((out / "results.json").read_text())
     assert results["environment"]["torch"] == torch.__version__ and results["environment"]["cores"] >= 1
@@ -74,7 +79,8 @@ def test_tiny_run_from_end_to_end(tmp_path: Path) -> None:
         (["--text", "short.txt"], "--context 4096 needs at least 40,970"),
         (["--text", "short.txt", "--out", "short.txt"], "too few"),
         (["--context", "256", "--text", "short.txt", "--out", "short.txt"], "cannot make the folder 'short.txt'"),
-        (["--width", "130", "--heads", "4"], "--width must be divisible by --heads, got 130 and 4"),
+        (["--width", "130", "--heads", "4"], "--width must be divisible by twice --heads, got 130 and 4"),
+        (["--width", "130", "--heads", "2"], "--width must be divisible by twice --heads, got 130 and 2"),
         (["--seconds", "0"], "--seconds: must be a positive number, got '0'"),
         (["--seconds", "nan"], "--seconds: must be a positive number, got 'nan'"),
         (["--context", "1"], "--context: must be an integer of at least 2, got '1'"),
@@ -136,20 +142,33 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
             assert re.search(rf"{option}\b", shown), option
 
 
-def test_models_are_of_equal_size_and_causal() -> None:
-    models = [ByteLM(name, 256, 32, 4, 2, 1, 1).eval() for name in figure.MODELS]
-    sizes = [sum(x.numel() for x in model.parameters()) for model in models]
-    assert sizes[0] == sizes[1]
-    for model in models:
-        for x in model.parameters():
-            torch.nn.init.normal_(x, std=0.3)
-        tokens = torch.randint(256, (1, 256))
-        changed = tokens.clone()
-        changed[0, 200] = (changed[0, 200] + 1) % 256
-        with torch.no_grad():
-            difference = (model(tokens) - model(changed)).abs().amax(-1)[0]
-        assert float(difference[200:].max()) > 0
-        assert float(difference[:200].max()) == 0
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("width", [32, 128, 512])
+def test_models_differ_in_attention_only(layers: int, width: int) -> None:
+    configs = make_configs(context=4096, width=width, layers=layers, heads=2, hashes=2)
+    assert list(configs) == list(figure.MODELS)
+    assert configs["lsh"].layers == ("local", "lsh", "local", "lsh")[:layers]
+    assert set(configs["sdpa"].layers) == {"full"} and configs["lsh"].n_buckets == 64
+    sizes = [sum(x.numel() for x in ReformerLM(config).parameters()) for config in configs.values()]
+    assert abs(sizes[0] - sizes[1]) <= layers * (width + 1)  # half a unit of each feed-forward layer
+    assert abs(sizes[0] - sizes[1]) <= 0.01 * min(sizes)
+    own = {"attention", "alignment", "n_hashes", "n_buckets", "feed_forward_dim"}
+    first, second = ({k: v for k, v in config.to_dict().items() if k not in own} for config in configs.values())
+    assert first == second
+
+
+@pytest.mark.parametrize("name", figure.MODELS)
+def test_models_are_strictly_causal(name: str) -> None:
+    model = make_model(name, layers=4).eval()
+    for x in model.parameters():
+        torch.nn.init.normal_(x, std=0.3)
+    tokens = torch.randint(256, (1, 256))
+    changed = tokens.clone()
+    changed[0, 200] = (changed[0, 200] + 1) % 256
+    with torch.no_grad():
+        difference = (model(tokens)[0] - model(changed)[0]).abs().amax(-1)[0]
+    assert float(difference[200:].max()) > 0
+    assert float(difference[:200].max()) == 0
 
 
 def test_text_is_split_behind_nine_tenths() -> None:
@@ -178,7 +197,7 @@ def test_a_difference_spreads_over_parts_of_the_text() -> None:
 
 
 def test_held_out_bits_are_those_of_every_byte() -> None:
-    model = ByteLM("sdpa", 16, 8, 1, 1, 1, 1)
+    model = make_model("sdpa")
     data = torch.randint(256, (40,))
     with torch.no_grad():
         model.head.weight.zero_()
@@ -189,7 +208,42 @@ def test_held_out_bits_are_those_of_every_byte() -> None:
     )
     # Twice the error of the same formula in float32, and one rounding.
     allowed = 2 * (same_dtype - exact).abs().max() + torch.finfo(torch.float32).eps * exact.max()
-    assert (training.bits_of_bytes(model, data, 16) - exact).abs().max() <= allowed
+    assert (training.bits_of_bytes(model, data, 16, 1) - exact).abs().max() <= allowed
+
+
+def test_held_out_bits_take_the_hashes_of_evaluation() -> None:
+    model = make_model("lsh")
+    for x in model.parameters():
+        torch.nn.init.normal_(x, std=0.3)
+    data = torch.randint(256, (257,))
+    with torch.no_grad():
+        logits = model.eval()(data[None, :-1], n_hashes=4).logits[0]
+    exact = torch.nn.functional.cross_entropy(logits, data[1:], reduction="none").double() / math.log(2)
+    assert training.bits_of_bytes(model, data, 256, 4).equal(exact)
+    assert not training.bits_of_bytes(model, data, 256, 1).equal(exact)
+
+
+def test_the_sample_is_generated_by_the_cache() -> None:
+    model = make_model("lsh")
+    for x in model.parameters():
+        torch.nn.init.normal_(x, std=0.3)
+    prompt = torch.randint(256, (20,))
+    expected = model.generate(
+        prompt[None], max_new_tokens=100, do_sample=True, temperature=0.5, generator=torch.Generator().manual_seed(7)
+    )
+    tokens = []  # of each forward
+    model.reformer.embedding.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+    totals = []
+
+    def progress(iterable: Iterator[Any], total: int) -> Iterator[Any]:
+        totals.append(total)
+        return iterable
+
+    sample = training.generate(model, prompt, 100, temperature=0.5, seed=7, progress=progress)
+    assert list(sample) == expected[0, 20:].tolist()
+    assert totals == [100]
+    assert tokens == [20] + 99 * [1]  # no token is computed twice
+    assert sample != training.generate(model, prompt, 100, temperature=0.5, seed=8, progress=progress)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +288,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             "seconds": {"stock": 2.0, "swapped": 1.0},
         }
         trained = training.Run(
-            ByteLM("lsh", 16, 8, 1, 1, 1, 1), torch.zeros(200).long(), torch.zeros(100).long(),
-            seconds=1.0, context=16, learning_rate=0.1, seed=0,
+            make_model("lsh"), torch.zeros(200).long(), torch.zeros(100).long(),
+            seconds=1.0, context=16, learning_rate=0.1, eval_hashes=1, seed=0,
         )  # fmt: skip
         trained.evaluate()
         trained.steps = 1
