@@ -28,6 +28,7 @@ import reformer_kernels as rk
 
 from .examples import FOLDER, load_example
 from .machine import environment
+from .report import file_to_write
 
 RESULTS = Path(__file__).parent / "results" / "learning.json"
 KINDS = {"local": ("local",), "local and LSH": ("local", "lsh"), "LSH": ("lsh",), "full": ("full",)}
@@ -36,8 +37,6 @@ SWEEP_STEPS = 300
 STEPS = 1500
 SEEDS = (1, 2)  # with seed 0 half of the text that is held out would be one file of prose
 MODEL = "--batch 1 --context 4096 --layers 4 --width 128 --heads 2 --hashes 4 --store-activations --validate-every 250"
-DUPLICATION: list[Synthetic] = []
-RECALL: list[Synthetic] = []
 WINDOWS = 64  # held out, of the context's length, in the tests of trained models
 POSITIONS = 16  # equal parts of the context, over which losses are averaged
 
@@ -93,6 +92,26 @@ class Synthetic(NamedTuple):
 
     def result(self, out: Path) -> dict[str, Any]:
         return dict(json.loads(out.read_text()))
+
+
+# With 4 hashes and chunks of an eighth of the sequence, windows of all rounds together are as long as the sequence: why
+# that counts is in docs/learning.md, which has the other ones to show it.
+DUPLICATION = [
+    Synthetic("duplication", 128, "LSH", "--hashes 4 --chunk-length 16 --steps 300"),
+    Synthetic("duplication", 256, "LSH", "--hashes 4 --chunk-length 32 --steps 300"),
+    Synthetic("duplication", 512, "LSH", "--hashes 4 --chunk-length 64 --steps 400"),
+    Synthetic("duplication", 512, "full", "--steps 400"),
+    Synthetic("duplication", 512, "LSH", "--hashes 4 --chunk-length 32 --steps 400"),
+    Synthetic("duplication", 512, "LSH", "--hashes 2 --chunk-length 64 --steps 1000"),
+    Synthetic("duplication", 512, "LSH", "--hashes 1 --chunk-length 64 --steps 2000"),
+    Synthetic("duplication", 1024, "LSH", "--hashes 4 --chunk-length 128 --steps 1000"),
+]
+# As many tokens a step at any length.
+RECALL = [
+    Synthetic("associative_recall", length, kind, f"--batch {2**14 // length} --steps 1000")
+    for length in (512, 1024, 2048, 4096)
+    for kind in KINDS
+]
 
 
 def best_rate(done: dict[str, Any], kind: str) -> float:
@@ -192,6 +211,37 @@ def train(run: Language | Synthetic, out: Path, jobs: int) -> None:
         raise RuntimeError(f"{run.name}: {ran.stderr}")
 
 
+def draw(file: Path, done: dict[str, Any]) -> None:
+    """The losses of the duplication trainings, step by step: by length, and by what the windows see."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (by_length, by_window) = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    for run in DUPLICATION:
+        result = done.get(run.name)
+        if result is None:
+            continue
+        window = 2 * result["chunk_length"] / run.length
+        curve = [i * max(1, result["steps"] // 100) for i in range(len(result["losses"]))], result["losses"]
+        if run.kind == "LSH" and result["hashes"] * window == 1:
+            by_length.plot(*curve, label=f"{run.length:,}")
+        if run.length == 512 and run.kind == "LSH":
+            by_window.plot(*curve, label=f"hashes: {result['hashes']}, windows: {window:.3g} of the sequence")
+        elif run.length == 512:
+            by_window.plot(*curve, label="full attention", color="black")
+    by_length.set_title("Length; 4 hashes, windows of a quarter of it", fontsize=10)
+    by_window.set_title("Length 512", fontsize=10)
+    by_length.set_ylabel("loss, nats per symbol")
+    for axes in (by_length, by_window):
+        axes.set(xlabel="step", xlim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
 PARTS: dict[str, Callable[[dict[str, Any]], Iterable[Sequence[Language | Synthetic]]]] = {
     "duplication": lambda done: [DUPLICATION],
     "recall": lambda done: [RECALL],
@@ -206,10 +256,11 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=(*names, "time"), default=names, metavar="PART", help=known)
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="of the trainings' files")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, which share the cores (default 2)")
+    parser.add_argument("--plot", type=file_to_write, help="PNG file for a plot of what is there")
     options = parser.parse_args()
+    write("machine", environment())
     if "time" in options.parts:
         write("seconds a step", step_seconds())
-        write("machine", environment())
     done = read()
     for group in (group for part in options.parts if part != "time" for group in PARTS[part](done)):
         with ThreadPoolExecutor(options.jobs) as pool:
@@ -221,6 +272,8 @@ def main() -> None:
                 write(run.name, run.result(outs[run]))
                 done |= read()
                 print(run.name, flush=True)
+    if options.plot:
+        draw(options.plot, done)
 
 
 if __name__ == "__main__":
