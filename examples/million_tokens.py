@@ -98,7 +98,7 @@ class Meter:
 
     def __init__(self, bar: tqdm[Any]) -> None:
         self.phases: list[dict[str, Any]] = []
-        self._bar, self._most, self._stop = bar, 0, threading.Event()
+        self._bar, self._most, self._stop, self._lock = bar, 0, threading.Event(), threading.Lock()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Meter:
@@ -112,10 +112,11 @@ class Meter:
 
     def end(self, name: str) -> None:
         """What was done since the last phase has this name."""
-        now = in_use()
+        with self._lock:
+            now, most = in_use(), self._most
         self.phases.append({
             "name": name, "seconds": time.perf_counter() - self._begin, "resident_peak": resident("VmHWM"),
-            "resident_after": resident("VmRSS"), "in_use_peak": None if now is None else max(now, self._most),
+            "resident_after": resident("VmRSS"), "in_use_peak": None if now is None else max(now, most),
         })  # fmt: skip
         self._bar.set_postfix_str(name, refresh=False)
         self._bar.update()
@@ -126,11 +127,13 @@ class Meter:
             (PROC / "clear_refs").write_text("5")  # the peak, VmHWM, starts again from here
         except OSError:
             pass  # then it is that of all phases so far
-        self._most, self._begin = 0, time.perf_counter()
+        with self._lock:
+            self._most, self._begin = 0, time.perf_counter()
 
     def _sample(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
-            self._most = max(self._most, in_use() or 0)
+            with self._lock:  # or what was seen before a phase could be written down in it
+                self._most = max(self._most, in_use() or 0)
 
 
 # ---- the step
