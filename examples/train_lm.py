@@ -407,9 +407,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--buckets", type=integer(2), help="of a hash (default: twice as many as a window has chunks)")
     add("--feed-forward", type=integer(1), help="width of feed-forward layers (default 4 times --width)")
     for name, default, least, text in (
-        ("--steps", 500, 1, "of training"), ("--batch", 4, 1, "windows a step"),
+        ("--steps", 500, 1, "of training"), ("--batch", 2, 1, "windows a step"),
         ("--micro-batch", 1, 1, "windows at a time"), ("--context", 4096, 2, "tokens of a window"),
-        ("--layers", 4, 1, "of attention"), ("--width", 256, 1, "of the model"), ("--heads", 4, 1, "of attention"),
+        ("--layers", 4, 1, "of attention"), ("--width", 128, 1, "of the model"), ("--heads", 2, 1, "of attention"),
         ("--hashes", 4, 1, "rounds of LSH layers"), ("--chunk-length", 64, 1, "of LSH and local layers"),
         ("--warm-up", 50, 0, "steps until the learning rate is reached"),
         ("--validate-every", 50, 1, "steps"), ("--validation-batches", 2, 1, "of held-out windows"),
