@@ -1,4 +1,4 @@
-"""What models learn with each kind of attention: ``python -m benchmarks.learning``.
+"""What models learn with each kind of attention: ``python -m benchmarks.learning PART ...``.
 
 The trainings of ``examples``, equal but for the kinds of their layers. In ``language`` short ones choose the learning
 rate of each kind, and long ones with two seeds are the result. All go to ``benchmarks/results/learning.json``,
@@ -252,26 +252,32 @@ PARTS: dict[str, Callable[[dict[str, Any]], Iterable[Sequence[Language | Synthet
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*PARTS]
-    known = f"of {', '.join(names)} (default: all); or time: of a step, on a quiet machine"
-    parser.add_argument("parts", nargs="*", choices=(*names, "time"), default=names, metavar="PART", help=known)
+    known = f"of {', '.join(names)}; and time: of a step, on a quiet machine, which language needs"
+    parser.add_argument("parts", nargs="+", choices=(*names, "time"), metavar="PART", help=known)
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="of the trainings' files")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, which share the cores (default 2)")
     parser.add_argument("--plot", type=file_to_write, help="PNG file for a plot of what is there")
     options = parser.parse_args()
-    write("machine", environment())
+    if "language" in options.parts and "time" not in options.parts and "seconds a step" not in read():
+        parser.error("PART: language needs what time measures, once: python -m benchmarks.learning time language")
     if "time" in options.parts:
+        write("machine", environment())
         write("seconds a step", step_seconds())
     done = read()
     for group in (group for part in options.parts if part != "time" for group in PARTS[part](done)):
         with ThreadPoolExecutor(options.jobs) as pool:
             outs = {run: options.folder / run.name.replace(" ", "_") for run in group if run.name not in done}
             started = {pool.submit(train, run, out, options.jobs): run for run, out in outs.items()}
-            for future in as_completed(started):
-                future.result()
-                run = started[future]
-                write(run.name, run.result(outs[run]))
-                done |= read()
-                print(run.name, flush=True)
+            try:
+                for future in as_completed(started):
+                    future.result()
+                    run = started[future]
+                    write(run.name, run.result(outs[run]))
+                    done |= read()
+                    print(run.name, flush=True)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     if options.plot:
         draw(options.plot, done)
 

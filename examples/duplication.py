@@ -1,7 +1,7 @@
 """The Reformer paper's synthetic task (arXiv 2001.04451, section 5): what LSH attention finds that is far away.
 
     python examples/duplication.py                  # length 128: about a minute on 2 cores
-    python examples/duplication.py --length 512 --steps 1400
+    python examples/duplication.py --length 512 --chunk-length 64 --steps 400
 
 A sequence is ``0 w 0 w``, w being random symbols. The second half can only be said by looking them up in the first. One
 layer is trained on the loss of the second half, and tested with more and fewer hashes than it was trained with.

@@ -46,11 +46,13 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def documents(paths: Sequence[Path], suffix: str) -> list[Path]:
-    """The files, and those with this suffix in the folders."""
+    """The files, and those with this suffix in the folders, but for ``site-packages`` in them."""
     found = []
     for path in paths:
         if path.is_dir():
-            inside = [p for p in path.rglob(f"*{suffix}") if p.is_file() and "site-packages" not in p.parts]
+            inside = [
+                p for p in path.rglob(f"*{suffix}") if p.is_file() and "site-packages" not in p.relative_to(path).parts
+            ]
             if not inside:
                 sys.exit(f"FILE: the folder {str(path)!r} has no files that end in {suffix!r} (--suffix)")
             found += sorted(inside)
@@ -67,7 +69,7 @@ class Text:
     Attributes:
         train, held_out: [n], uint8 for bytes and int32 for the tokens of a tokenizer.
         vocab_size: V.
-        digest: of all tokens.
+        digest: of all tokens, and where they are cut.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -85,8 +87,8 @@ class Text:
         for i in np.random.default_rng(options.seed).permutation(len(files)):
             parts += [np.asarray(self.encode(files[i].read_bytes()), kind), np.asarray(self._between, kind)]
         tokens = np.concatenate(parts)
-        self.digest = hashlib.sha256(tokens.tobytes()).hexdigest()
         cut = int(len(tokens) * (1 - options.held_out))
+        self.digest = hashlib.sha256(tokens.tobytes() + str(cut).encode()).hexdigest()
         if min(cut, len(tokens) - cut) <= options.context:
             sys.exit(
                 f"--context {options.context}: the text has {cut:,} tokens and {len(tokens) - cut:,} held out "
@@ -237,8 +239,8 @@ class Training:
         while self.step < o.steps:
             begin = time.perf_counter()
             rate = self.learning_rate()
-            for group in self.optimiser.param_groups:
-                group["lr"] = rate
+            for group, decay in zip(self.optimiser.param_groups, (o.weight_decay, 0.0), strict=True):
+                group["lr"], group["weight_decay"] = rate, decay
             own = range(self.processes.rank, self.pieces, self.processes.count)
             loss = torch.zeros((), device=self.processes.device)
             for piece in own:
@@ -397,7 +399,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("files", nargs="*", type=Path, metavar="FILE", help="text, or folders (default: Python's own library)")
     add("--suffix", default=".py", help="of files that count in folders (default .py)")
     add("--tokenizer", help="name or folder of a Hugging Face tokenizer (default: a token is a byte)")
-    add("--out", type=Path, default=Path("runs/lm"), help="folder of the results (default runs/lm)")
+    add("--out", type=Path, help="folder of the results (default runs/lm)")
     add("--resume", type=Path, metavar="OUT", help="go on in this folder, with the options of its checkpoint")
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun (default ddp)")
     add("--precision", choices=("float32", "bf16"), default="float32", help="bf16: by autocast (default float32)")
@@ -418,11 +420,12 @@ def make_parser() -> argparse.ArgumentParser:
     ):  # fmt: skip
         add(name, type=integer(least), default=default, help=f"{text} (default {default})")
     positive = number("above 0", lambda x: x > 0)
+    part = number("above 0 and below 1", lambda x: 0 < x < 1)
     share = number("of at least 0 and below 1", lambda x: 0 <= x < 1)
     for name, kind, standard, text in (
         ("--learning-rate", positive, 2e-3, "after the warm-up"), ("--clip", positive, 1.0, "norm of the gradient"),
         ("--weight-decay", number("of at least 0", lambda x: x >= 0), 0.1, "of matrices"),
-        ("--dropout", share, 0.0, "probability"), ("--held-out", share, 0.05, "share of the text"),
+        ("--dropout", share, 0.0, "probability"), ("--held-out", part, 0.05, "share of the text"),
     ):  # fmt: skip
         add(name, type=kind, default=standard, help=f"{text} (default {standard:g})")
     return parser
@@ -447,8 +450,12 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
         assert state is not None
         parser.set_defaults(**{**state["options"], "files": [Path(path) for path in state["options"]["files"]]})
         options = parser.parse_args(arguments)
+        if options.out is not None:
+            parser.error(f"--out must not be given with --resume, whose folder it is, got {str(options.out)!r}")
         options.out = options.resume
-    elif (options.out / "checkpoint.pt").exists():
+        return options, state
+    options.out = Path("runs/lm") if options.out is None else options.out
+    if (options.out / "checkpoint.pt").exists():
         parser.error(f"--out: {str(options.out)!r} has a checkpoint; --resume it, or name another folder")
     if not options.files:
         options.files = [Path(sysconfig.get_paths()["stdlib"])]
@@ -490,10 +497,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     processes.close()
     if log is not None:
         log.close()
+        validated = [row["validation_loss"] for row in read_log(out / "log.csv") if row["validation_loss"] is not None]
         plot(out / "log.csv", out / "loss.png", "byte" if text.tokenizer is None else "token")
         written = sample(rk.ReformerLM.from_pretrained(out / "model"), text, options)
         (out / "sample.txt").write_text(written)
-        print(f"\n{written}\nheld out: {validation:.4f} nats a token. {out} has the log, its plot, and the model.")
+        print(f"\n{written}\nheld out: {validated[-1]:.4f} nats a token. {out} has the log, its plot, and the model.")
 
 
 if __name__ == "__main__":

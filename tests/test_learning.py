@@ -70,6 +70,11 @@ def test_trains_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(learning, "MODEL", small)
     monkeypatch.setattr(learning, "WINDOWS", 2)
     monkeypatch.setattr(learning, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr("sys.argv", ["learning", "language"])
+    with pytest.raises(SystemExit):
+        learning.main()
+    assert "language needs what time measures, once" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text('{"seconds a step": {}}')
     tiny = "--steps 2 --warm-up 1 --width 16 --heads 1 --hashes 1 --chunk-length 8 --batch 2 --eval-hashes 1"
     tasks = [Synthetic("duplication", 16, "LSH", tiny), Synthetic("associative_recall", 16, "full", tiny)]
     models = [Language("local and LSH", 1e-3, 1, 2)]

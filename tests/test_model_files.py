@@ -461,6 +461,7 @@ def test_an_unknown_device_is_not_the_fault_of_the_file(saved: Path) -> None:
         ({"causal": True, "max_length": 1000}, "bucket", (30,)),
         ({"causal": True, "max_length": 8, "position": "rotary"}, "bucket", (2,)),
         ({"causal": True, "max_length": 65536, "lsh_chunk_length": 32}, "bucket", (64, 64)),
+        ({"causal": True, "axial_shape": (16, 128)}, "bucket", (64,)),
         ({"causal": True, "n_buckets": (4, 2)}, "bucket", (4, 2)),
         ({"causal": True, "alignment": "ring"}, "ring", None),
         ({"alignment": "bucket"}, "bucket", (128,)),

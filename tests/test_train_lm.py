@@ -77,7 +77,9 @@ def test_trains_and_writes(
     assert loss == pytest.approx(float(rows[-1]["validation_loss"]), rel=1e-5)
 
 
-def test_goes_on_after_a_kill(train_lm: ModuleType, text: Path, tmp_path: Path) -> None:
+def test_goes_on_after_a_kill(
+    train_lm: ModuleType, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL at any moment: the steps since the last checkpoint are done again, to the same bits."""
     arguments = [str(text), *SMALL, "--steps", "40"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -101,6 +103,9 @@ def test_goes_on_after_a_kill(train_lm: ModuleType, text: Path, tmp_path: Path) 
     weights = [rk.ReformerLM.from_pretrained(out / "model").state_dict() for out in (whole, killed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert (killed / "sample.txt").read_text() == (whole / "sample.txt").read_text()
+    capsys.readouterr()
+    train_lm.main(["--resume", str(killed)])  # nothing is left to train
+    assert f"held out: {float(logged(whole)[-1]['validation_loss']):.4f} nats" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_whole_or_not_there(
@@ -179,6 +184,16 @@ def test_accumulation_is_the_mean_of_its_parts(train_lm: ModuleType, text: Path,
     assert row["loss"] == pytest.approx(float(torch.stack(losses).detach().mean()), rel=1e-5)
     assert row["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert float(norm) > 0.5  # or clipping would do nothing
+
+
+def test_another_weight_decay_counts_after_a_stop(train_lm: ModuleType, text: Path, tmp_path: Path) -> None:
+    processes = train_lm.Processes("ddp")
+    go_on(train_lm, processes, tmp_path, [str(text), *SMALL], 1, begin=True)
+    options, state = train_lm.parse(["--resume", str(tmp_path), "--weight-decay", "0.7"])
+    training = train_lm.Training(options, train_lm.Text(options), processes)
+    training.load(state)
+    next(training.steps())
+    assert [group["weight_decay"] for group in training.optimiser.param_groups] == [0.7, 0.0]
 
 
 def test_learning_rate(train_lm: ModuleType, text: Path, tmp_path: Path) -> None:
@@ -288,6 +303,11 @@ def test_wrong_checkpoints(
     with pytest.raises(SystemExit):
         train_lm.main([str(file), *arguments, "--out", str(tmp_path)])
     assert "has a checkpoint; --resume it, or name another folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_lm.main(["--resume", str(tmp_path), "--out", "elsewhere"])
+    assert "--out must not be given with --resume, whose folder it is, got 'elsewhere'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="the text is not the one of the checkpoint"):
+        train_lm.main(["--resume", str(tmp_path), "--held-out", "0.3"])
     with pytest.raises(SystemExit, match="--steps must be at least 2, which are done, got 1"):
         train_lm.main(["--resume", str(tmp_path), "--steps", "1"])
     with pytest.raises(SystemExit, match="the text is not the one of the checkpoint"):

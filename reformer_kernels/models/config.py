@@ -41,7 +41,8 @@ class ReformerConfig:
         alignment: of the LSH layers, "ring" (as published) or "bucket", as in ``lsh_attention``, which says what makes
             a row depend on its batch. None: "bucket" if causal, else "ring".
         n_buckets: of the LSH layers. None: in a ring twice as many as a sequence has chunks; in buckets, whose number
-            must not depend on the sequence, twice as many as one of ``max_length`` has, or of 4,096 without one.
+            must not depend on the sequence, twice as many as one of ``max_length`` or all of ``axial_shape`` has, or
+            of 4,096 without both.
         hash_seed: an int fixes the rotations; None draws new ones in every training forward.
         rules: the name of a preset of ``AttentionRules``, for the LSH layers: "default", "trax", "paper",
             "lucidrains" or "huggingface".
@@ -215,7 +216,8 @@ class ReformerConfig:
     def lsh_buckets(self) -> int | tuple[int, ...] | None:
         """``n_buckets`` of the LSH layers; None: as many as fit each sequence."""
         if self.n_buckets is None and self.lsh_alignment == "bucket":
-            return bucket_factors(None, self.max_length or TYPICAL_LENGTH, self.lsh_chunk_length)
+            length = self.max_length or math.prod(self.axial_shape or (TYPICAL_LENGTH,))
+            return bucket_factors(None, length, self.lsh_chunk_length)
         return self.n_buckets
 
     @property
