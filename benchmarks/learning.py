@@ -176,14 +176,11 @@ def tested(out: Path) -> dict[str, Any]:
 
 def step_seconds(rounds: int = 7) -> dict[str, float]:
     """Median seconds of a training step of each kind, in turn."""
-    models = {}
+    train_lm, models = load_example("train_lm"), {}
     for name, kinds in KINDS.items():
-        config = rk.ReformerConfig(
-            embed_dim=128, num_layers=4, num_heads=2, attention=kinds, causal=True, position="rotary", max_length=4096,
-            reversible=False,
-        )  # fmt: skip
-        models[name] = rk.ReformerLM(config)
-    ids = torch.randint(256, (1, 4096))
+        options = train_lm.make_parser().parse_args([*MODEL.split(), "--attention", *kinds])
+        models[name] = rk.ReformerLM(train_lm.make_config(options, 256))
+    ids = torch.randint(256, (options.batch, options.context))
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in models.items():

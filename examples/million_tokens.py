@@ -115,8 +115,8 @@ class Meter:
         with self._lock:
             now, most = in_use(), self._most
         self.phases.append({
-            "name": name, "seconds": time.perf_counter() - self._begin, "resident_peak": resident("VmHWM"),
-            "resident_after": resident("VmRSS"), "in_use_peak": None if now is None else max(now, most),
+            "name": name, "seconds": time.perf_counter() - self._begin, "resident_after": resident("VmRSS"),
+            "resident_peak": resident("VmHWM"), "in_use_peak": None if now is None else max(now, most),
         })  # fmt: skip
         self._bar.set_postfix_str(name, refresh=False)
         self._bar.update()
@@ -141,12 +141,11 @@ class Meter:
 
 def make_model(options: argparse.Namespace) -> rk.ReformerLM:
     torch.manual_seed(options.seed)
-    buckets = max(1, 2 * options.length // CHUNK_LENGTH).bit_length() // 2  # in two factors, or hashing takes long
     config = rk.ReformerConfig(
         embed_dim=options.width, num_layers=options.layers, num_heads=options.heads, attention=LOCAL_AND_LSH,
-        n_hashes=options.hashes, alignment="bucket", n_buckets=(2 ** max(1, buckets),) * 2,
-        lsh_chunk_length=CHUNK_LENGTH, local_chunk_length=CHUNK_LENGTH, position=options.position,
-        max_length=options.length, feed_forward_chunk_length=options.chunk, head_chunk_length=options.chunk,
+        n_hashes=options.hashes, lsh_chunk_length=CHUNK_LENGTH, local_chunk_length=CHUNK_LENGTH,
+        position=options.position, max_length=options.length, feed_forward_chunk_length=options.chunk,
+        head_chunk_length=options.chunk,
     )  # fmt: skip
     return rk.ReformerLM(config).to(getattr(torch, options.dtype))
 

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import reformer_kernels as rk
 
-COLUMNS = ("step", "tokens", "seconds", "learning_rate", "loss", "gradient_norm", "validation_loss")
+COLUMNS = ("step", "seconds", "learning_rate", "loss", "gradient_norm", "validation_loss")
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -50,16 +50,15 @@ def documents(paths: Sequence[Path], suffix: str) -> list[Path]:
     found = []
     for path in paths:
         if path.is_dir():
-            inside = [
-                p for p in path.rglob(f"*{suffix}") if p.is_file() and "site-packages" not in p.relative_to(path).parts
-            ]
+            inside = [p for p in path.rglob(f"*{suffix}") if p.is_file()]
+            inside = [p for p in inside if "site-packages" not in p.relative_to(path).parts]
             if not inside:
                 sys.exit(f"FILE: the folder {str(path)!r} has no files that end in {suffix!r} (--suffix)")
             found += sorted(inside)
-        elif path.is_file():
-            found.append(path)
-        else:
+        elif not path.is_file():
             sys.exit(f"FILE: there is no file or folder {str(path)!r}")
+        else:
+            found.append(path)
     return found
 
 
@@ -200,11 +199,9 @@ class Training:
         torch.manual_seed(options.seed)
         self.reformer = rk.ReformerLM(make_config(options, text.vocab_size)).to(processes.device)
         self.model = processes.wrap(self.reformer)
-        parameters = list(self.model.parameters())
-        matrices = [p for p in parameters if p.dim() >= 2]
-        others = [p for p in parameters if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95))
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
+        others = [p for p in self.model.parameters() if p.dim() < 2]
+        self.optimiser = torch.optim.AdamW([{"params": matrices}, {"params": others}], betas=(0.9, 0.95))
         self.validation = validation_windows(text, options)
         self.step, self.seconds = 0, 0.0
 
@@ -261,8 +258,8 @@ class Training:
             self.step += 1
             self.seconds += time.perf_counter() - begin
             row = {
-                "step": self.step, "tokens": self.step * o.batch * o.context, "seconds": round(self.seconds, 3),
-                "learning_rate": rate, "loss": mean, "gradient_norm": norm, "validation_loss": "",
+                "step": self.step, "seconds": round(self.seconds, 3), "learning_rate": rate, "loss": mean,
+                "gradient_norm": norm, "validation_loss": "",
             }  # fmt: skip
             if self.step % o.validate_every == 0 or self.step == o.steps:
                 row["validation_loss"] = self.validate()
@@ -286,8 +283,9 @@ class Training:
 
     def load(self, state: dict[str, Any]) -> None:
         was, now = json.loads(state["config"]), json.loads(self.reformer.config.to_json())
-        if changed := [f"{name} {was[name]}" for name in was if was[name] != now[name]]:
-            sys.exit(f"--resume: the model of the checkpoint has another {', '.join(changed)}")
+        was["reversible"] = now["reversible"]  # which changes no weight
+        if changed := [f"{name} {was[name]} and not {now[name]}" for name in was if was[name] != now[name]]:
+            sys.exit(f"--resume: the model of the checkpoint has {', '.join(changed)}")
         if state["digest"] != self.text.digest:
             sys.exit("--resume: the text is not the one of the checkpoint; its files were changed, or others are given")
         if state["step"] > self.options.steps:
@@ -302,26 +300,16 @@ class Training:
 # ---- the log, and what is made of it
 
 
-class Log:
-    """A CSV file of steps, which goes on behind the step of a checkpoint."""
-
-    def __init__(self, file: Path, step: int) -> None:
-        kept = [row for row in read_log(file) if row["step"] <= step] if step else []
-        beside = file.with_suffix(".tmp")
-        with beside.open("w", newline="") as f:
-            writer = csv.writer(f)
-            writer.writerow(COLUMNS)
-            writer.writerows([row["text"][name] for name in COLUMNS] for row in kept)
-        beside.replace(file)
-        self._file = file.open("a", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-
-    def add(self, row: dict[str, Any]) -> None:
-        self._writer.writerow(row)
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+def begin_log(file: Path, step: int) -> TextIO:
+    """A CSV file that goes on behind the step of a checkpoint, for lines that are written at once."""
+    kept = [row["text"] for row in read_log(file) if row["step"] <= step] if step and file.exists() else []
+    beside = file.with_suffix(".tmp")
+    with beside.open("w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(kept)
+    beside.replace(file)
+    return file.open("a", newline="", buffering=1)
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
@@ -400,12 +388,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--suffix", default=".py", help="of files that count in folders (default .py)")
     add("--tokenizer", help="name or folder of a Hugging Face tokenizer (default: a token is a byte)")
     add("--out", type=Path, help="folder of the results (default runs/lm)")
-    add("--resume", type=Path, metavar="OUT", help="go on in this folder, with the options of its checkpoint")
+    add("--resume", type=Path, metavar="OUT", help="go on in this folder, with all options but --parallel as before")
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun (default ddp)")
     add("--precision", choices=("float32", "bf16"), default="float32", help="bf16: by autocast (default float32)")
     add("--attention", nargs="+", choices=("lsh", "local", "full"), default=["local", "lsh"], help="layers, in turn")
     add("--alignment", choices=("ring", "bucket"), help="of LSH layers (default bucket)")
-    add("--store-activations", action="store_true", help="instead of computing them again: faster, more memory")
+    add("--store-activations", action=argparse.BooleanOptionalAction, default=False, help="faster, but more memory")
     add("--buckets", type=integer(2), help="of a hash (default: twice as many as a window has chunks)")
     add("--feed-forward", type=integer(1), help="width of feed-forward layers (default 4 times --width)")
     for name, default, least, text in (
@@ -434,6 +422,8 @@ def make_parser() -> argparse.ArgumentParser:
 def saved(options: argparse.Namespace) -> dict[str, Any]:
     """The options as plain data for a checkpoint, but for those that say how this process runs."""
     values = {name: value for name, value in vars(options).items() if name not in ("out", "resume", "parallel")}
+    if options.tokenizer and Path(options.tokenizer).is_dir():
+        values["tokenizer"] = str(Path(options.tokenizer).resolve())
     return {**values, "files": [str(path.resolve()) for path in options.files]}
 
 
@@ -453,12 +443,15 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
         if options.out is not None:
             parser.error(f"--out must not be given with --resume, whose folder it is, got {str(options.out)!r}")
         options.out = options.resume
-        return options, state
-    options.out = Path("runs/lm") if options.out is None else options.out
-    if (options.out / "checkpoint.pt").exists():
-        parser.error(f"--out: {str(options.out)!r} has a checkpoint; --resume it, or name another folder")
-    if not options.files:
-        options.files = [Path(sysconfig.get_paths()["stdlib"])]
+    else:
+        options.out = Path("runs/lm") if options.out is None else options.out
+        options.files = options.files or [Path(sysconfig.get_paths()["stdlib"])]
+        if (options.out / "checkpoint.pt").exists():
+            parser.error(f"--out: {str(options.out)!r} has a checkpoint; --resume it, or name another folder")
+    if options.width % (2 * options.heads):  # rotary positions turn pairs
+        parser.error(f"--width must be a multiple of twice --heads {options.heads}, got {options.width}")
+    if options.buckets is not None and options.buckets % 2:
+        parser.error(f"--buckets must be even, got {options.buckets}")
     return options, state
 
 
@@ -471,22 +464,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if state is not None:
         training.load(state)
         del state
-    first = processes.rank == 0
-    log = None
+    first, log = processes.rank == 0, None
     if first:
         out.mkdir(parents=True, exist_ok=True)
-        log = Log(out / "log.csv", training.step)
+        log = begin_log(out / "log.csv", training.step)
         parameters = sum(p.numel() for p in training.reformer.parameters())
         print(f"{parameters:,} parameters; {len(text.train):,} tokens, and {len(text.held_out):,} held out")
     per_step = options.batch * options.context
     with tqdm(
-        total=options.steps * per_step, initial=training.step * per_step, desc="training", unit="token",
-        unit_scale=True, mininterval=0.5, disable=not first,
+        total=(options.steps - training.step) * per_step, desc="training", unit="token", unit_scale=True,
+        mininterval=0.5, disable=not first,
     ) as bar:  # fmt: skip
         validation = math.nan
         for row in training.steps():
             if log is not None:
-                log.add(row)
+                csv.DictWriter(log, COLUMNS).writerow(row)
             validation = row["validation_loss"] or validation
             bar.set_postfix(step=row["step"], loss=f"{row['loss']:.3f}", held_out=f"{validation:.3f}", refresh=False)
             bar.update(per_step)
