@@ -61,13 +61,8 @@ class Language(NamedTuple):
             "--steps": self.steps, "--learning-rate": self.rate, "--seed": self.seed, "--alignment": self.alignment,
             "--validation-batches": 16, "--out": out, "--sample": 100,
         }  # fmt: skip
-        return [
-            "train_lm.py",
-            *MODEL.split(),
-            *(str(x) for pair in chosen.items() for x in pair),
-            "--attention",
-            *KINDS[self.kind],
-        ]
+        own = [str(x) for pair in chosen.items() for x in pair]
+        return ["train_lm.py", *MODEL.split(), *own, "--attention", *KINDS[self.kind]]
 
     def result(self, out: Path) -> dict[str, Any]:
         return tested(out)
