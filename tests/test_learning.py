@@ -20,7 +20,7 @@ def test_later_trainings_have_the_best_learning_rate() -> None:
     for run in sweep:
         best = {"local": 4e-3, "LSH": 1e-3}.get(run.kind, 2e-3)
         done[run.name] = {"loss": 1.0 + abs(run.rate - best)}
-    long, again, ring, short = groups
+    long, again, short, ring = groups
     for group, seed in ((long, 1), (again, 2)):
         assert [(run.kind, run.rate, run.seed, run.steps) for run in group] == [
             ("local", 4e-3, seed, learning.STEPS), ("local and LSH", 2e-3, seed, learning.STEPS),
@@ -28,7 +28,7 @@ def test_later_trainings_have_the_best_learning_rate() -> None:
         ]  # fmt: skip
     assert [run.alignment for run in ring] == ["ring", "ring"]
     assert [run.steps for run in short] == 2 * [learning.STEPS // 4]
-    names = [run.name for group in (sweep, long, again, ring, short) for run in group]
+    names = [run.name for group in (sweep, long, again, short, ring) for run in group]
     assert len(names) == len(set(names))
 
 
@@ -43,11 +43,21 @@ def made(**options: Any) -> rk.ReformerLM:
 def test_losses_by_position() -> None:
     model, windows = made(), torch.randint(256, (3, 64))
     found = learning.losses(model, windows)
-    assert found.shape == (63,)
+    assert found.shape == (3, 63)
     with torch.no_grad():
         assert float(found.mean()) == pytest.approx(float(model(windows, labels=windows).loss), rel=1e-6)
         first = torch.nn.functional.cross_entropy(model(windows).logits[:, 4], windows[:, 5])
-    assert float(found[4]) == pytest.approx(float(first), rel=1e-6)
+    assert float(found[:, 4].mean()) == pytest.approx(float(first), rel=1e-6)
+
+
+def test_far_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "REPEATED", 3)
+    monkeypatch.setattr(learning, "FAR", 6)
+    windows = torch.tensor([list(b"abcxyz_abcDabcxyz")])
+    # After the second "abc" (7 bytes ago), not after the third (4 bytes ago); "bcx", "cxy" and "xyz" stood 10 before.
+    assert [bytes(windows[0, i - 2 : i + 1].tolist()) for i in learning.far_repeats(windows)[0].nonzero()[:, 0]] == [
+        b"abc", b"bcx", b"cxy",
+    ]  # fmt: skip
 
 
 def test_without_lsh_is_the_model_with_layers_of_zeros() -> None:
@@ -89,13 +99,13 @@ def test_trains_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert results[tasks[0].name]["accuracy"].keys() == {"1"}
     found = results[models[0].name]
     assert len(found["by position"]) == learning.POSITIONS
-    assert found["by hashes"]["1"] == pytest.approx(found["loss"])
+    assert found["by hashes"]["1"]["loss"] == pytest.approx(found["loss"])
     assert found["loss"] == pytest.approx(sum(found["by position"]) / learning.POSITIONS, rel=1e-2)
     assert [step for step, _ in found["curve"]] == [2]
-    assert found["without LSH"] != found["loss"]
+    assert found["without LSH"]["loss"] != found["loss"]
 
 
 def test_a_training_that_fails_says_why(tmp_path: Path) -> None:
     run = Synthetic("duplication", 6, "LSH")
     with pytest.raises(RuntimeError, match=r"duplication, 6, LSH: [\s\S]*--length must be a multiple of 4, got 6"):
-        learning.train(run, tmp_path / "x", 1)
+        learning.train(run, tmp_path / "x")
