@@ -13,7 +13,6 @@ from ._dispatch import explain
 from .backends import cpu, cuda
 from .clustered import clustered_attention
 from .functional import local_attention, lsh_attention
-from .rules import AttentionRules
 
 
 def report() -> str:
@@ -35,8 +34,6 @@ def report() -> str:
     x = torch.empty(1, 2, 256, 16)
     for function in (local_attention, clustered_attention):
         lines += ["", f"{function.__name__}, torch.float32", explain(function, x, x, x)]
-    lines += ["", "lsh_attention with AttentionRules.huggingface(), torch.float32"]
-    lines.append(explain(lsh_attention, x, x, rules=AttentionRules.huggingface()))
     return "\n".join(lines)
 
 

@@ -1,5 +1,7 @@
 """Every backend against the float64 oracle: rules, odd shapes, dtypes, instruction sets, crossed pairs, threads."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 import reformer_kernels as rk
 from reformer_kernels import testing
-from reformer_kernels.backends import cpu
+from reformer_kernels.backends import _sentinels, cpu
 
 R = rk.AttentionRules
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -20,6 +22,11 @@ RULES = {
     "l2": R(key_norm="l2", scale=None),
     "padded queries": R(mask_padded_queries=True, padding_bucket=False),
     "scale": R(scale=3.0),
+    "hugging face": R.huggingface(),
+    "hugging face, half": R.huggingface(half=True),
+    "lucidrains": R.lucidrains(),
+    "lucidrains, paper": replace(R.lucidrains(), within_bucket=True, dedup="log_count"),
+    "rounds by logsumexp": R(combine_rounds="exp_lse", window_order="self_first"),
 }
 
 
@@ -59,6 +66,10 @@ def qv(length: int, head_dim: int, value_dim: int | None = None) -> tuple[torch.
 def check(length: int, head_dim: int, dtype: torch.dtype, rules: rk.AttentionRules, options: dict[str, Any]) -> None:
     options = {"chunk_length": 16, **options}
     call = testing.capture(rk.lsh_attention, *qv(length, head_dim), rules=rules, **options)
+    if rules.own_position == "sentinel" and (call.cu_seqlens is not None or not call.is_ring):
+        assert all('own_position="sentinel" with' in reason for reason in cpu.not_supported_reasons(call))
+        return
+    assert not cpu.not_supported_reasons(call)
     testing.assert_matches_oracle(call, dtype, "cpu")
 
 
@@ -67,6 +78,26 @@ def check(length: int, head_dim: int, dtype: torch.dtype, rules: rk.AttentionRul
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_rule_and_mode(dtype: torch.dtype, rules: rk.AttentionRules, mode: str) -> None:
     check(65, 17, dtype, rules, modes(65)[mode])
+
+
+@pytest.mark.parametrize("mode", modes(9))
+def test_sentinels_where_the_host_does_not_wait(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: all rows are computed, and lone ones taken."""
+    monkeypatch.setattr(_sentinels, "_lone_rows", _sentinels._all_rows)
+    check(65, 17, torch.float32, R.huggingface(), modes(65)[mode])
+
+
+def test_a_lone_query_gets_its_value_as_rounded_beside_the_sentinel() -> None:
+    """By hand: of two rounds, each has a logsumexp of -1e5; both have -1e5 + log 2, which float32 rounds."""
+    q, v = qv(8, 4)
+    options: dict[str, Any] = {"causal": True, "n_hashes": 2, "n_buckets": 2, "chunk_length": 4, "chunks_before": 0, "backend": "cpu"}
+    out = rk.lsh_attention(q, v, rules=R.huggingface(), **options)
+    both = torch.tensor(-1e5) + math.log(2)
+    factor = 2 * torch.exp(torch.tensor(-1e5) - both)
+    assert abs(float(factor) - 1) > 2**-10
+    ratio = out[:, :, 0] / v[:, :, 0]
+    torch.testing.assert_close(ratio, factor.expand_as(ratio))
+    torch.testing.assert_close(rk.lsh_attention(q, v, **options)[:, :, 0], v[:, :, 0])
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 65, 300])

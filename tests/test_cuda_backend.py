@@ -97,12 +97,18 @@ def attention_call(
         ({"length": 2**28}, []),
         ({"length": 2**29}, ["a head has 2147483648 tokens in all rounds; the kernels take up to 1073741824"]),
         ({"key_heads": 2}, ["queries are sorted, and share key heads"]),
+        ({"rules": rk.AttentionRules.lucidrains()}, []),
         (
-            {"rules": rk.AttentionRules.lucidrains()},
+            {"rules": rk.AttentionRules(own_position="sentinel", mask_value=-1e5), "alignment": "bucket"},
             [
-                f"rules.{rule} is served by the reference only"
-                for rule in ('own_position="sentinel"', 'combine_rounds="exp_lse"', 'window_order="self_first"')
+                'rules.own_position="sentinel" with alignment="bucket" is served by the reference only',
+                'rules.own_position="sentinel" with combine_rounds="softmax" is served by the reference only',
+                "rules.mask_value=-100000 (above own_value - 1000) is served by the reference only",
             ],
+        ),
+        (
+            {"rules": rk.AttentionRules(own_position="sentinel", own_value=-10.0, combine_rounds="exp_lse")},
+            ["rules.own_value=-10 (above -1000) is served by the reference only"],
         ),
     ],
 )  # fmt: skip

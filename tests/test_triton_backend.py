@@ -47,9 +47,9 @@ def test_what_is_served(dtype: torch.dtype) -> None:
         (attention_call, {"key_heads": 2}, ["queries are sorted, and share key heads"]),
         (attention_call, {"chunks_before": 10000}, [
             "the windows of all rounds have 40004 chunks; the kernels take up to 32767"]),
-        (attention_call, {"rules": rk.AttentionRules.huggingface()}, [
-            'rules.own_position="sentinel" is served by the reference only',
-            'rules.combine_rounds="exp_lse" is served by the reference only']),
+        (attention_call, {"rules": rk.AttentionRules.huggingface(half=True)}, []),
+        (attention_call, {"rules": rk.AttentionRules.huggingface(), "alignment": "bucket"}, [
+            'rules.own_position="sentinel" with alignment="bucket" is served by the reference only']),
         (attention_call, {"length": 2**29}, [
             "a head has 2147483648 tokens in all rounds; the kernels take up to 1073741824"]),
         (hash_call, {"head_dim": 257}, [WIDE]),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._calls import AttentionCall, Call, ListCall, OrderCall, SelectCall, empty_gradients
 from .._checks import check_bounds
+from . import _sentinels
 
 MAX_SLOTS = 2**30  # which kernels of GPUs count in 32 bits, with windows beyond both ends
 
@@ -100,18 +101,6 @@ def mask_reasons(call: AttentionCall | SelectCall | ListCall) -> list[str]:
     return [] if call.attn_mask is None else ["the kernels take no attn_mask"]
 
 
-def rule_reasons(call: AttentionCall) -> list[str]:
-    """Rules that no kernel has."""
-    rules, refused = call.rules, []
-    if call.key is None and rules.own_position == "sentinel":
-        refused.append("own_position")
-    if rules.combine_rounds == "exp_lse":
-        refused.append("combine_rounds")
-    if rules.window_order != "position" and call.chunks_before:
-        refused.append("window_order")
-    return [f'rules.{name}="{getattr(rules, name)}" is served by the reference only' for name in refused]
-
-
 def chunk_reasons(max_head_dim: int, max_chunks: int, call: AttentionCall) -> list[str]:
     """Of kernels of a GPU, for rows of up to a head size and windows of up to so many chunks in all rounds."""
     rounds = 1 if call.order is None else call.order.shape[2]
@@ -123,7 +112,7 @@ def chunk_reasons(max_head_dim: int, max_chunks: int, call: AttentionCall) -> li
     reasons += mask_reasons(call)
     if call.order is not None and call.key is not None and call.key.shape[1] != call.query.shape[1]:
         reasons.append("queries are sorted, and share key heads")
-    return [*reasons, *rule_reasons(call)]
+    return [*reasons, *_sentinels.reasons_against(call)]
 
 
 def clustered_reasons(max_head_dim: int, call: SelectCall | ListCall, tile: int = 1) -> list[str]:

@@ -19,8 +19,8 @@ from .._calls import (
     empty_results,
     out_of_range,
 )
-from . import _native
-from ._common import new_gradients, rule_reasons, wrong_device
+from . import _native, _sentinels
+from ._common import new_gradients, wrong_device
 
 
 def _load(folder: Path) -> str | None:
@@ -61,7 +61,7 @@ def not_supported_reasons(call: Call) -> list[str]:
 
 def kernel_reasons(call: Call) -> list[str]:
     """Why the kernels do not serve a call, wherever its tensors are."""
-    return rule_reasons(call) if isinstance(call, AttentionCall) else []
+    return _sentinels.reasons_against(call) if isinstance(call, AttentionCall) else []
 
 
 def describe(call: Call) -> str:
@@ -88,6 +88,7 @@ def _mask(call: AttentionCall | SelectCall | ListCall) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask.to(compute_dtype(call.query))
 
 
+@_sentinels.forward
 def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     out, lse = empty_results(call)
     self_only = torch.empty_like(lse, dtype=torch.bool)
@@ -103,6 +104,7 @@ def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, self_only
 
 
+@_sentinels.backward
 def chunk_attention_backward(
     call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall, empty_results, n_sequences
-from . import _native
+from . import _native, _sentinels
 from ._common import (
     chunk_reasons,
     clustered_reasons,
@@ -214,6 +214,7 @@ def chunk_arguments(call: AttentionCall) -> dict[str, Any]:
     return {**_native.chunk_arguments(on_device), "longest": call.longest}
 
 
+@_sentinels.forward
 def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     arguments = chunk_arguments(call)
     out, lse = empty_results(call)
@@ -222,6 +223,7 @@ def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, self_only
 
 
+@_sentinels.backward
 def chunk_attention_backward(
     call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

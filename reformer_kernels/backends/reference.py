@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._calls import AttentionCall, Call, HashCall, OrderCall, compute_dtype, out_of_range
 from .._checks import check_bounds
+from ._sentinels import has_sentinels
 from .philox import drop_threshold, keep_factor, philox
 from .reference_lists import (
     MASKED,
@@ -98,7 +99,7 @@ def _sequences(cu_seqlens: Tensor, batch: int, length: int) -> list[tuple[slice,
 class _Windows(NamedTuple):
     query_slots: Tensor  # [B|1, H|1, N, C]
     key_slots: Tensor  # [B|1, H|1, N, W]
-    window_slots: Tensor  # [B|1, H|1, N, W] place of each key among the keys of its window
+    window_slots: Tensor  # [B|1, H|1, N, W] place of each key among the keys of its window, in the order of positions
 
 
 def _ring_chunks(rounds: int, length: int, chunk_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -143,10 +144,11 @@ def _windows(call: AttentionCall, order: Tensor) -> _Windows:
         index = index % count
         seen = inside & (segments[..., index] == segments)
         parts.append(torch.where(seen[..., None], slots[..., index, :], -1))
-    place = torch.cat(parts, dim=-1).ge(0).cumsum(-1) - 1
+    places = list((torch.cat(parts, dim=-1).ge(0).cumsum(-1) - 1).split(slots.shape[3], dim=-1))
     if call.rules.window_order == "self_first":
-        parts.insert(0, parts.pop(before))
-    return _Windows(slots, torch.cat(parts, dim=-1), place)
+        for of_chunks in (parts, places):
+            of_chunks.insert(0, of_chunks.pop(before))
+    return _Windows(slots, torch.cat(parts, dim=-1), torch.cat(places, dim=-1))
 
 
 # ---- attention over the windows of one sequence
@@ -205,10 +207,6 @@ def _any_per_query(call: AttentionCall, position: Tensor, flags: Tensor) -> Tens
     return counts.scatter_add(2, position.flatten(2), flags.flatten(2).long()) > 0
 
 
-def _has_sentinels(call: AttentionCall) -> bool:
-    return call.key is None and call.rules.own_position == "sentinel"
-
-
 def score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, number: Tensor) -> Scores:
     """Scores of every (query, key) pair of every window, and what the rules say of it."""
     rules, shared = call.rules, call.key is None
@@ -259,12 +257,13 @@ def score(call: AttentionCall, order: Tensor, query: Tensor, key: Tensor, number
     own = q_pair == k_pair if shared else torch.zeros_like(exists)
     live, included = exists, exists
     self_only = torch.zeros(batch, heads, length, dtype=torch.bool, device=scores.device)
-    if _has_sentinels(call):
+    if has_sentinels(call):
         mask_value = -torch.finfo(scores.dtype).max if rules.mask_value is None else rules.mask_value
         scores = torch.where(allowed, scores, mask_value)
         scores = torch.where(own, rules.own_value, scores)
         scores = torch.where(same_bucket, scores, mask_value)
         live = allowed & ~own & same_bucket
+        self_only = ~_any_per_query(call, q_pos, live.any(-1))
     else:
         allowed = allowed & same_bucket
         has_other = _any_per_query(call, q_pos, (allowed & ~own).any(-1))
@@ -352,7 +351,7 @@ def tensors(call: AttentionCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     query, heads = call.query.to(dtype), call.query.shape[1]
     key = unit_key(query, call.rules.key_norm) if call.key is None else per_query_head(call.key.to(dtype), heads)
     value = per_query_head(call.value.to(dtype), heads)
-    if _has_sentinels(call):  # padding has a weight, however small
+    if has_sentinels(call):  # padding has a weight, however small
         return query, key, value
     return query, without_padding(key, call.key_padding_mask), without_padding(value, call.key_padding_mask)
 

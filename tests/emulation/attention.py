@@ -131,6 +131,7 @@ class Attention(OracleCase):
 L2 = rk.AttentionRules(key_norm="l2", scale=None)
 PAPER, WITHIN = rk.AttentionRules.paper(), rk.AttentionRules(within_bucket=True)
 ONCE, BLIND = rk.AttentionRules(dedup="log_count"), rk.AttentionRules(mask_padded_queries=True)
+PUBLISHED = rk.AttentionRules.huggingface(), rk.AttentionRules.lucidrains()
 BUCKET: dict[str, Any] = {"alignment": "bucket", "n_buckets": 4}
 UNSEEN = [
     Attention(150, ends=(150, 70, 0), chunk_length=32, after=1, dropout=0.2),
@@ -186,6 +187,9 @@ CASES = [
     Attention(256, 128, torch.float32, rules=PAPER, n_buckets=4, device="RTX"),
     Attention(130, key_heads=1, heads=2, rules=ONCE, after=1),
     Attention(150, dtype=torch.float32, rules=BLIND, padded=0.4, causal=True),
+    # with sentinels
+    *(Attention(150, rules=x, padded=0.5, causal=True, chunk_length=16, rounds=3, dropout=0.2) for x in PUBLISHED),
+    *(Attention(150, dtype=torch.float32, rules=x, padded=1.0, chunk_length=16, after=1) for x in PUBLISHED),
     # windows in buckets
     Attention(150, chunk_length=16, **BUCKET),
     Attention(300, causal=True, after=1, **BUCKET),

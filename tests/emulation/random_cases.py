@@ -8,7 +8,7 @@ import numpy as np
 
 import reformer_kernels as rk
 
-from .attention import DTYPES, L2, ONCE, PAPER, WITHIN, Attention
+from .attention import DTYPES, L2, ONCE, PAPER, PUBLISHED, WITHIN, Attention
 from .cases import Hash, Order
 from .lists import Lists
 from .select import Select
@@ -55,8 +55,8 @@ class Random:
         if self.pick(False, True):
             key_heads = self.pick(1, 2)
             return Attention(**options, heads=self.pick(1, 2) * key_heads, key_heads=key_heads)
-        rules = self.pick(rk.AttentionRules(), rk.AttentionRules(), PAPER, L2, WITHIN, ONCE)
-        alignment = self.pick("ring", "ring", "bucket")
+        rules = self.pick(rk.AttentionRules(), rk.AttentionRules(), PAPER, L2, WITHIN, ONCE, *PUBLISHED)
+        alignment = "ring" if rules in PUBLISHED else self.pick("ring", "ring", "bucket")
         return Attention(
             **options, heads=self.pick(1, 2), rounds=self.between(1, 4), n_buckets=2 * self.between(1, 8), rules=rules,
             alignment=alignment,

@@ -9,6 +9,7 @@ import shutil
 from torch import Tensor
 
 from ..._calls import AttentionCall, Call, HashCall, ListCall, OrderCall, SelectCall
+from .. import _sentinels
 from .._common import chunk_reasons, clustered_reasons, row_reasons, wrong_device
 
 MAX_HEAD_DIM, MAX_CHUNKS = 256, 2**15 - 1  # chunks of all windows of a query: see attention.KEPT_BITS
@@ -60,12 +61,14 @@ def bucket_order(call: OrderCall) -> Tensor:
     return order.bucket_order(call)
 
 
+@_sentinels.forward
 def chunk_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     from . import attention
 
     return attention.chunk_attention(call)
 
 
+@_sentinels.backward
 def chunk_attention_backward(
     call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, self_only: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
