@@ -29,7 +29,8 @@ class AttentionRules:
             ``"l2"`` is ``q / max(|q|, 1e-12)``.
         scale: factor on ``q @ unit_key``; None means ``D ** -0.5``.
         own_position: ``"last_resort"``: a query uses its own key only if it has no other allowed key in any round.
-            ``"sentinel"``: its own score is replaced by ``own_value``, other masked scores by ``mask_value``.
+            ``"sentinel"``: its own score is replaced by ``own_value``, other masked scores by ``mask_value``. The
+            kernels take it as published (with ``combine_rounds="exp_lse"``, in a ring): all scores lie far above both.
         own_value, mask_value: the sentinels; ``mask_value=None`` means ``-finfo(dtype).max``.
         padding_bucket: hash padded tokens into one extra, last bucket (otherwise by content).
         mask_padded_queries: padded tokens see nothing as queries, either.

@@ -90,7 +90,9 @@ def test_sentinels_where_the_host_does_not_wait(mode: str, monkeypatch: pytest.M
 def test_a_lone_query_gets_its_value_as_rounded_beside_the_sentinel() -> None:
     """By hand: of two rounds, each has a logsumexp of -1e5; both have -1e5 + log 2, which float32 rounds."""
     q, v = qv(8, 4)
-    options: dict[str, Any] = {"causal": True, "n_hashes": 2, "n_buckets": 2, "chunk_length": 4, "chunks_before": 0, "backend": "cpu"}
+    options: dict[str, Any] = {
+        "causal": True, "n_hashes": 2, "n_buckets": 2, "chunk_length": 4, "chunks_before": 0, "backend": "cpu"
+    }  # fmt: skip
     out = rk.lsh_attention(q, v, rules=R.huggingface(), **options)
     both = torch.tensor(-1e5) + math.log(2)
     factor = 2 * torch.exp(torch.tensor(-1e5) - both)

@@ -43,7 +43,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_named_backend_serves_or_refuses() -> None:
     sentinel: dict[str, Any] = {"rules": rk.AttentionRules(own_position="sentinel"), "chunk_length": 8}
     rk.lsh_attention(Q, Q, **sentinel)  # served by the reference
-    with pytest.raises(NotImplementedError, match='cpu: rules.own_position="sentinel" with combine_rounds="softmax"'):
+    with pytest.raises(NotImplementedError, match=r'cpu: rules\.own_position="sentinel" with combine_rounds="softmax"'):
         rk.lsh_attention(Q, Q, backend="cpu", **sentinel)
     with rk.use_backend("cpu"):
         with pytest.raises(NotImplementedError, match="is not supported by the backend asked for"):

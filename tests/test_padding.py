@@ -154,13 +154,12 @@ def test_published_rules_keep_their_padding() -> None:
     """As their originals do, whose windows go round to the padding."""
     assert rk.AttentionRules().cut_padding and rk.AttentionRules.paper().cut_padding
     q, v = (x.nan_to_num(0.0) for x in tensors(2, 2))
+    options: dict[str, Any] = {"n_buckets": 4, "chunk_length": 8, "chunks_after": 1, "backend": "reference"}
     for rules in (rk.AttentionRules.lucidrains(), rk.AttentionRules.huggingface()):
         assert not rules.cut_padding
         changed: dict[str, Any] = {**rules.differences(), "cut_padding": True}
         outs = [
-            rk.lsh_attention(
-                q, v, rules=x, n_buckets=4, chunk_length=8, key_padding_mask=PADDING, chunks_after=1, backend="reference"
-            )
+            rk.lsh_attention(q, v, rules=x, key_padding_mask=PADDING, **options)
             for x in (rules, rk.AttentionRules(**changed))
         ]
         assert not torch.equal(*(x[1, :, :17] for x in outs)) and torch.equal(*(x[0] for x in outs))

@@ -14,6 +14,7 @@ from .rounding import assert_equal_to_rounding
 ROUNDINGS = {"reference": 1, "cpu": 3 * 32}
 GRADIENT_ROUNDINGS = {"reference": 8, "cpu": 2 * 3 * 32}
 
+
 def hf_layer(causal: bool, n_hashes: int) -> Any:
     from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 

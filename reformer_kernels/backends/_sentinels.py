@@ -75,7 +75,7 @@ class _Own(NamedTuple):
 
 def _own(call: AttentionCall, at: _Rows) -> _Own:
     """As the reference computes it, rounding by rounding."""
-    rules, (batch, heads, length) = call.rules, call.query.shape[:3]
+    rules, (heads, length) = call.rules, call.query.shape[1:3]
     dtype, device = compute_dtype(call.query), call.device
     single = call.is_single_window(length)
     before, after = (0, 0) if single else (call.chunks_before, call.chunks_after)
@@ -105,7 +105,8 @@ def _own(call: AttentionCall, at: _Rows) -> _Own:
             row = slot[:, r, None, None], torch.tensor(r, device=device), (at.batch * heads + at.head)[:, None, None]
             words = philox(call.dropout_seed.to(device), key // 4, *row)
             word = words.gather(-1, (key % 4)[..., None])[..., 0]
-            kept[r] = (met & (word >= drop_threshold(call.dropout_p))).sum((1, 2)).to(dtype) * keep_factor(call.dropout_p)
+            met &= word >= drop_threshold(call.dropout_p)
+            kept[r] = met.sum((1, 2)).to(dtype) * keep_factor(call.dropout_p)
     n = torch.stack(times, 1).to(dtype)  # [n, R]
     own = torch.full_like(n[:, :1], rules.own_value)
     if call.counts_meetings and not single:
