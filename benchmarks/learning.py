@@ -9,6 +9,7 @@ shows them.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -28,10 +29,14 @@ import reformer_kernels as rk
 
 from .examples import FOLDER, load_example
 from .machine import environment
-from .report import file_to_write
+from .report import file_to_write, table
 
 RESULTS = Path(__file__).parent / "results" / "learning.json"
-KINDS = {"local": ("local",), "local and LSH": ("local", "lsh"), "LSH": ("lsh",), "full": ("full",)}
+# As published, the key of a token is its own.
+KINDS = {
+    "local": "local", "local and LSH": "local lsh", "LSH": "lsh", "full": "full",
+    "local and LSH, own keys": "local lsh --no-shift-keys", "LSH, own keys": "lsh --no-shift-keys",
+}  # fmt: skip
 RATES = (2e-3, 4e-3, 1e-3)
 SWEEP_STEPS = 300
 STEPS = 1000
@@ -64,7 +69,7 @@ class Language(NamedTuple):
             "--validation-batches": 16, "--out": out, "--sample": 100,
         }  # fmt: skip
         own = [str(x) for pair in chosen.items() for x in pair]
-        return ["train_lm.py", *MODEL.split(), *own, "--attention", *KINDS[self.kind]]
+        return ["train_lm.py", *MODEL.split(), *own, "--attention", *KINDS[self.kind].split()]
 
     def result(self, out: Path) -> dict[str, Any]:
         return tested(out, briefly=self.steps == SWEEP_STEPS)
@@ -85,7 +90,7 @@ class Synthetic(NamedTuple):
     def arguments(self, out: Path) -> list[str]:
         out.parent.mkdir(parents=True, exist_ok=True)
         chosen = [f"{self.task}.py", "--length", str(self.length), *self.options.split(), "--out", str(out)]
-        return [*chosen, "--attention", *KINDS[self.kind]]
+        return [*chosen, "--attention", *KINDS[self.kind].split()]
 
     def result(self, out: Path) -> dict[str, Any]:
         return dict(json.loads(out.read_text()))
@@ -94,14 +99,14 @@ class Synthetic(NamedTuple):
 # With 4 hashes and chunks of an eighth of the sequence, windows of all rounds together are as long as the sequence: why
 # that counts is in docs/learning.md, which has the other ones to show it.
 DUPLICATION = [
-    Synthetic("duplication", 128, "LSH", "--hashes 4 --chunk-length 16 --steps 300"),
-    Synthetic("duplication", 256, "LSH", "--hashes 4 --chunk-length 32 --steps 300"),
-    Synthetic("duplication", 512, "LSH", "--hashes 4 --chunk-length 64 --steps 400"),
+    Synthetic("duplication", 128, "LSH, own keys", "--hashes 4 --chunk-length 16 --steps 300"),
+    Synthetic("duplication", 256, "LSH, own keys", "--hashes 4 --chunk-length 32 --steps 300"),
+    Synthetic("duplication", 512, "LSH, own keys", "--hashes 4 --chunk-length 64 --steps 400"),
     Synthetic("duplication", 512, "full", "--steps 400"),
-    Synthetic("duplication", 512, "LSH", "--hashes 4 --chunk-length 32 --steps 400"),
-    Synthetic("duplication", 512, "LSH", "--hashes 2 --chunk-length 64 --steps 1000"),
-    Synthetic("duplication", 512, "LSH", "--hashes 1 --chunk-length 64 --steps 2000"),
-    Synthetic("duplication", 1024, "LSH", "--hashes 4 --chunk-length 128 --steps 1000"),
+    Synthetic("duplication", 512, "LSH, own keys", "--hashes 4 --chunk-length 32 --steps 400"),
+    Synthetic("duplication", 512, "LSH, own keys", "--hashes 2 --chunk-length 64 --steps 1000"),
+    Synthetic("duplication", 512, "LSH, own keys", "--hashes 1 --chunk-length 64 --steps 2000"),
+    Synthetic("duplication", 1024, "LSH, own keys", "--hashes 4 --chunk-length 128 --steps 1000"),
 ]
 # As many tokens a step at any length.
 RECALL = [
@@ -196,7 +201,7 @@ def step_seconds(rounds: int = 7) -> dict[str, float]:
     """Median seconds of a training step of each kind, in turn."""
     train_lm, models = load_example("train_lm"), {}
     for name, kinds in KINDS.items():
-        options = train_lm.make_parser().parse_args([*MODEL.split(), "--attention", *kinds])
+        options = train_lm.make_parser().parse_args([*MODEL.split(), "--attention", *kinds.split()])
         models[name] = rk.ReformerLM(train_lm.make_config(options, 256))
     ids = torch.randint(256, (options.batch, options.context))
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -226,23 +231,20 @@ def train(run: Language | Synthetic, out: Path) -> None:
         raise RuntimeError(f"{run.name}: {ran.stderr}")
 
 
-def draw(file: Path, done: dict[str, Any]) -> None:
-    """The losses of the duplication trainings, step by step: by length, and by what the windows see."""
-    import matplotlib
+Losses = list[float] | tuple[float, ...]
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, (by_length, by_window) = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+def draw_duplication(by_length: Any, by_window: Any, done: dict[str, Any]) -> None:
+    """The losses of the trainings, step by step: by length, and by what the windows see."""
     for run in DUPLICATION:
         result = done.get(run.name)
         if result is None:
             continue
         window = 2 * result["chunk_length"] / run.length
         curve = [i * max(1, result["steps"] // 100) for i in range(len(result["losses"]))], result["losses"]
-        if run.kind == "LSH" and result["hashes"] * window == 1:
+        if run.kind != "full" and result["hashes"] * window == 1:
             by_length.plot(*curve, label=f"{run.length:,}")
-        if run.length == 512 and run.kind == "LSH":
+        if run.length == 512 and run.kind != "full":
             by_window.plot(*curve, label=f"hashes: {result['hashes']}, windows: {window:.3g} of the sequence")
         elif run.length == 512:
             by_window.plot(*curve, label="full attention", color="black")
@@ -251,12 +253,70 @@ def draw(file: Path, done: dict[str, Any]) -> None:
     by_length.set_ylabel("loss, nats per symbol")
     for axes in (by_length, by_window):
         axes.set(xlabel="step", xlim=(0, None))
+
+
+def trained(done: dict[str, Any], kind: str) -> dict[int, dict[str, Any]]:
+    """The results of long trainings of a kind, by seed."""
+    runs = [run for group in list(language(done))[1:3] for run in group if run.kind == kind]
+    return {run.seed: done[run.name] for run in runs if run.name in done}
+
+
+def draw_language(by_step: Any, by_position: Any, done: dict[str, Any]) -> None:
+    """The loss of held-out text, by step and by position in the context: the mean of the seeds, and their range."""
+
+    def line(axes: Any, x: Losses, seeds: list[Losses], label: str) -> None:
+        of_points = list(zip(*seeds, strict=True))
+        (drawn,) = axes.plot(x, [statistics.mean(point) for point in of_points], label=label)
+        low, high = ([f(point) for point in of_points] for f in (min, max))
+        axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
+
+    for kind in KINDS:
+        results = list(trained(done, kind).values())
+        if not results:
+            continue
+        steps = [step for step, _ in results[0]["curve"]]
+        line(by_step, steps, [[loss for _, loss in result["curve"]] for result in results], kind)
+        positions = [(i + 0.5) * 4096 / POSITIONS for i in range(POSITIONS)]
+        line(by_position, positions, [result["by position"] for result in results], kind)
+    by_step.set(xlabel="step", ylabel="loss of held-out text, nats per byte")
+    by_position.set(xlabel="position in the context, bytes")
+
+
+def draw(file: Path, part: str, done: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    PLOTS[part](left, right, done)
+    for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
 
 
+def language_table(done: dict[str, Any]) -> str:
+    """What long trainings gave, in nats per byte, for each seed."""
+    rows = []
+    for kind in KINDS:
+        results = trained(done, kind).values()
+
+        def each(*path: str, results: Iterable[dict[str, Any]] = results) -> str:
+            found = [functools.reduce(lambda part, name: part.get(name, {}), path, result) for result in results]
+            return ", ".join(f"{x:.3f}" for x in found if x != {})
+
+        by_hashes = [each("by hashes", n, "loss") for n in ("1", "2", "4", "8")]
+        rows.append([kind, f"{best_rate(done, kind):g}", each("loss"), each("of far repeats"),
+                     each("without LSH", "loss"), *by_hashes])  # fmt: skip
+    return table(["layers", "rate", "loss", "far repeats", "without LSH", "1 hash", "2", "4", "8"], rows)
+
+
+PLOTS: dict[str, Callable[[Any, Any, dict[str, Any]], None]] = {
+    "duplication": draw_duplication,
+    "language": draw_language,
+}
 PARTS: dict[str, Callable[[dict[str, Any]], Iterable[Sequence[Language | Synthetic]]]] = {
     "duplication": lambda done: [DUPLICATION],
     "recall": lambda done: [RECALL],
@@ -271,8 +331,12 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=(*names, "time"), metavar="PART", help=known)
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="of the trainings' files")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, which share the cores (default 2)")
-    parser.add_argument("--plot", type=file_to_write, help="PNG file for a plot of what is there")
+    parser.add_argument("--plot", type=file_to_write, help="PNG file for a plot of what there is of a part")
+    parser.add_argument("--table", action="store_true", help="print what the long trainings of language have given")
     options = parser.parse_args()
+    drawn = [part for part in options.parts if part in PLOTS]
+    if options.plot and len(drawn) != 1:
+        parser.error(f"--plot: name one of {', '.join(PLOTS)}, got {' '.join(options.parts)}")
     if "language" in options.parts and "time" not in options.parts and "seconds a step" not in read():
         parser.error("PART: language needs what time measures, once: python -m benchmarks.learning time language")
     if "time" in options.parts:
@@ -294,8 +358,10 @@ def main() -> None:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+    if options.table:
+        print(language_table(done))
     if options.plot:
-        draw(options.plot, done)
+        draw(options.plot, drawn[0], done)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def config(case: ModelCase, **changes: Any) -> rk.ReformerConfig:
     options: Row = {
         "vocab_size": VOCAB_SIZE, "embed_dim": case.embed_dim, "num_layers": case.layers, "num_heads": case.heads,
         "feed_forward_dim": case.feed_forward_dim, "n_hashes": case.n_hashes,
-        "n_buckets": bucket_factors(None, case.length, case.chunk_length), "alignment": "ring",  # as the peer
+        "n_buckets": bucket_factors(None, case.length, case.chunk_length),
+        "alignment": "ring", "shift_keys": False,  # as the peer
         "lsh_chunk_length": case.chunk_length, "local_chunk_length": case.chunk_length, "axial_shape": case.axes,
         "axial_dims": (case.embed_dim // 4, case.embed_dim - case.embed_dim // 4),
         "attention_dropout": case.dropout, "hidden_dropout": case.dropout, "activation": "gelu",

@@ -34,7 +34,7 @@ def recall(count: int, options: argparse.Namespace, generator: torch.Generator) 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(
         arguments, __doc__, length=512, vocab_size=64, layers=2, attention=["local", "lsh"], position="rotary",
-        steps=1000, heads=2, learning_rate=1e-3, batch=32,
+        steps=1000, heads=2, learning_rate=1e-3, batch=32, shift_keys=True,
     )  # fmt: skip
     run(recall, options, options.vocab_size + options.length // 4)
 

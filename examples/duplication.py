@@ -55,6 +55,7 @@ def make_model(options: argparse.Namespace, vocab_size: int) -> rk.ReformerLM:
             attention=tuple(options.attention), feed_forward_dim=options.width, n_hashes=options.hashes,
             lsh_chunk_length=options.chunk_length, local_chunk_length=options.chunk_length, alignment=options.alignment,
             n_buckets=options.buckets, position=options.position, max_length=options.length, reversible=False,
+            causal=True, shift_keys=options.shift_keys,
         )
     )  # fmt: skip
 
@@ -114,6 +115,9 @@ def parse(arguments: Sequence[str] | None, text: str | None = __doc__, **default
     add("--attention", nargs="+", choices=("lsh", "local", "full"), default=kinds,
         help=f"layers, in turn (default {' '.join(kinds)})")  # fmt: skip
     add("--alignment", choices=("ring", "bucket"), default="ring", help="(default ring, as published)")
+    shifts = defaults.get("shift_keys", False)
+    add("--shift-keys", action=argparse.BooleanOptionalAction, default=shifts,
+        help=f"of LSH layers: those of the token before (default {'yes' if shifts else 'no'})")  # fmt: skip
     add("--buckets", type=int, help="of a hash (default: twice as many as chunks)")
     position = defaults.get("position", "learned")
     add("--position", choices=POSITIONS, default=position, help=f"(default {position})")

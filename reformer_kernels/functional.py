@@ -102,6 +102,7 @@ if TYPE_CHECKING:
         buckets: Tensor | None
         alignment: str
         cu_seqlens: Tensor | None
+        shift_keys: bool
         backend: str | None
 
 
@@ -138,6 +139,7 @@ def lsh_attention(
     buckets: Tensor | None = None,
     alignment: str = "ring",
     cu_seqlens: Tensor | None = None,
+    shift_keys: bool = False,
     backend: str | None = None,
     return_buckets: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -175,6 +177,9 @@ def lsh_attention(
             with ``causal`` is strictly causal: no output depends on later tokens in any way. Needs ``n_buckets``.
         cu_seqlens: int32 [n + 1] on the CPU, rising from 0 to L: the rows are n packed sequences, each attended as if
             alone, with its padding. Needs ``n_buckets``.
+        shift_keys: the key of a token is that of the token before it (padding does not count), and the first has none.
+            So a query finds what came after its like, which shared rows cannot express: what matches the token before
+            matches that token itself better still. Needs ``causal``, and goes with no ``attn_mask``.
         backend: "cpu", "cuda", "triton" or "reference", or None for the best that supports the call.
         return_buckets: also return the buckets.
 
@@ -206,6 +211,7 @@ def lsh_attention(
     check.check_padding_mask(key_padding_mask, "query_key", query_key)
     check.check_attn_mask(attn_mask, "query_key", query_key, n_queries)
     check.check_cu_seqlens(cu_seqlens, query_key)
+    _check_shift(shift_keys, causal, attn_mask, n_queries, length)
 
     factors = None
     total: int
@@ -254,11 +260,11 @@ def lsh_attention(
         )
     needs_buckets = order is not None and (alignment == "bucket" or rules.within_bucket)
     scale = head_dim**-0.5 if rules.scale is None else rules.scale
-    out, _, _ = _ops.chunk_attention(
+    out, _, self_only = _ops.chunk_attention(
         AttentionCall(
             query=query_key,
             key=None,
-            value=value,
+            value=_of_next(value, key_padding_mask) if shift_keys else value,
             order=order,
             buckets=buckets if needs_buckets else None,
             key_padding_mask=key_padding_mask,
@@ -277,10 +283,35 @@ def lsh_attention(
             backend=backend or "",
         )
     )
+    if shift_keys:  # a query that sees no other row gets its own value, not the next one
+        out = torch.where(self_only[..., None], value, out)
     if not return_buckets:
         return out
     assert buckets is not None
     return out, buckets
+
+
+def _check_shift(shift_keys: Any, causal: bool, attn_mask: Tensor | None, n_queries: int, length: int) -> None:
+    check.check_bool("shift_keys", shift_keys)
+    if not shift_keys:
+        return
+    if not causal:
+        raise ValueError("shift_keys must be False without causal (the next token would be seen), got True")
+    if attn_mask is not None:
+        raise ValueError("attn_mask must be None with shift_keys (its columns are those of other tokens), got a tensor")
+    if n_queries != length:
+        raise ValueError(f"num_queries must be None with shift_keys (all rows are queries), got {n_queries}")
+
+
+def _of_next(x: Tensor, padding: Tensor | None) -> Tensor:
+    """Rows [B, H, L, E] of the next token that is no padding [B, L]; the last row stays."""
+    if padding is None or x.shape[2] == 0:
+        return torch.cat([x[:, :, 1:], x[:, :, -1:]], 2)
+    last = x.shape[2] - 1
+    position = torch.arange(last + 1, device=x.device).masked_fill(padding, last)
+    following = position.flip(1).cummin(1).values.flip(1)  # from each position on, the first that is no padding
+    following = torch.nn.functional.pad(following[:, 1:], (0, 1), value=last)
+    return x.gather(2, following[:, None, :, None].expand(x.shape))
 
 
 def local_attention(

@@ -39,6 +39,7 @@ def lsh_attention(
     query: Tensor, value: Tensor, buckets: Tensor, *, chunk_length: int, chunks_before: int = 1, chunks_after: int = 0,
     causal: bool = False, key_padding_mask: Tensor | None = None, attn_mask: Tensor | None = None,
     num_queries: int | None = None, rules: rk.AttentionRules | None = None, alignment: str = "ring",
+    shift_keys: bool = False,
 ) -> Tensor:  # fmt: skip
     """float64 [B, H, num_queries, E] for the rules that need no sentinel."""
     rules = rules or rk.AttentionRules()
@@ -94,6 +95,11 @@ def lsh_attention(
                 top = max(weights, default=0.0)
                 weights = [math.exp(w - top) for w in weights]
                 for w, j in zip(weights, keys, strict=True):
+                    if shift_keys and j != i:  # it is the key of the next token
+                        later = [
+                            k for k in range(j + 1, rows) if key_padding_mask is None or not key_padding_mask[b, k]
+                        ]
+                        j = later[0] if later else rows - 1
                     out[b, h, i] += w / sum(weights) * value[b, h, j].double()
     return out
 

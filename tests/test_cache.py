@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "lsh_chunks_after": 1,
         "attention_bias": True,
     },
+    "lsh, keys of their own": {"attention": ("lsh",), "shift_keys": False},
     "lsh, two buckets": {"attention": ("lsh",), "n_buckets": 2},
     "lsh, paper": {"attention": ("lsh",), "rules": "paper"},
     "lsh, trax": {"attention": ("lsh",), "rules": "trax"},
@@ -130,7 +131,7 @@ def test_a_padded_row_is_the_row_alone(name: str, side: str) -> None:
         assert_same(then[row], alone[-6:])
 
 
-@pytest.mark.parametrize("name", ["all kinds", "memory", "tied", "local", "lsh"])
+@pytest.mark.parametrize("name", ["all kinds", "memory", "tied", "local", "lsh", "lsh, keys of their own"])
 def test_crop_forgets_and_reorder_moves_rows(name: str) -> None:
     model, ids, wrong, new = made(**MODELS[name]), tokens(), tokens(9, seed=2), tokens(8, seed=3)
     cache = model.new_cache(max_crop=9)

@@ -21,8 +21,9 @@ from reformer_kernels import ReformerConfig
 OTHER: dict[str, Any] = {  # than the default, in every field
     "vocab_size": 50, "embed_dim": 24, "num_layers": 3, "num_heads": 4, "head_dim": 8,
     "attention": ("full", "lsh", "local"), "causal": True, "context_dim": 7, "n_hashes": 2, "n_buckets": (4, 2),
-    "alignment": "bucket", "hash_seed": -5, "rules": "paper", "lsh_chunk_length": 8, "lsh_chunks_before": 2,
-    "lsh_chunks_after": 1, "local_chunk_length": 9, "local_chunks_before": 3, "local_chunks_after": 2,
+    "alignment": "bucket", "shift_keys": False, "hash_seed": -5, "rules": "paper",
+    "lsh_chunk_length": 8, "lsh_chunks_before": 2, "lsh_chunks_after": 1,
+    "local_chunk_length": 9, "local_chunks_before": 3, "local_chunks_after": 2,
     "attention_bias": True, "memory_keys": 3, "feed_forward_dim": 31, "activation": "silu", "glu": True,
     "feed_forward_chunk_length": None, "head_chunk_length": 5, "attention_dropout": 0.25, "hidden_dropout": 0.5,
     "norm": "rms", "norm_eps": 1e-5, "position": "learned", "max_length": 30, "axial_shape": (4, 8),
@@ -39,9 +40,9 @@ LEAST = {
 }  # fmt: skip
 NULLABLE = (
     "head_dim", "context_dim", "n_buckets", "hash_seed", "feed_forward_dim", "feed_forward_chunk_length",
-    "head_chunk_length", "max_length", "axial_shape", "axial_dims", "stream_dtype", "alignment",
+    "head_chunk_length", "max_length", "axial_shape", "axial_dims", "stream_dtype", "alignment", "shift_keys",
 )  # fmt: skip
-BOOLS = ("causal", "attention_bias", "glu", "tie_layers", "tie_embeddings", "reversible")
+BOOLS = ("causal", "attention_bias", "glu", "tie_layers", "tie_embeddings", "reversible", "shift_keys")
 CHOICES = {
     "alignment": ("ring", "bucket"),
     "rules": ("default", "trax", "paper", "lucidrains", "huggingface"),
@@ -73,7 +74,11 @@ def wrong_values() -> list[Case]:
         wrong = (8.0, True) if name in NULLABLE else (8.0, True, None)
         cases += [({name: x}, TypeError, f"{name} must be an int, got {x!r}") for x in wrong]
     for name in BOOLS:
-        cases += [({name: x}, TypeError, f"{name} must be a bool, got {x!r}") for x in (1, None, "yes")]
+        cases += [
+            ({name: x}, TypeError, f"{name} must be a bool, got {x!r}")
+            for x in (1, None, "yes")
+            if x or name not in NULLABLE
+        ]
     for name, allowed in CHOICES.items():
         values = ("x", 3) if name in NULLABLE else ("x", 3, None)
         cases += [({name: x}, ValueError, f"{name} must be one of {allowed}, got {x!r}") for x in values]

@@ -115,7 +115,7 @@ def attention(c: ReformerConfig, kind: str, index: int) -> nn.Module:
     if kind == "local":
         return rk.LocalSelfAttention(E, H, **options)
     options |= {"n_hashes": c.n_hashes, "memory_keys": c.memory_keys}
-    options |= {"n_buckets": c.lsh_buckets, "alignment": c.lsh_alignment}
+    options |= {"n_buckets": c.lsh_buckets, "alignment": c.lsh_alignment, "shift_keys": c.causal}
     rules = rk.AttentionRules.paper() if c.rules == "paper" else None
     assert c.hash_seed is not None
     return rk.LSHSelfAttention(E, H, hash_seed=c.hash_seed + index, rules=rules, **options)

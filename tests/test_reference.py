@@ -55,6 +55,35 @@ def test_equals_loops(rules: rk.AttentionRules, options: dict[str, Any], length:
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("length", [0, 1, 2, 4, 13, 16])
+@pytest.mark.parametrize("alignment", ["ring", "bucket"])
+@pytest.mark.parametrize("rules", RULES, ids=lambda r: str(r.differences()))
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_shifted_keys_equal_loops(backend: str, rules: rk.AttentionRules, alignment: str, length: int) -> None:
+    query, value, buckets, _ = case(length, {})
+    extras: list[dict[str, Any]] = [{}, {"key_padding_mask": torch.rand(2, length) < 0.4}]
+    for extra in extras:
+        options: dict[str, Any] = {"causal": True, "alignment": alignment, "shift_keys": True, "rules": rules, **extra}
+        expected = naive.lsh_attention(query, value, buckets, chunk_length=4, **options)
+        actual = rk.lsh_attention(
+            query, value, buckets=buckets, n_hashes=3, n_buckets=4, chunk_length=4, backend=backend, **options
+        )
+        torch.testing.assert_close(actual, expected)
+
+
+def test_shifted_keys_find_what_came_after() -> None:
+    """By hand: each of a, b, a, c, a, b sees what followed its like, or if it has none before it, what followed any."""
+    a, b, c = ([1000.0 if i == j else 0.0 for j in range(3)] for i in range(3))
+    query = torch.tensor([[[a, b, a, c, a, b]]], dtype=torch.float64)
+    value = torch.arange(6.0, dtype=torch.float64).view(1, 1, 6, 1)
+    options: dict[str, Any] = {"causal": True, "shift_keys": True, "chunk_length": 8}
+    out = rk.lsh_attention(query, value, **options).flatten()
+    # a at 2: after a came 1; at 4: 1 and 3; b at 5: after b came 2. New ones see all: 1; 1, 2, 3.
+    expected = torch.tensor([0, 1, 1, 2, 2, 2], dtype=torch.float64)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(rk.lsh_attention(query[:, :, :3], value[:, :, :3], **options).flatten(), out[:3])
+
+
 def test_two_tokens_by_hand() -> None:
     query = torch.tensor([[[[3.0, 4.0], [0.0, 2.0]]]], dtype=torch.float64)
     value = torch.tensor([[[[1.0], [10.0]]]], dtype=torch.float64)

@@ -149,8 +149,8 @@ class LSHSelfAttention(AttentionBase):
         embed_dim: E, size of the input and the output.
         num_heads: H.
         head_dim: D; None: ``embed_dim // num_heads``.
-        n_hashes, n_buckets, chunk_length, chunks_before, chunks_after, causal, rules, alignment, backend: as in
-            ``functional.lsh_attention``.
+        n_hashes, n_buckets, chunk_length, chunks_before, chunks_after, causal, rules, alignment, shift_keys, backend:
+            as in ``functional.lsh_attention``.
         dropout: probability of dropping an attention weight, in training.
         bias: give the projections a bias.
         hash_seed: an int fixes the rotations; None draws new ones in every training forward, as the published
@@ -187,6 +187,7 @@ class LSHSelfAttention(AttentionBase):
         hash_seed: int | None = None,
         rotary_base: float | None = None,
         memory_keys: int = 0,
+        shift_keys: bool = False,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -209,6 +210,7 @@ class LSHSelfAttention(AttentionBase):
             "causal": causal,
             "rules": AttentionRules() if rules is None else rules,
             "alignment": alignment,
+            "shift_keys": shift_keys,
             "backend": backend,
         }
 
@@ -295,6 +297,7 @@ class LSHSelfAttention(AttentionBase):
             rules=rules,
             hash_seed=seed,
             max_crop=max_crop,
+            shift_keys=options["shift_keys"],
             backend=options["backend"],
             memory=memory,
         )

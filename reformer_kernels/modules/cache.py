@@ -45,6 +45,11 @@ def _store(target: Tensor, index: Tensor, rows: Tensor) -> None:
     target.scatter_(2, index[..., None].expand(rows.shape), rows.to(target.dtype))
 
 
+def _rows_at(source: Tensor, index: Tensor) -> Tensor:
+    """Rows [B, H, N, D] of source [B, H, P, D] at index [B, H, N]."""
+    return source.gather(2, index[..., None].expand(*index.shape, source.shape[3]))
+
+
 def _with_room(kept: Tensor | None, rows: Tensor, room: int, memory: Tensor | None) -> Tensor:
     """[B, H, room or more, D], with what was kept; at first, with the memory [1, H, memory_keys, D]."""
     if kept is not None and kept.shape[2] >= room:
@@ -181,14 +186,15 @@ class BucketCache(LayerCache):
     number of buckets, however long the sequences get.
 
     Args:
-        n_hashes, n_buckets, chunk_length, chunks_before, rules, hash_seed, backend: of the layer.
+        n_hashes, n_buckets, chunk_length, chunks_before, rules, hash_seed, shift_keys, backend: of the layer.
         max_crop: tokens that ``crop`` may forget.
         memory: rows and values [1, H, memory_keys, D] before the first token, or None.
     """
 
     def __init__(
         self, *, n_hashes: int, n_buckets: list[int], chunk_length: int, chunks_before: int, rules: AttentionRules,
-        hash_seed: int | Tensor, max_crop: int, backend: str | None, memory: tuple[Tensor, Tensor] | None = None,
+        hash_seed: int | Tensor, max_crop: int, shift_keys: bool, backend: str | None,
+        memory: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self._n_hashes, self._factors, self._rules, self._backend = n_hashes, n_buckets, rules, backend or ""
         self._seed = functional.seed_tensor(hash_seed)
@@ -198,15 +204,17 @@ class BucketCache(LayerCache):
         self._chunk_length, self._chunks_before = chunk_length, chunks_before
         self._window = (chunks_before + 1) * chunk_length
         self._size = self._window + max_crop
-        self._max_crop = max_crop
-        self._memory = memory
+        self._max_crop, self._recent = max_crop, max_crop + 1
+        self._shift_keys, self._memory = shift_keys, memory
         self._filled = 0  # no head has more rows
         self.keys: Tensor | None = None  # [B, H, room, D], unit keys
         self.values: Tensor | None = None
         self.used: Tensor | None = None  # int64 [B, H], rows of each head
         self.table: Tensor | None = None  # int32 [B, H, R, n_buckets * size + 1]: the row of entry i at i % size; or -1
         self.counts: Tensor | None = None  # int64 [B, H, R, n_buckets + 1]: entries of each bucket so far
-        self.recent: Tensor | None = None  # int64 [B, H, R, max_crop]: the buckets of token p at p % max_crop
+        # int64 [B, H, R, max_crop + 1]: the buckets of token p at p % (max_crop + 1)
+        self.recent: Tensor | None = None
+        self.last: Tensor | None = None  # int64 [B, H], with shift_keys: the row of the last token; or -1
 
     def attend(self, query_key: Tensor, value: Tensor, step: Step) -> Tensor:
         """query_key and value [B, H, N, D]."""
@@ -218,30 +226,43 @@ class BucketCache(LayerCache):
             tables = (batch, heads, self._n_hashes)
             self.table = torch.full((*tables, self._total * self._size + 1), -1, dtype=torch.int32, device=value.device)
             self.counts = new((*tables, self._total + 1), dtype=torch.int64)
-            self.recent = new((*tables, max(1, self._max_crop)), dtype=torch.int64)
+            self.recent = new((*tables, self._recent), dtype=torch.int64)
+            self.last = new((batch, heads), dtype=torch.int64) - 1 if self._shift_keys else None
             if self._memory is not None:
-                rows, values = (x.expand(batch, -1, -1, -1) for x in self._memory)
-                position = torch.arange(-rows.shape[2], 0, device=value.device).expand(batch, -1)
+                keys, values = (x.expand(batch, -1, -1, -1) for x in self._memory)
+                position = torch.arange(-keys.shape[2], 0, device=value.device).expand(batch, -1)
                 memory = Step(position, torch.ones_like(position, dtype=torch.bool), 0)
-                self._attend(rows, values, self._buckets(rows, memory.valid), memory, False)
+                self._attend(keys, values, self._shifted(values), self._buckets(keys, memory.valid), memory, False)
+        if self.last is not None:  # what comes now has its key
+            assert self.values is not None
+            if self.values.shape[2]:
+                at = self.last.clamp(min=0)[..., None]
+                known = ((self.last >= 0) & step.valid[:, :1])[..., None, None]
+                _store(self.values, at, torch.where(known, value[:, :, :1], _rows_at(self.values, at)))
+        kept = self._shifted(value)
         buckets = self._buckets(query_key, step.valid)
         length = query_key.shape[2]
         if self._filled == 0 and length > BLOCK:  # nothing came before: the whole at once
             out = functional.lsh_attention(
                 query_key, value, buckets=buckets, key_padding_mask=~step.valid, n_hashes=self._n_hashes,
                 n_buckets=self._factors, chunk_length=self._chunk_length, chunks_before=self._chunks_before,
-                causal=True, rules=self._rules, alignment="bucket", backend=self._backend or None,
+                causal=True, rules=self._rules, alignment="bucket", shift_keys=self._shift_keys,
+                backend=self._backend or None,
             )  # fmt: skip
             assert isinstance(out, Tensor)
-            self._attend(query_key, value, buckets, step, False)
+            self._attend(query_key, value, kept, buckets, step, False)
             self._compact(0)  # which has just got all rows
             return out
         parts = [(slice(begin, begin + BLOCK), begin) for begin in range(0, length, BLOCK)]
-        outs = [
-            self._attend(query_key[:, :, part], value[:, :, part], buckets[..., part], step.slice(begin, begin + BLOCK))
-            for part, begin in parts
-        ]
+        outs = []
+        for part, begin in parts:
+            rows = query_key[:, :, part], value[:, :, part], kept[:, :, part]
+            outs.append(self._attend(*rows, buckets[..., part], step.slice(begin, begin + BLOCK)))
         return torch.cat(outs, 2)
+
+    def _shifted(self, value: Tensor) -> Tensor:
+        """Values for the rows of new tokens. That of the last comes with the next token."""
+        return torch.cat([value[:, :, 1:], value[:, :, -1:]], 2) if self._shift_keys else value
 
     def _buckets(self, rows: Tensor, valid: Tensor) -> Tensor:
         return _ops.hash_buckets(
@@ -251,14 +272,17 @@ class BucketCache(LayerCache):
             )
         )  # fmt: skip
 
-    def _attend(self, query_key: Tensor, value: Tensor, buckets: Tensor, step: Step, wants_out: bool = True) -> Tensor:
+    def _attend(
+        self, query_key: Tensor, value: Tensor, kept_value: Tensor, buckets: Tensor, step: Step, wants_out: bool = True
+    ) -> Tensor:
+        """The output of tokens whose own values are ``value``, where those of their rows are ``kept_value``."""
         assert self.keys is not None and self.values is not None and self.used is not None
         assert self.table is not None and self.counts is not None and self.recent is not None
         length = query_key.shape[2]
         self._make_room(length)
         new = self.used[..., None] + torch.arange(length, device=value.device)  # [B, H, N]: the rows of the tokens
         _store(self.keys, new, unit_key(query_key, self._rules.key_norm))
-        _store(self.values, new, value)
+        _store(self.values, new, kept_value)
 
         order = _ops.bucket_order(OrderCall(buckets, None, self._total + 1, self._backend)).long()
         bucket = buckets.long()
@@ -277,12 +301,14 @@ class BucketCache(LayerCache):
         self.table = self.table.scatter(3, index, new[:, :, None].expand_as(order).to(torch.int32))
         if self._max_crop:
             end = step.start + step.valid.sum(1)
-            recent = step.valid & (step.position >= end[:, None] - self._max_crop)
-            at = torch.where(recent, step.position % self._max_crop, self._max_crop)
+            recent = step.valid & (step.position >= end[:, None] - self._recent)
+            at = torch.where(recent, step.position % self._recent, self._recent)
             wide = F.pad(self.recent, (0, 1)).scatter(3, at[:, None, None].expand_as(bucket), bucket)
             self.recent = wide[..., :-1].contiguous()
         self.counts = counts
         self.used = self.used + step.valid.sum(1)[:, None]
+        if self.last is not None:
+            self.last = torch.where(step.valid[:, :1], self.used - 1, self.last)
         return out
 
     def _visible(
@@ -348,13 +374,30 @@ class BucketCache(LayerCache):
             setattr(self, name, grown)
         moved = torch.where(table < 0, -1, renumbered.gather(2, table.clamp(min=0)))
         self.table = F.pad(moved.to(torch.int32).view(*self.table.shape[:3], -1), (0, 1), value=-1)
+        if self.last is not None:
+            last = renumbered.gather(2, self.last.clamp(min=0)[..., None])[..., 0]
+            self.last = torch.where(self.last < 0, -1, last)
         self._filled = most
 
     def crop(self, lengths: Tensor, dropped: int) -> None:
         assert self.counts is not None and self.recent is not None
         position = lengths[:, None] + torch.arange(dropped, device=lengths.device)  # [B, dropped]
-        bucket = self.recent.gather(3, (position % self._max_crop)[:, None, None].expand(*self.recent.shape[:3], -1))
+        bucket = self._recent_buckets(position)
         self.counts = self.counts.scatter_add(3, bucket, -torch.ones_like(bucket))
+        if self.last is not None:
+            assert self.table is not None
+            # The last token is the last entry of its bucket, in any round.
+            bucket = self._recent_buckets(lengths[:, None] - 1)[:, :, :1]
+            entry = self.counts.gather(3, bucket) - 1
+            row = self.table.gather(3, bucket * self._size + entry % self._size)[:, :, 0, 0].long()
+            begun = (lengths > 0)[:, None] if self._memory is None else torch.ones_like(lengths > 0)[:, None]
+            self.last = torch.where(begun, row, -1)
+
+    def _recent_buckets(self, position: Tensor) -> Tensor:
+        """int64 [B, H, R, n] of positions [B, n]."""
+        assert self.recent is not None
+        index = (position % self._recent)[:, None, None]
+        return self.recent.gather(3, index.expand(*self.recent.shape[:3], -1))
 
 
 class ContextCache(LayerCache):
