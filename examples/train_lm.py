@@ -50,11 +50,11 @@ def documents(paths: Sequence[Path], suffix: str) -> list[Path]:
     found = []
     for path in paths:
         if path.is_dir():
-            all_of = (p for p in path.rglob(f"*{suffix}") if "site-packages" not in p.relative_to(path).parts)
-            inside = sorted(p for p in all_of if p.is_file())
+            inside = [p for p in path.rglob(f"*{suffix}") if p.is_file()]
+            inside = [p for p in inside if "site-packages" not in p.relative_to(path).parts]
             if not inside:
                 sys.exit(f"FILE: the folder {str(path)!r} has no files that end in {suffix!r} (--suffix)")
-            found += inside
+            found += sorted(inside)
         elif not path.is_file():
             sys.exit(f"FILE: there is no file or folder {str(path)!r}")
         else:
@@ -341,7 +341,6 @@ def plot(log: Path, file: Path, unit: str) -> None:
     )  # fmt: skip
     axes.set(xlabel="step", ylabel=f"loss, nats per {unit}", xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", lw=0.3)
     axes.legend(frameon=False)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
@@ -469,9 +468,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if first:
         out.mkdir(parents=True, exist_ok=True)
         log = begin_log(out / "log.csv", training.step)
-        print(
-            f"{sum(p.numel() for p in training.reformer.parameters()):,} parameters; {len(text.train):,} tokens, and {len(text.held_out):,} held out"
-        )
+        parameters = sum(p.numel() for p in training.reformer.parameters())
+        print(f"{parameters:,} parameters; {len(text.train):,} tokens, and {len(text.held_out):,} held out")
     per_step = options.batch * options.context
     with tqdm(
         total=(options.steps - training.step) * per_step, desc="training", unit="token", unit_scale=True,

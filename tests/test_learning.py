@@ -25,6 +25,7 @@ def test_later_trainings_have_the_best_learning_rate() -> None:
         assert [(run.kind, run.rate, run.seed, run.steps) for run in group] == [
             ("local", 4e-3, seed, learning.STEPS), ("local and LSH", 2e-3, seed, learning.STEPS),
             ("LSH", 1e-3, seed, learning.STEPS), ("full", 2e-3, seed, learning.STEPS),
+            ("local and LSH, own keys", 2e-3, seed, learning.STEPS), ("LSH, own keys", 2e-3, seed, learning.STEPS),
         ]  # fmt: skip
     assert [run.alignment for run in ring] == ["ring", "ring"]
     assert [run.steps for run in short] == 2 * [learning.STEPS // 4]
