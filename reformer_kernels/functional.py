@@ -284,7 +284,7 @@ def lsh_attention(
         )
     )
     if shift_keys:  # a query that sees no other row gets its own value, not the next one
-        out = torch.where(self_only[..., None], value, out)
+        out = torch.where(self_only[..., None], value.to(out.dtype), out)
     if not return_buckets:
         return out
     assert buckets is not None

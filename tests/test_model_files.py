@@ -102,6 +102,7 @@ def wrong_structures() -> list[Case]:
         ({"hash_seed": -(2**63) - 1}, ValueError, f"{seeds} {-(2**63) - 1}"),
         ({"hash_seed": 1.5}, TypeError, "hash_seed must be an int, got 1.5"),
         ({"attention": ["lsh", "x"]}, ValueError, f"attention must be one of {KINDS}, got 'x'"),
+        ({"shift_keys": True}, ValueError, "shift_keys must be False without causal (the next token would be seen), got True"),
         ({"embed_dim": 30}, ValueError,
          "embed_dim must be divisible by num_heads unless head_dim is given, got 30 and 8"),
         ({"n_buckets": [2**16, 2**16]}, ValueError,

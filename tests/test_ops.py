@@ -145,6 +145,7 @@ def test_autocast_casts_query_key_value_only(dtype: torch.dtype) -> None:
     assert all(g.dtype == torch.float32 for g in grads)
     with torch.autocast("cpu", dtype=dtype):
         assert rk.lsh_attention(q.double(), v.double(), chunk_length=8).dtype == torch.float64
+        assert rk.lsh_attention(q, v, chunk_length=8, causal=True, shift_keys=True).dtype == dtype
 
 
 def test_torch_func_grad_and_vmap() -> None:

@@ -84,6 +84,21 @@ def test_shifted_keys_find_what_came_after() -> None:
     assert torch.equal(rk.lsh_attention(query[:, :, :3], value[:, :, :3], **options).flatten(), out[:3])
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradients_of_shifted_keys(backend: str) -> None:
+    query, value, buckets, _ = case(11, {})
+    query, value = query.requires_grad_(), value.requires_grad_()
+    padding = torch.rand(2, 11) < 0.3
+
+    def attend(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return rk.lsh_attention(
+            query, value, buckets=buckets, n_hashes=3, n_buckets=4, chunk_length=4, causal=True, shift_keys=True,
+            key_padding_mask=padding, backend=backend,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(attend, (query, value))
+
+
 def test_two_tokens_by_hand() -> None:
     query = torch.tensor([[[[3.0, 4.0], [0.0, 2.0]]]], dtype=torch.float64)
     value = torch.tensor([[[[1.0], [10.0]]]], dtype=torch.float64)

@@ -18,7 +18,8 @@ def qv(length: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("rules", [rk.AttentionRules(), rk.AttentionRules.paper()], ids=["default", "paper"])
 @pytest.mark.parametrize("length", [10, 200, 333])
-def test_bucket_alignment_is_strictly_causal(length: int, rules: rk.AttentionRules) -> None:
+@pytest.mark.parametrize("shift_keys", [False, True])
+def test_bucket_alignment_is_strictly_causal(shift_keys: bool, length: int, rules: rk.AttentionRules) -> None:
     q, v = qv(length)
     options: dict[str, Any] = {
         "causal": True,
@@ -26,6 +27,7 @@ def test_bucket_alignment_is_strictly_causal(length: int, rules: rk.AttentionRul
         "n_buckets": 6,
         "chunk_length": 16,
         "rules": rules,
+        "shift_keys": shift_keys,
     }
     for threads in (1, 3):
         torch.set_num_threads(threads)
@@ -65,6 +67,22 @@ def test_packed_sequences_equal_separate_ones(backend: str, rules: rk.AttentionR
     torch.testing.assert_close(out, expected)
     for actual, wanted in zip(grads, torch.autograd.grad(expected.square().sum(), (q, v)), strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shifted_keys_stay_in_their_packed_sequence(backend: str) -> None:
+    q, v = qv(60)
+    options: dict[str, Any] = {
+        "causal": True,
+        "n_buckets": 4,
+        "chunk_length": 8,
+        "shift_keys": True,
+        "backend": backend,
+    }
+    together = rk.lsh_attention(q, v, cu_seqlens=torch.tensor([0, 1, 22, 60], dtype=torch.int32), **options)
+    for begin, end in ((0, 1), (1, 22), (22, 60)):
+        alone = rk.lsh_attention(q[:, :, begin:end], v[:, :, begin:end], **options)
+        torch.testing.assert_close(together[:, :, begin:end], alone)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
