@@ -131,6 +131,21 @@ def test_a_padded_row_is_the_row_alone(name: str, side: str) -> None:
         assert_same(then[row], alone[-6:])
 
 
+@pytest.mark.parametrize("name", ["all kinds", "memory", "lsh"])
+def test_a_row_may_get_no_tokens_in_a_step(name: str) -> None:
+    model, ids = made(**MODELS[name]), tokens(20)
+    whole = logits_of(model, ids)
+    cache, begin = model.new_cache(max_crop=2), [0] * B
+    for counts in ((3, 0, 5), (0, 4, 1), (2, 0, 0), (6, 1, 7), (1, 1, 1)):
+        new, mask = tokens(max(counts), seed=7), torch.zeros(B, max(counts))
+        for row, count in enumerate(counts):
+            new[row, :count], mask[row, :count] = ids[row, begin[row] : begin[row] + count], 1
+        got = logits_of(model, new, mask, cache=cache)
+        for row, count in enumerate(counts):
+            assert_same(got[row, :count], whole[row, begin[row] : begin[row] + count])
+            begin[row] += count
+
+
 @pytest.mark.parametrize("name", ["all kinds", "memory", "tied", "local", "lsh", "lsh, keys of their own"])
 def test_crop_forgets_and_reorder_moves_rows(name: str) -> None:
     model, ids, wrong, new = made(**MODELS[name]), tokens(), tokens(9, seed=2), tokens(8, seed=3)
