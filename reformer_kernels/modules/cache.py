@@ -45,11 +45,6 @@ def _store(target: Tensor, index: Tensor, rows: Tensor) -> None:
     target.scatter_(2, index[..., None].expand(rows.shape), rows.to(target.dtype))
 
 
-def _rows_at(source: Tensor, index: Tensor) -> Tensor:
-    """Rows [B, H, N, D] of source [B, H, P, D] at index [B, H, N]."""
-    return source.gather(2, index[..., None].expand(*index.shape, source.shape[3]))
-
-
 def _with_room(kept: Tensor | None, rows: Tensor, room: int, memory: Tensor | None) -> Tensor:
     """[B, H, room or more, D], with what was kept; at first, with the memory [1, H, memory_keys, D]."""
     if kept is not None and kept.shape[2] >= room:
@@ -214,7 +209,7 @@ class BucketCache(LayerCache):
         self.counts: Tensor | None = None  # int64 [B, H, R, n_buckets + 1]: entries of each bucket so far
         # int64 [B, H, R, max_crop + 1]: the buckets of token p at p % (max_crop + 1)
         self.recent: Tensor | None = None
-        self.last: Tensor | None = None  # int64 [B, H], with shift_keys: the row of the last token; or -1
+        self.last: Tensor | None = None  # int64 [B, H], with shift_keys: the row of the last token, or if none any
 
     def attend(self, query_key: Tensor, value: Tensor, step: Step) -> Tensor:
         """query_key and value [B, H, N, D]."""
@@ -227,18 +222,15 @@ class BucketCache(LayerCache):
             self.table = torch.full((*tables, self._total * self._size + 1), -1, dtype=torch.int32, device=value.device)
             self.counts = new((*tables, self._total + 1), dtype=torch.int64)
             self.recent = new((*tables, self._recent), dtype=torch.int64)
-            self.last = new((batch, heads), dtype=torch.int64) - 1 if self._shift_keys else None
+            self.last = new((batch, heads), dtype=torch.int64) if self._shift_keys else None
             if self._memory is not None:
                 keys, values = (x.expand(batch, -1, -1, -1) for x in self._memory)
                 position = torch.arange(-keys.shape[2], 0, device=value.device).expand(batch, -1)
                 memory = Step(position, torch.ones_like(position, dtype=torch.bool), 0)
                 self._attend(keys, values, self._shifted(values), self._buckets(keys, memory.valid), memory, False)
-        if self.last is not None:  # what comes now has its key
+        if self.last is not None and self._filled:  # what comes now has its key
             assert self.values is not None
-            if self.values.shape[2]:
-                at = self.last.clamp(min=0)[..., None]
-                known = ((self.last >= 0) & step.valid[:, :1])[..., None, None]
-                _store(self.values, at, torch.where(known, value[:, :, :1], _rows_at(self.values, at)))
+            _store(self.values, self.last[..., None], value[:, :, :1])
         kept = self._shifted(value)
         buckets = self._buckets(query_key, step.valid)
         length = query_key.shape[2]
@@ -375,8 +367,7 @@ class BucketCache(LayerCache):
         moved = torch.where(table < 0, -1, renumbered.gather(2, table.clamp(min=0)))
         self.table = F.pad(moved.to(torch.int32).view(*self.table.shape[:3], -1), (0, 1), value=-1)
         if self.last is not None:
-            last = renumbered.gather(2, self.last.clamp(min=0)[..., None])[..., 0]
-            self.last = torch.where(self.last < 0, -1, last)
+            self.last = renumbered.gather(2, self.last[..., None])[..., 0].clamp(min=0)
         self._filled = most
 
     def crop(self, lengths: Tensor, dropped: int) -> None:
@@ -389,9 +380,8 @@ class BucketCache(LayerCache):
             # The last token is the last entry of its bucket, in any round.
             bucket = self._recent_buckets(lengths[:, None] - 1)[:, :, :1]
             entry = self.counts.gather(3, bucket) - 1
-            row = self.table.gather(3, bucket * self._size + entry % self._size)[:, :, 0, 0].long()
-            begun = (lengths > 0)[:, None] if self._memory is None else torch.ones_like(lengths > 0)[:, None]
-            self.last = torch.where(begun, row, -1)
+            row = self.table.gather(3, bucket * self._size + entry % self._size)[:, :, 0, 0]
+            self.last = row.long().clamp(min=0)
 
     def _recent_buckets(self, position: Tensor) -> Tensor:
         """int64 [B, H, R, n] of positions [B, n]."""
