@@ -255,10 +255,10 @@ def draw_duplication(by_length: Any, by_window: Any, done: dict[str, Any]) -> No
         axes.set(xlabel="step", xlim=(0, None))
 
 
-def trained(done: dict[str, Any], kind: str) -> dict[int, dict[str, Any]]:
-    """The results of long trainings of a kind, by seed."""
-    runs = [run for group in list(language(done))[1:3] for run in group if run.kind == kind]
-    return {run.seed: done[run.name] for run in runs if run.name in done}
+def trained(done: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """The results of long trainings of a kind, in the order of the seeds."""
+    names = [Language(kind, rate, seed).name for seed in SEEDS for rate in RATES]
+    return [done[name] for name in names if name in done]
 
 
 def draw_language(by_step: Any, by_position: Any, done: dict[str, Any]) -> None:
@@ -271,7 +271,7 @@ def draw_language(by_step: Any, by_position: Any, done: dict[str, Any]) -> None:
         axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
 
     for kind in KINDS:
-        results = list(trained(done, kind).values())
+        results = trained(done, kind)
         if not results:
             continue
         steps = [step for step, _ in results[0]["curve"]]
@@ -301,16 +301,15 @@ def language_table(done: dict[str, Any]) -> str:
     """What long trainings gave, in nats per byte, for each seed."""
     rows = []
     for kind in KINDS:
-        results = trained(done, kind).values()
+        results = trained(done, kind)
 
-        def each(*path: str, results: Iterable[dict[str, Any]] = results) -> str:
+        def each(*path: str, results: list[dict[str, Any]] = results) -> str:
             found = [functools.reduce(lambda part, name: part.get(name, {}), path, result) for result in results]
             return ", ".join(f"{x:.3f}" for x in found if x != {})
 
         by_hashes = [each("by hashes", n, "loss") for n in ("1", "2", "4", "8")]
-        rows.append([kind, f"{best_rate(done, kind):g}", each("loss"), each("of far repeats"),
-                     each("without LSH", "loss"), *by_hashes])  # fmt: skip
-    return table(["layers", "rate", "loss", "far repeats", "without LSH", "1 hash", "2", "4", "8"], rows)
+        rows.append([kind, each("loss"), each("of far repeats"), each("without LSH", "loss"), *by_hashes])
+    return table(["layers", "loss", "far repeats", "without LSH", "1 hash", "2", "4", "8"], rows)
 
 
 PLOTS: dict[str, Callable[[Any, Any, dict[str, Any]], None]] = {

@@ -136,7 +136,8 @@ def test_a_row_may_get_no_tokens_in_a_step(name: str) -> None:
     model, ids = made(**MODELS[name]), tokens(20)
     whole = logits_of(model, ids)
     cache, begin = model.new_cache(max_crop=2), [0] * B
-    for counts in ((3, 0, 5), (0, 4, 1), (2, 0, 0), (6, 2, 7), (0, 1, 0), (1, 1, 1)):
+    steps: list[tuple[int, ...]] = [(3, 0, 5), (0, 4, 1), (2, 0, 0), (6, 2, 7), (0, 1, 0), (1, 1, 1)]
+    for counts in steps:
         new, mask = tokens(max(counts), seed=7), torch.zeros(B, max(counts))
         for row, count in enumerate(counts):
             new[row, :count], mask[row, :count] = ids[row, begin[row] : begin[row] + count], 1
