@@ -307,10 +307,11 @@ def _of_next(x: Tensor, padding: Tensor | None) -> Tensor:
     """Rows [B, H, L, E] of the next token that is no padding [B, L]; the last row stays."""
     if padding is None or x.shape[2] == 0:
         return torch.cat([x[:, :, 1:], x[:, :, -1:]], 2)
-    last = x.shape[2] - 1
-    position = torch.arange(last + 1, device=x.device).masked_fill(padding, last)
-    following = position.flip(1).cummin(1).values.flip(1)  # from each position on, the first that is no padding
-    following = torch.nn.functional.pad(following[:, 1:], (0, 1), value=last)
+    position = torch.ones_like(padding, dtype=torch.int64).cumsum(1) - 1
+    none = 2**62
+    following = position.masked_fill(padding, none).flip(1).cummin(1).values.flip(1)  # from each position on
+    following = torch.cat([following[:, 1:], torch.full_like(following[:, -1:], none)], 1)
+    following = torch.where(following == none, position, following)  # what has no next one keeps its own
     return x.gather(2, following[:, None, :, None].expand(x.shape))
 
 

@@ -66,8 +66,10 @@ def qv(length: int, head_dim: int, value_dim: int | None = None) -> tuple[torch.
 def check(length: int, head_dim: int, dtype: torch.dtype, rules: rk.AttentionRules, options: dict[str, Any]) -> None:
     options = {"chunk_length": 16, **options}
     call = testing.capture(rk.lsh_attention, *qv(length, head_dim), rules=rules, **options)
-    if rules.own_position == "sentinel" and (call.cu_seqlens is not None or not call.is_ring):
-        assert all('own_position="sentinel" with' in reason for reason in cpu.not_supported_reasons(call))
+    floats = call.attn_mask is not None and call.attn_mask.dtype != torch.bool
+    if rules.own_position == "sentinel" and (floats or call.cu_seqlens is not None or not call.is_ring):
+        reasons = cpu.not_supported_reasons(call)
+        assert reasons and all('own_position="sentinel" with' in reason for reason in reasons)
         return
     assert not cpu.not_supported_reasons(call)
     testing.assert_matches_oracle(call, dtype, "cpu")

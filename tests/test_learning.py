@@ -85,7 +85,7 @@ def test_trains_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(SystemExit):
         learning.main()
     assert "language needs what time measures, once" in capsys.readouterr().err
-    (tmp_path / "results.json").write_text('{"seconds a step": {}}')
+    (tmp_path / "results.json").write_text(json.dumps({"seconds a step": dict.fromkeys(KINDS, 1.0)}))
     tiny = "--steps 2 --warm-up 1 --width 16 --heads 1 --hashes 1 --chunk-length 8 --batch 2 --eval-hashes 1"
     tasks = [Synthetic("associative_recall", 16, "LSH", tiny)]
     models = [Language("local and LSH", 1e-3, 1, 2)]

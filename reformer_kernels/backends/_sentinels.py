@@ -36,6 +36,8 @@ def reasons_against(call: AttentionCall) -> list[str]:
     kind, refused = 'rules.own_position="sentinel" with', []
     if not call.is_ring:
         refused.append(f'{kind} alignment="{call.alignment}"')
+    if call.attn_mask is not None and call.attn_mask.dtype != torch.bool:  # may lift scores below the sentinels
+        refused.append(f"{kind} a float attn_mask")
     if call.cu_seqlens is not None:
         refused.append(f"{kind} cu_seqlens")
     if rules.combine_rounds != "exp_lse":
@@ -102,7 +104,11 @@ def _own(call: AttentionCall, at: _Rows) -> _Own:
             size = (length - window % chunks * call.chunk_length).clamp(max=call.chunk_length)
             begin = size.cumsum(1) - size
             key = begin[:, :, None] + (slot % call.chunk_length)[:, None]  # its place in the window
-            row = slot[:, r, None, None], torch.tensor(r, device=device), (at.batch * heads + at.head)[:, None, None]
+            row = (
+                slot[:, r, None, None],
+                torch.full_like(slot[:1, :1, None], r),
+                (at.batch * heads + at.head)[:, None, None],
+            )
             words = philox(call.dropout_seed.to(device), key // 4, *row)
             word = words.gather(-1, (key % 4)[..., None])[..., 0]
             met &= word >= drop_threshold(call.dropout_p)
