@@ -55,7 +55,7 @@ def make_model(options: argparse.Namespace, vocab_size: int) -> rk.ReformerLM:
             attention=tuple(options.attention), feed_forward_dim=options.width, n_hashes=options.hashes,
             lsh_chunk_length=options.chunk_length, local_chunk_length=options.chunk_length, alignment=options.alignment,
             n_buckets=options.buckets, position=options.position, max_length=options.length, reversible=False,
-            causal=True, shift_keys=options.shift_keys,
+            shift_keys=options.shift_keys,
         )
     )  # fmt: skip
 

@@ -177,7 +177,7 @@ class Processes:
 def make_config(options: argparse.Namespace, vocab_size: int) -> rk.ReformerConfig:
     return rk.ReformerConfig(
         vocab_size=vocab_size, embed_dim=options.width, num_layers=options.layers, num_heads=options.heads,
-        attention=tuple(options.attention), alignment=options.alignment, causal=True, shift_keys=options.shift_keys,
+        attention=tuple(options.attention), alignment=options.alignment, shift_keys=options.shift_keys,
         n_hashes=options.hashes, n_buckets=options.buckets, feed_forward_dim=options.feed_forward,
         lsh_chunk_length=options.chunk_length, local_chunk_length=options.chunk_length,
         attention_dropout=options.dropout, hidden_dropout=options.dropout,

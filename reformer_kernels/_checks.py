@@ -124,6 +124,12 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be between 0 and 1, got {value}")
 
 
+def check_shift_keys(shift_keys: Any, causal: bool) -> None:
+    check_bool("shift_keys", shift_keys)
+    if shift_keys and not causal:
+        raise ValueError("shift_keys must be False without causal (the next token would be seen), got True")
+
+
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")

@@ -179,7 +179,8 @@ def lsh_attention(
             alone, with its padding. Needs ``n_buckets``.
         shift_keys: the key of a token is that of the token before it (padding does not count), and the first has none.
             So a query finds what came after its like, which shared rows cannot express: what matches the token before
-            matches that token itself better still. Needs ``causal``, and goes with no ``attn_mask``.
+            matches that token itself better still. Needs ``causal``, and goes with no ``attn_mask``. A query that sees
+            no other row gets its own value, without dropout; padding between tokens may get something of later ones.
         backend: "cpu", "cuda", "triton" or "reference", or None for the best that supports the call.
         return_buckets: also return the buckets.
 
@@ -292,11 +293,9 @@ def lsh_attention(
 
 
 def _check_shift(shift_keys: Any, causal: bool, attn_mask: Tensor | None, n_queries: int, length: int) -> None:
-    check.check_bool("shift_keys", shift_keys)
+    check.check_shift_keys(shift_keys, causal)
     if not shift_keys:
         return
-    if not causal:
-        raise ValueError("shift_keys must be False without causal (the next token would be seen), got True")
     if attn_mask is not None:
         raise ValueError("attn_mask must be None with shift_keys (its columns are those of other tokens), got a tensor")
     if n_queries != length:

@@ -30,7 +30,7 @@ class AttentionRules:
         scale: factor on ``q @ unit_key``; None means ``D ** -0.5``.
         own_position: ``"last_resort"``: a query uses its own key only if it has no other allowed key in any round.
             ``"sentinel"``: its own score is replaced by ``own_value``, other masked scores by ``mask_value``. The
-            kernels take it as published (with ``combine_rounds="exp_lse"``, in a ring): all scores lie far above both.
+            kernels serve it (with ``combine_rounds="exp_lse"``, in a ring) for scores that lie far above both.
         own_value, mask_value: the sentinels; ``mask_value=None`` means ``-finfo(dtype).max``.
         padding_bucket: hash padded tokens into one extra, last bucket (otherwise by content).
         mask_padded_queries: padded tokens see nothing as queries, either.

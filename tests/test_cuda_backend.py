@@ -108,7 +108,7 @@ def attention_call(
         ),
         (
             {"rules": rk.AttentionRules(own_position="sentinel", own_value=-10.0, combine_rounds="exp_lse")},
-            ["rules.own_value=-10 (above -1000) is served by the reference only"],
+            ["rules.own_value=-10 (not between -1e+06 and -1000) is served by the reference only"],
         ),
     ],
 )  # fmt: skip

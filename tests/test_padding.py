@@ -24,6 +24,7 @@ WINDOWS: list[dict[str, Any]] = [
     {"chunk_length": 5, "chunks_before": 2, "chunks_after": 1},
     {"chunk_length": 24, "chunks_after": 1},  # longer than some rows, not than the batch
 ]
+MODES: list[dict[str, bool]] = [{}, {"causal": True}, {"causal": True, "shift_keys": True}]
 LAST = torch.tensor(ENDS)[:, None]
 PADDING = torch.arange(40) >= LAST
 GAPS = PADDING.clone()
@@ -65,13 +66,13 @@ def check(attend: Callable[..., Tensor], rows: list[Tensor], exact: bool, querie
 
 
 @pytest.mark.parametrize("rules", RULES, ids=["default", "paper", "padding by content"])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("alignment", ["ring", "bucket"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_lsh_attention(backend: str, alignment: str, causal: bool, rules: rk.AttentionRules) -> None:
+def test_lsh_attention(backend: str, alignment: str, mode: dict[str, bool], rules: rk.AttentionRules) -> None:
     for window in WINDOWS:
         options: dict[str, Any] = {
-            "n_hashes": 2, "n_buckets": 4, "causal": causal, "rules": rules, "alignment": alignment, **window,
+            "n_hashes": 2, "n_buckets": 4, "rules": rules, "alignment": alignment, **mode, **window,
         }  # fmt: skip
         check(partial(rk.lsh_attention, backend=backend, **options), tensors(2, 2), backend == "cpu")
 
@@ -79,15 +80,18 @@ def test_lsh_attention(backend: str, alignment: str, causal: bool, rules: rk.Att
 @pytest.mark.parametrize("rules", RULES, ids=["default", "paper", "padding by content"])
 @pytest.mark.parametrize("alignment", ["ring", "bucket"])
 @pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_padding_holds_has_no_effect(backend: str, side: str, alignment: str, rules: rk.AttentionRules) -> None:
+def test_what_padding_holds_has_no_effect(
+    backend: str, mode: dict[str, bool], side: str, alignment: str, rules: rk.AttentionRules
+) -> None:
     mask = PADDING.flip(1) if side == "left" else PADDING
     padded = mask[:, None, :, None]
     rows = torch.randn(2, len(ENDS), 2, 40, 8)
     outs = []
     for garbage in (0.0, 1e4, torch.inf, torch.nan):
         q, v = rows.masked_fill(padded, garbage)
-        options: dict[str, Any] = {"n_buckets": 4, "chunk_length": 8, "alignment": alignment, "rules": rules}
+        options: dict[str, Any] = {"n_buckets": 4, "chunk_length": 8, "alignment": alignment, "rules": rules, **mode}
         if not rules.padding_bucket:  # where padding is sorted decides who shares a window
             options["buckets"] = torch.randint(
                 4, (len(ENDS), 2, 4, 40), generator=torch.Generator().manual_seed(1)
@@ -165,7 +169,14 @@ def test_published_rules_keep_their_padding() -> None:
         assert not torch.equal(*(x[1, :, :17] for x in outs)) and torch.equal(*(x[0] for x in outs))
 
 
-@pytest.mark.parametrize("attend", [rk.lsh_attention, lambda q, v, **options: rk.local_attention(q, q, v, **options)])
+@pytest.mark.parametrize(
+    "attend",
+    [
+        rk.lsh_attention,
+        partial(rk.lsh_attention, causal=True, shift_keys=True),
+        lambda q, v, **options: rk.local_attention(q, q, v, **options),
+    ],
+)
 def test_compiles_for_all_lengths(attend: Callable[..., Tensor]) -> None:
     def step(q: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return attend(q, v, chunk_length=8, key_padding_mask=mask)
@@ -173,7 +184,7 @@ def test_compiles_for_all_lengths(attend: Callable[..., Tensor]) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for length in (40, 33):
+        for length in (40, 33, 47):
             q, v = torch.randn(2, 2, 2, length, 8)
             mask = torch.arange(length) >= torch.tensor([[length], [length - 9]])
             assert torch.equal(compiled(q, v, mask), step(q, v, mask))

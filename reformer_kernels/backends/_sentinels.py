@@ -21,6 +21,7 @@ from .philox import drop_threshold, keep_factor, philox
 _Results = tuple[Tensor, Tensor, Tensor]
 _Forward = Callable[[AttentionCall], _Results]
 _Backward = Callable[[AttentionCall, Tensor, Tensor, Tensor, Tensor], _Results]
+LOWEST = -1e6  # float32 still tells sentinels apart that differ by less than 1
 NEGLIGIBLE = 1e3  # a sentinel so far below a score has no weight beside it, in any dtype
 
 
@@ -39,11 +40,12 @@ def reasons_against(call: AttentionCall) -> list[str]:
     if call.attn_mask is not None and call.attn_mask.dtype != torch.bool:  # may lift scores below the sentinels
         refused.append(f"{kind} a float attn_mask")
     if call.cu_seqlens is not None:
-        refused.append(f"{kind} cu_seqlens")
+        of_rows = call.cu_seqlens.dim() == 2  # where the padding of each row begins
+        refused.append(f"{kind} {'padding and rules.cut_padding' if of_rows else 'cu_seqlens'}")
     if rules.combine_rounds != "exp_lse":
         refused.append(f'{kind} combine_rounds="{rules.combine_rounds}"')
-    if not rules.own_value <= -NEGLIGIBLE:
-        refused.append(f"rules.own_value={rules.own_value:g} (above {-NEGLIGIBLE:g})")
+    if not LOWEST <= rules.own_value <= -NEGLIGIBLE:
+        refused.append(f"rules.own_value={rules.own_value:g} (not between {LOWEST:g} and {-NEGLIGIBLE:g})")
     elif rules.mask_value is not None and not rules.mask_value <= rules.own_value - NEGLIGIBLE:
         refused.append(f"rules.mask_value={rules.mask_value:g} (above own_value - {NEGLIGIBLE:g})")
     return [f"{what} is served by the reference only" for what in refused]

@@ -40,7 +40,7 @@ class ReformerConfig:
         n_hashes: rounds of the LSH layers.
         alignment: of the LSH layers, "ring" (as published) or "bucket", as in ``lsh_attention``, which says what makes
             a row depend on its batch. None: "bucket" if causal, else "ring".
-        shift_keys: of the LSH layers, as in ``lsh_attention``. None: if causal.
+        shift_keys: of the LSH layers of a causal model, as in ``lsh_attention``; False as published.
         n_buckets: of the LSH layers. None: in a ring twice as many as a sequence has chunks; in buckets, whose number
             must not depend on the sequence, twice as many as one of ``max_length`` or all of ``axial_shape`` has, or
             of 4,096 without both.
@@ -93,7 +93,7 @@ class ReformerConfig:
     n_hashes: int = 4
     n_buckets: int | tuple[int, ...] | None = None
     alignment: str | None = None
-    shift_keys: bool | None = None
+    shift_keys: bool = True
     hash_seed: int | None = None
     rules: str = "default"
     lsh_chunk_length: int = 64
@@ -142,8 +142,7 @@ class ReformerConfig:
         for name in _NEIGHBOURS:
             check.check_int(name, getattr(self, name), 0, MAX_NEIGHBOURS)
         for name in _BOOLS:
-            if getattr(self, name) is not None or name not in _OPTIONAL:
-                check.check_bool(name, getattr(self, name))
+            check.check_bool(name, getattr(self, name))
         for name, allowed in _CHOICES.items():
             if getattr(self, name) is not None or name not in _OPTIONAL:
                 check.check_choice(name, getattr(self, name), allowed)
@@ -177,8 +176,6 @@ class ReformerConfig:
                 f"embed_dim must be divisible by num_heads unless head_dim is given, got {self.embed_dim} and "
                 f"{self.num_heads}"
             )
-        if self.shift_keys and not self.causal:
-            raise ValueError("shift_keys must be False without causal (the next token would be seen), got True")
         bucket_factors(self.n_buckets, 1, 1)
         if self.memory_keys and set(self.layers) == {"local"}:
             raise ValueError(
@@ -216,11 +213,6 @@ class ReformerConfig:
     def lsh_alignment(self) -> str:
         """``alignment`` of the LSH layers."""
         return self.alignment or ("bucket" if self.causal else "ring")
-
-    @property
-    def lsh_shift_keys(self) -> bool:
-        """``shift_keys`` of the LSH layers."""
-        return self.causal if self.shift_keys is None else self.shift_keys
 
     @property
     def lsh_buckets(self) -> int | tuple[int, ...] | None:
@@ -320,5 +312,5 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _OPTIONAL = (
     "head_dim", "context_dim", "feed_forward_dim", "feed_forward_chunk_length", "head_chunk_length", "max_length",
-    "stream_dtype", "alignment", "shift_keys",
+    "stream_dtype", "alignment",
 )  # fmt: skip

@@ -337,7 +337,7 @@ def _half(config: ReformerConfig, kind: str, layer: int) -> nn.Module:
             chunks_after=config.lsh_chunks_after,
             rules=config.attention_rules,
             alignment=config.lsh_alignment,
-            shift_keys=config.lsh_shift_keys,
+            shift_keys=config.causal and config.shift_keys,
             hash_seed=None if config.hash_seed is None else _next_seed(config.hash_seed, layer),
             memory_keys=config.memory_keys,
             **options,

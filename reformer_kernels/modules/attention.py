@@ -17,6 +17,7 @@ from .._checks import (
     check_int,
     check_kind,
     check_padding_mask,
+    check_shift_keys,
 )
 from ..hashing import bucket_factors
 from ..rules import AttentionRules
@@ -199,6 +200,7 @@ class LSHSelfAttention(AttentionBase):
         check_int("n_hashes", n_hashes, 1)
         check_int("chunk_length", chunk_length, 1)
         check_hash_seed(hash_seed)
+        check_shift_keys(shift_keys, causal)
         self._add_memory(memory_keys, embed_dim, factory)
         self.n_hashes = n_hashes
         self.hash_seed = hash_seed
