@@ -18,6 +18,7 @@ import reformer_kernels as rk
 
 B, H, L, D = 3, 4, 40, 8  # a batch that two ranks cannot halve
 LSH: dict[str, Any] = {"chunk_length": 8, "n_hashes": 2}
+SHARED_ROWS = ("lsh", "shifted keys", "buckets", "one window", "rotations", "packed")
 
 
 def whole(x: Tensor, mesh: DeviceMesh) -> DTensor:
@@ -36,6 +37,9 @@ def everything() -> dict[str, Any]:
 
     return {
         "lsh": lambda q, k, v, pad: rk.lsh_attention(q, v, causal=True, key_padding_mask=pad, **LSH),
+        "shifted keys": lambda q, k, v, pad: rk.lsh_attention(
+            q, v, causal=True, key_padding_mask=pad, shift_keys=True, **LSH
+        ),
         "buckets": lambda q, k, v, pad: rk.lsh_attention(q, v, return_buckets=True, **LSH),
         "one window": lambda q, k, v, pad: rk.lsh_attention(q, v, return_buckets=True, chunk_length=64),
         "rotations": lambda q, k, v, pad: rk.lsh_attention(q, v, n_buckets=4, rotations=like(q, rotations), **LSH),
@@ -61,8 +65,7 @@ def check_everything(mesh: DeviceMesh) -> None:
         for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
             by_heads = placement == Shard(1)
             for name, function in functions.items():
-                lsh = name in ("lsh", "buckets", "one window", "rotations", "packed")
-                if lsh and key_heads != H:
+                if name in SHARED_ROWS and key_heads != H:
                     continue
                 plain = [y.clone().requires_grad_() for y in x]
                 sharded = [
@@ -76,7 +79,8 @@ def check_everything(mesh: DeviceMesh) -> None:
                     assert torch.equal(out[1].full_tensor(), expected[1])
                     out, expected = out[0], expected[0]
                 alone = by_heads and key_heads == 1 and mesh.size() > 1  # one head of keys serves all ranks
-                kept = [Replicate() if placement == Shard(2) or alone else placement]
+                gathered = placement == Shard(2) and name != "shifted keys"  # there a torch.where comes last
+                kept = [Replicate() if gathered or alone else placement]
                 assert list(out.placements) == kept, (name, placement)
                 assert out.shape == expected.shape and out.stride() == expected.stride()
                 assert torch.equal(out.full_tensor(), expected), (name, placement)
@@ -131,7 +135,7 @@ def test_without_messages(mesh: DeviceMesh) -> None:
             for y in x
         ]
         for name, function in everything().items():
-            q, k, v = (sharded[0],) * 3 if name in ("lsh", "buckets", "one window", "rotations", "packed") else sharded
+            q, k, v = (sharded[0],) * 3 if name in SHARED_ROWS else sharded
             mask = whole(pad, mesh)
             with CommDebugMode() as messages:
                 out = function(q, k, v, mask)
