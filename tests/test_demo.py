@@ -344,6 +344,15 @@ def test_what_was_finished_before_an_interruption_is_kept_and_shown(
         assert len(list(tmp_path.iterdir())) == len(drawn)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A job in the background of a shell ignores SIGINT, and so would what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_a_terminal_ends_all_processes_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "reformer_kernels.demo", "--out", str(tmp_path), "--lengths", "256"]
     command += ["--repeats", "1000000", "--point-seconds", "1000"]
@@ -354,7 +363,10 @@ def test_ctrl_c_in_a_terminal_ends_all_processes_without_a_traceback(tmp_path: P
         assert process.stdout.readline().startswith("torch ")  # the first measuring process is about to start
         time.sleep(1)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        _, error = process.communicate(timeout=60)
+        try:
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()  # or a failure would wait for it to end
     assert process.returncode == 130
     assert error.endswith("\nreformer_kernels.demo: interrupted; nothing finished\n") and "Traceback" not in error
 
